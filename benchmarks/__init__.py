@@ -1,0 +1,1 @@
+"""Side-by-side measurements; recorded results in benchmarks/results/."""

@@ -1,0 +1,1 @@
+"""Runnable documents: each config states its command, cost and measured result."""

@@ -1,0 +1,1 @@
+"""What both systems stand on: transformer, training loop, checkpoints, metrics, reports. Knows neither system."""

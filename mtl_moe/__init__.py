@@ -1,0 +1,1 @@
+"""Anomaly detection in medical images: several proxy tasks learned from scratch by one Mixture-of-Experts model."""

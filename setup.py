@@ -1,0 +1,44 @@
+"""Packages, dependency ranges and extras. The tested set is pinned in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+# One line a bound: why it is there.
+INSTALL_REQUIRES = [
+    "jax>=0.10,<0.12",  # make_mesh axis types and jax.shard_map as used in core/mesh.py; 0.11 needs Python 3.12
+    "flax>=0.12,<0.13",  # Linen as in 0.12
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12,<0.13",  # the CheckpointManager / Composite API used in core/checkpoint.py
+    "numpy>=2.0",
+    "ml-collections>=1.1",  # typed config overrides from the command line
+    "einops>=0.8",
+    "absl-py>=2.1",
+    "scipy>=1.14",  # connected regions, generalised Pareto fit, k-means
+    "pillow>=11",  # reads every image format but DICOM and NIfTI
+    "matplotlib>=3.9",  # figures of the report
+    "jinja2>=3.1",  # the report page, with escaping
+    "tqdm>=4.66",  # progress bar
+    # Needed by tf.data pipelines, TFDS sources and TensorBoard only: imported where they are used, so that a
+    # decoded .npz cache can be trained from on a machine without them (see docs/data.md).
+    "tensorflow-cpu>=2.21; platform_machine != 'arm64'",
+    "tensorflow>=2.21; platform_machine == 'arm64'",  # macOS has no -cpu wheel
+    "tensorflow-datasets>=4.9.10",  # first release that works with numpy 2.4 and protobuf 7
+    "clu>=0.0.12",  # TensorBoard writer without Keras
+]
+EXTRAS = {
+    "cuda": ["jax[cuda13]>=0.10,<0.12"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "scikit-learn>=1.5"],
+}
+
+setup(
+    name="mtl-moe-vit-distill",
+    version="0.1.0",
+    description="Medical anomaly detection with a multi-task Mixture-of-Experts ViT, and few-shot ViT distillation, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mtl_moe*", "vit_distill*", "input_pipeline*", "core*", "configs*"]),
+    py_modules=["main"],
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mtl-moe-vit-distill=main:run"]},
+)
