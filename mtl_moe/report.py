@@ -1,0 +1,349 @@
+"""The detector's report.html: how good it is, on which cases, beside which floors, and how to read it.
+
+Everything shown was computed by the evaluation; this module only words and draws it. Axis alphabet: H W C image, N test
+images, M calibration normals, T tasks, E experts.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from core import report as page
+from core.metrics import roc_curve
+from mtl_moe import report_figures as figures
+from mtl_moe.report_data import Case, ReportData, select_cases, span
+
+__all__ = ["Case", "ReportData", "p_value_phrase", "select_cases", "write_report"]
+
+DISCLAIMER = (
+    "For research use. Not a medical device: not evaluated for, and not to be used for, diagnosis or any decision "
+    "about a patient."
+)
+_METRIC_NAMES = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image average precision",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel average precision",
+    "aupro": "AUPRO (exact, to 30 % false positives)",
+    "aupro_bmad": "AUPRO (BMAD's formula)",
+    "matched_auroc": "Image AUROC over pairs of like contrast",
+}
+
+
+def write_report(path: str | Path, results: ReportData) -> None:
+    """Writes the page as one self-contained HTML file; an earlier page stays whole when this fails."""
+    sections = [
+        page.Section("Result", _result(results)),
+        page.Section("How to read this page", _reading_guide(results)),
+        page.Section("Scores", _scores(results)),
+        page.Section("Thresholds", _thresholds(results)) if results.thresholds else None,
+        page.Section("Cases", _cases(results)) if results.cases else None,
+        page.Section("Tasks", _tasks(results)) if results.grouped("task", "image_auroc") else None,
+        page.Section("Floors", _floors(results)) if results.grouped("floor", "image_auroc") else None,
+        page.Section("Calibration", _calibration(results)) if np.any(results.labels == 0) else None,
+        page.Section("Router", _router(results)) if results.router else None,
+        page.Section("Training", _training(results)) if any("loss" in r for r in results.history) else None,
+        page.Section("Provenance", _provenance(results)),
+    ]
+    page.write_page(
+        path,
+        title=f"Anomaly report: {results.dataset}",
+        subtitle=f"{results.layout} · {DISCLAIMER}",
+        sections=[section for section in sections if section is not None],
+        footer=DISCLAIMER,
+    )
+
+
+def p_value_phrase(p_value: float, num_calibration: int) -> str:
+    """A p-value in words, e.g. "1 of 200 normals looks this odd"."""
+    if p_value * (num_calibration + 1) <= 1 + 1e-6:  # the smallest value that so many normals can give
+        return f"odder than all {num_calibration} calibration normals"
+    if p_value <= 0.1:
+        return f"{figures.one_in(p_value)} normals looks this odd"
+    return f"{figures.one_in(p_value)} normals look this odd"
+
+
+def _result(results: ReportData) -> Markup:
+    parts = [page.paragraph(results.headline, "lead")]
+    if not results.has_both:
+        known = "All labelled images are of one kind" if np.any(results.labels >= 0) else "No labels are known"
+        return page.join(
+            [
+                *parts,
+                page.paragraph(
+                    f"{known}: this page shows scores, p-values and cases; there is no accuracy.", "callout"
+                ),
+            ]
+        )
+    key = results.prefix + "image_auroc"
+    auroc = results.metrics[key]
+    interval = f" (95 % interval {span(results.intervals[key])})" if key in results.intervals else ""
+    sentence = (
+        f"Of 100 pairs of one abnormal and one normal image, the detector gives the abnormal one the higher score in "
+        f"{round(100 * auroc)}: image AUROC {auroc:.3f}{interval}. Guessing would reach 50."
+    )
+    parts += [page.paragraph(sentence), *_floor_verdict(results)]
+    if key in results.intervals and results.intervals[key][0] <= 0.5:
+        parts.append(
+            page.paragraph(
+                "The interval includes 0.5: this test does not tell the detector from guessing.", "callout warn"
+            )
+        )
+    cards = []
+    for name, label in _METRIC_NAMES.items():
+        metric = results.prefix + name
+        if results.value(name):
+            note = f"95 %: {span(results.intervals[metric])}" if metric in results.intervals else ""
+            cards.append(page.stat(f"{results.metrics[metric]:.3f}", label, note))
+    prevalence = np.mean(results.labels[results.labels >= 0])
+    note = f"Chance level: 0.5 for AUROC, {prevalence:.2f} for image average precision (the share of abnormal images)."
+    return page.join([*parts, page.block(cards, "stats"), page.paragraph(note, "note")])
+
+
+def _floor_verdict(results: ReportData) -> list[Markup]:
+    floors = results.grouped("floor", "image_auroc")
+    if not floors:
+        return []
+    name = max(floors, key=floors.__getitem__)
+    what = f"“{name}”" + (f" ({results.floors[name]})" if name in results.floors else "")
+    key = results.prefix + "image_auroc"
+    auroc = results.metrics[key]
+    if floors[name] >= auroc:
+        text = (
+            f"A floor is higher: {what} alone reaches {floors[name]:.3f}, the detector {auroc:.3f}. On these data the "
+            "detector has not shown that it adds anything to that simple statistic."
+        )
+        return [page.paragraph(text, "callout warn")]
+    text = f"The strongest floor, {what}, reaches {floors[name]:.3f}"
+    if key in results.intervals and floors[name] >= results.intervals[key][0]:
+        return [
+            page.paragraph(
+                f"{text}: lower, but inside the detector's interval, so the lead is not certain.", "callout warn"
+            )
+        ]
+    return [page.paragraph(f"{text}: the detector is {auroc - floors[name]:.3f} above it.", "callout")]
+
+
+def _reading_guide(results: ReportData) -> Markup:
+    num = len(results.calibration_scores)
+    items = [
+        "The detector has seen normal images only. It solves several small tasks on an image (fill in hidden parts, "
+        "remove noise, put tiles in order, …); where it fails, the image differs from the normals it knows. Different "
+        "need not mean diseased: a rare position, a device or an artefact is odd as well.",
+        f"Score: how oddly an image behaves over all tasks, against {num} normal images held out from training (the "
+        "calibration normals). Higher is odder; the number has no unit.",
+        "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
+        "It is no probability of disease. It holds for images made like the calibration normals; see Calibration.",
+        "Map: where the tasks fail. All maps of all cases share one scale: 0 is the median of the calibration normals, "
+        "1 their 95th percentile. A dark map says something too; no map is stretched to its own maximum.",
+        "AUROC: the share of pairs of one abnormal and one normal image that the score puts in the right order. Floor: "
+        "what a simple statistic reaches with nothing learned; a detector is worth what it adds to it.",
+    ]
+    return page.bullets(items)
+
+
+def _scores(results: ReportData) -> Markup:
+    labels, scores = results.labels, results.scores
+    groups = {"calibration normals": results.calibration_scores}
+    for label, name in ((0, "normal"), (1, "abnormal"), (-1, "unlabelled")):
+        if np.any(labels == label):
+            groups[name] = scores[labels == label]
+    histogram = page.chart(
+        figures.score_figure(groups, results.thresholds),
+        "Histograms of the scores",
+        "Scores by group. Dotted: thresholds that flag the given share of normal images.",
+    )
+    if not results.has_both:
+        return page.join([histogram, _ranking(results)])
+    known = labels >= 0
+    curve = roc_curve(scores[known], labels[known])[:2]
+    tasks = {task: roc_curve(values[known], labels[known])[:2] for task, values in results.task_scores.items()}
+    roc = page.chart(figures.roc_figure(curve, tasks), "ROC curves", "ROC curves on the test images.")
+    return page.block([roc, histogram], "row")
+
+
+def _ranking(results: ReportData, num_shown: int = 20) -> Markup:
+    order = np.argsort(-results.scores, kind="stable")[:num_shown]
+    num = len(results.calibration_scores)
+    rows = [
+        [
+            results.names[i],
+            f"{results.scores[i]:.3f}",
+            f"{results.p_values[i]:.4f}",
+            p_value_phrase(results.p_values[i], num),
+        ]
+        for i in order
+    ]
+    caption = f"The {len(rows)} highest scores of {len(results.names)}; all of them are in predictions.csv."
+    return page.table(["Image", "Score", "p-value", "In words"], rows, caption, text_columns=(0, 3))
+
+
+def _thresholds(results: ReportData) -> Markup:
+    rows = []
+    for row in results.thresholds:
+        observed, found = row.get("observed_fpr"), row.get("tpr")
+        rows.append(
+            [
+                f"{figures.one_in(row['fpr'])} normals would be flagged",
+                f"{row['threshold']:.3f}" if np.isfinite(row["threshold"]) else "never: too few calibration normals",
+                f"{np.sum(results.scores >= row['threshold'])} of {len(results.scores)}",
+                "" if observed is None else f"{100 * observed:.1f} %",
+                "" if found is None else f"{round(100 * found)} of 100",
+            ]
+        )
+    header = ["By design", "Flag from score", "Test images flagged", "Test normals flagged", "Abnormal images found"]
+    caption = "Set on calibration normals alone; no abnormal image had a part in it."
+    return page.table(header, rows, caption)
+
+
+def _cases(results: ReportData) -> Markup:
+    ramp = figures.map_colors(np.linspace(0, figures.MAP_LIMIT, 256))
+    limit = int(figures.MAP_LIMIT)
+    ticks = ["0", *(str(i) for i in range(1, limit)), f"{limit} and more"]
+    bar = page.color_bar(ramp, ticks, "0: median of the calibration normals · 1: their 95th percentile")
+    intro = (
+        "Left the image, then the fused map laid over it (clear at 0, full colour from 1), then each task's own map. "
+        "Cyan: outline of the annotated lesion, where there is one. All maps have one scale, that of the bars."
+    )
+    parts = [page.paragraph(intro)]
+    for title in dict.fromkeys(case.section for case in results.cases):
+        parts += [page.heading(title), bar]
+        parts += [_case(case, len(results.calibration_scores)) for case in results.cases if case.section == title]
+    return page.join(parts)
+
+
+def _case(case: Case, num_calibration: int) -> Markup:
+    shown, blended = figures.overlay(case.image, case.anomaly_map, case.mask)
+    label = {1: "abnormal", 0: "normal"}.get(int(case.label), "label unknown")
+    line = Markup("<p><b>{}</b> · {} · score {} · p = {}: {}</p>").format(
+        case.name, label, f"{case.score:.3f}", f"{case.p_value:.4f}", p_value_phrase(case.p_value, num_calibration)
+    )
+    small = [
+        page.picture(figures.task_map_pixels(values), f"map of {task}", task, figures.TASK_MAP_SIDE)
+        for task, values in case.task_maps.items()
+    ]
+    pictures = [
+        page.picture(shown, f"image {case.name}", "image"),
+        page.picture(blended, f"anomaly map over {case.name}", "fused map"),
+        page.block(small, "row"),
+    ]
+    return page.block([line, page.block(pictures, "row")], "card")
+
+
+def _tasks(results: ReportData) -> Markup:
+    alone = results.grouped("task", "image_auroc")
+    fused = results.metrics[results.prefix + "image_auroc"]
+    best = max(alone, key=alone.__getitem__)
+    rows = [["fused", results.value("image_auroc"), results.value("pixel_auroc"), results.value("aupro"), "", ""]]
+    for task in alone:
+        without = f"leave_out/{task}/image_auroc"
+        key = results.prefix + without
+        change = f"{results.metrics[key] - fused:+.3f}" if key in results.metrics else ""
+        rows.append(
+            [
+                task,
+                *(results.value(f"task/{task}/{m}") for m in ("image_auroc", "pixel_auroc", "aupro")),
+                results.value(without),
+                change,
+            ]
+        )
+    header = ["Task", "Image AUROC", "Pixel AUROC", "AUPRO", "Fused without it", "Change"]
+    rows, header = _drop_empty_columns(rows, header)
+    note = (
+        f"Best single task: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one could have "
+        "made. Change: a negative number says that the fused score is worse without the task."
+    )
+    return page.join(
+        [page.table(header, rows, "Each task alone, with 95 % intervals", strong=(0,)), page.paragraph(note, "note")]
+    )
+
+
+def _floors(results: ReportData) -> Markup:
+    floors = results.grouped("floor", "image_auroc")
+    fused = results.metrics[results.prefix + "image_auroc"]
+    strongest = max(floors, key=floors.__getitem__)
+    entries = [(fused, "the detector", "all tasks fused", "")]
+    entries += [(value, name, results.floors.get(name, ""), f"floor/{name}/") for name, value in floors.items()]
+    entries.sort(key=lambda entry: -entry[0])
+    rows = [
+        [
+            name,
+            what,
+            *(results.value(start + m) for m in ("image_auroc", "pixel_auroc", "matched_auroc")),
+            f"{value - fused:+.3f}",
+        ]
+        for value, name, what, start in entries
+    ]
+    names = [entry[1] for entry in entries]
+    header = ["", "What it is", "Image AUROC", "Pixel AUROC", "AUROC, like contrast", "Above the detector"]
+    rows, header = _drop_empty_columns(rows, header)
+    return page.table(
+        header,
+        rows,
+        "Simple statistics on the same test images; the strongest is marked",
+        text_columns=(0, 1) if header[1] == "What it is" else (0,),
+        strong=(names.index("the detector"),),
+        alert=(names.index(strongest),),
+    )
+
+
+def _drop_empty_columns(rows: list[list[str]], header: list[str]) -> tuple[list[list[str]], list[str]]:
+    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [[row[i] for i in keep] for row in rows], [header[i] for i in keep]
+
+
+def _calibration(results: ReportData) -> Markup:
+    p_values = results.p_values[results.labels == 0]
+    num_calibration = len(results.calibration_scores)
+    rate = 0.05
+    flagged = float(np.mean(p_values <= rate))
+    error = float(figures.flag_rate_error(rate, len(p_values), num_calibration))
+    text = (
+        f"At a false-positive rate of 5 % by design, {100 * flagged:.1f} % of the {len(p_values)} test normals are "
+        "flagged"
+    )
+    if abs(flagged - rate) > 2 * error:
+        text += (
+            ". That is more than chance explains: test and calibration normals differ (another device, other patients, "
+            "duplicates), and p-values and thresholds do not hold as stated."
+        )
+        verdict = page.paragraph(text, "callout warn")
+    else:
+        verdict = page.paragraph(f"{text}, within what chance explains (± {200 * error:.1f} points).", "callout")
+    figure = page.chart(
+        figures.calibration_figure(p_values, num_calibration),
+        "Flagged test normals against the rate asked for",
+        "On the diagonal, p-values mean what they say. Above it, more normals are flagged than asked for.",
+    )
+    return page.join([verdict, figure])
+
+
+def _router(results: ReportData) -> Markup:
+    figure = page.chart(
+        figures.router_figure(results.router, results.tasks),
+        "Router use per task",
+        "Percent of a task's routed tokens that go to each expert. Equal rows: the tasks share; different rows: "
+        "experts have specialised.",
+    )
+    sizes = {utilisation.shape[1] for utilisation in results.router.values()}
+    even = ", ".join(f"{100 / size:.1f} % with {size} experts" for size in sorted(sizes))
+    return page.join([figure, page.paragraph(f"Even use would be {even}.", "note")])
+
+
+def _training(results: ReportData) -> Markup:
+    return page.chart(
+        figures.loss_figure(results.history), "Training losses", "Training losses, in total and per task."
+    )
+
+
+def _provenance(results: ReportData) -> Markup:
+    rows = [
+        [key, f"{value:.4f}", span(results.intervals[key]) if key in results.intervals else ""]
+        for key, value in results.metrics.items()
+    ]
+    parts = [page.details("Provenance", page.key_values(results.provenance))]
+    parts.append(page.details("Configuration", page.json_text(results.config)))
+    if rows:
+        parts.append(page.details("All metrics", page.table(["Metric", "Value", "95 % interval"], rows)))
+    return page.join(parts)
