@@ -158,11 +158,11 @@ def chart(fig: Figure, alt: str, caption: str = "", dpi: int = 150) -> Markup:
     ).format(_data_uri(buffer.getvalue(), "png"), alt, width, caption)
 
 
-def picture(pixels: np.ndarray, alt: str, caption: str = "", width: int = 224) -> Markup:
-    """An image, uint8 [H, W] or [H, W, C] with C of 1 or 3, `width` CSS pixels wide."""
+def picture(pixels: np.ndarray, alt: str, caption: str = "") -> Markup:
+    """An image, uint8 [H, W] or [H, W, C] with C of 1 or 3, shown W CSS pixels wide."""
     return Markup(
         '<figure class="pixels" style="width:{}px"><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
-    ).format(width, image_uri(pixels), alt, caption)
+    ).format(pixels.shape[1], image_uri(pixels), alt, caption)
 
 
 def color_bar(colors: np.ndarray, ticks: Sequence[str], label: str) -> Markup:

@@ -72,7 +72,7 @@ def _result(results: ReportData) -> Markup:
             [
                 *parts,
                 page.paragraph(
-                    f"{known}: this page shows scores, p-values and cases; there is no accuracy.", "callout"
+                    f"{known}: this page shows scores, p-values and cases; accuracy cannot be stated.", "callout"
                 ),
             ]
         )
@@ -112,7 +112,7 @@ def _floor_verdict(results: ReportData) -> list[Markup]:
     if floors[name] >= auroc:
         text = (
             f"A floor is higher: {what} alone reaches {floors[name]:.3f}, the detector {auroc:.3f}. On these data the "
-            "detector has not shown that it adds anything to that simple statistic."
+            "detector has not shown that it adds anything to that."
         )
         return [page.paragraph(text, "callout warn")]
     text = f"The strongest floor, {what}, reaches {floors[name]:.3f}"
@@ -134,11 +134,13 @@ def _reading_guide(results: ReportData) -> Markup:
         f"Score: how oddly an image behaves over all tasks, against {num} normal images held out from training (the "
         "calibration normals). Higher is odder; the number has no unit.",
         "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
-        "It is no probability of disease. It holds for images made like the calibration normals; see Calibration.",
+        "It is no probability of disease. It holds for images made like the calibration normals (same devices, same "
+        "kind of patients); where test normals are known, the section Calibration checks it.",
         "Map: where the tasks fail. All maps of all cases share one scale: 0 is the median of the calibration normals, "
         "1 their 95th percentile. A dark map says something too; no map is stretched to its own maximum.",
         "AUROC: the share of pairs of one abnormal and one normal image that the score puts in the right order. Floor: "
-        "what a simple statistic reaches with nothing learned; a detector is worth what it adds to it.",
+        "what simple means reach on the same images (mean brightness, contrast, an untrained network); a detector is "
+        "worth what it adds to them.",
     ]
     return page.bullets(items)
 
@@ -192,7 +194,8 @@ def _thresholds(results: ReportData) -> Markup:
                 "" if found is None else f"{round(100 * found)} of 100",
             ]
         )
-    header = ["By design", "Flag from score", "Test images flagged", "Test normals flagged", "Abnormal images found"]
+    header = ["By design", "Flag from score", "Images flagged", "Test normals flagged", "Abnormal images found"]
+    rows, header = _drop_empty_columns(rows, header)
     caption = "Set on calibration normals alone; no abnormal image had a part in it."
     return page.table(header, rows, caption)
 
@@ -200,7 +203,7 @@ def _thresholds(results: ReportData) -> Markup:
 def _cases(results: ReportData) -> Markup:
     ramp = figures.map_colors(np.linspace(0, figures.MAP_LIMIT, 256))
     limit = int(figures.MAP_LIMIT)
-    ticks = ["0", *(str(i) for i in range(1, limit)), f"{limit} and more"]
+    ticks = ["0", *(str(i) for i in range(1, limit)), f"≥{limit}"]
     bar = page.color_bar(ramp, ticks, "0: median of the calibration normals · 1: their 95th percentile")
     intro = (
         "Left the image, then the fused map laid over it (clear at 0, full colour from 1), then each task's own map. "
@@ -220,8 +223,7 @@ def _case(case: Case, num_calibration: int) -> Markup:
         case.name, label, f"{case.score:.3f}", f"{case.p_value:.4f}", p_value_phrase(case.p_value, num_calibration)
     )
     small = [
-        page.picture(figures.task_map_pixels(values), f"map of {task}", task, figures.TASK_MAP_SIDE)
-        for task, values in case.task_maps.items()
+        page.picture(figures.task_map_pixels(values), f"map of {task}", task) for task, values in case.task_maps.items()
     ]
     pictures = [
         page.picture(shown, f"image {case.name}", "image"),
@@ -271,17 +273,17 @@ def _floors(results: ReportData) -> Markup:
             name,
             what,
             *(results.value(start + m) for m in ("image_auroc", "pixel_auroc", "matched_auroc")),
-            f"{value - fused:+.3f}",
+            f"{value - fused:+.3f}" if start else "",
         ]
         for value, name, what, start in entries
     ]
     names = [entry[1] for entry in entries]
-    header = ["", "What it is", "Image AUROC", "Pixel AUROC", "AUROC, like contrast", "Above the detector"]
+    header = ["", "What it is", "Image AUROC", "Pixel AUROC", "AUROC, like contrast", "Against the detector"]
     rows, header = _drop_empty_columns(rows, header)
     return page.table(
         header,
         rows,
-        "Simple statistics on the same test images; the strongest is marked",
+        "What simple means reach on the same test images; the strongest is marked",
         text_columns=(0, 1) if header[1] == "What it is" else (0,),
         strong=(names.index("the detector"),),
         alert=(names.index(strongest),),

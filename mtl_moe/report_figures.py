@@ -162,17 +162,19 @@ def router_figure(router: Mapping[str, np.ndarray], tasks: Sequence[str]) -> Fig
 
 def loss_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """Training losses against the step, from records with `step`, `loss` and `loss/<task>`; others are passed over."""
-    fig, (ax,) = new_axes(10.0, 3.6)
-    keys = dict.fromkeys(key for record in history for key in record if key == "loss" or key.startswith("loss/"))
-    for i, key in enumerate(key for key in keys if key != "loss"):
+    fig, (total, tasks) = new_axes(10.6, 3.4, columns=2)
+    keys = dict.fromkeys(key for record in history for key in record if key.startswith("loss/"))
+    total.plot(*_curve(history, "loss"), color="#1b2733", linewidth=1.6)
+    for i, key in enumerate(keys):
         label = key.removeprefix("loss/")
-        ax.plot(*_curve(history, key), color=_color(i), linestyle=_line(i), linewidth=1.1, label=label)
-    if "loss" in keys:
-        ax.plot(*_curve(history, "loss"), color="#1b2733", linewidth=2.2, label="total")
-    ax.set_xlabel("training step", fontsize=9)
-    ax.set_ylabel("loss", fontsize=9)
-    ax.grid(axis="y", color="#e8ecf0", linewidth=0.8)
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        tasks.plot(*_curve(history, key), color=_color(i), linestyle=_line(i), linewidth=1.1, label=label)
+    for ax, title in ((total, "total loss"), (tasks, "loss of each task")):
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("training step", fontsize=9)
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+        ax.grid(axis="y", color="#e8ecf0", linewidth=0.8)
+    if keys:
+        tasks.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 

@@ -149,6 +149,7 @@ def test_without_labels_there_are_scores_and_cases_only(tmp_path):
     assert "<h3>Lowest scores</h3>" in html
     assert "The 20 highest scores of 140" in html
     assert "label unknown" in html
+    assert "Abnormal images found" not in html
 
 
 def test_normals_only_check_the_calibration(tmp_path):
