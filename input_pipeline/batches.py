@@ -1,0 +1,85 @@
+"""Batches whose order is a pure function of (seed, step).
+
+Axis alphabet: B batch (of all hosts), N images of a split, H W C image, M mask side.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from input_pipeline.index import DataError
+from input_pipeline.split import Split
+
+
+def _host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"batch size {batch_size} cannot be shared by {process_count} hosts (this is {process_index}): expected a "
+            f"positive multiple of the number of hosts"
+        )
+    local = batch_size // process_count
+    return slice(process_index * local, (process_index + 1) * local)
+
+
+def _train_rows(num_images: int, batch_size: int, seed: int, start_step: int, num_steps: int) -> Iterator[np.ndarray]:
+    """Rows int32 [B] of steps start_step .. num_steps - 1: position p of the stream is in epoch p // N at p % N."""
+    epochs: dict[int, np.ndarray] = {}
+    for step in range(start_step, num_steps):
+        positions = step * batch_size + np.arange(batch_size)
+        needed = range(positions[0] // num_images, positions[-1] // num_images + 1)
+        epochs = {
+            e: epochs[e] if e in epochs else np.random.default_rng((seed, e)).permutation(num_images) for e in needed
+        }
+        yield np.asarray([epochs[p // num_images][p % num_images] for p in positions.tolist()], np.int32)
+
+
+def train_batches(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Training batches of steps start_step .. num_steps - 1: shuffled epochs one after the other, nothing dropped.
+
+    Step s is the same batch whatever `start_step`, so a resumed run continues the uninterrupted sequence.
+
+    Args:
+      split: N images; may be fewer than a batch, which then holds several epochs.
+      batch_size: B, of all hosts together; each host gets its contiguous B / process_count rows.
+      seed: non-negative; the order is a function of (seed, step) alone.
+      start_step, num_steps: first step, and the step to stop before (the total, not a count from `start_step`).
+
+    Yields:
+      {image: uint8 [B_local, H, W, C], index: int32 [B_local], rows of the split}.
+    """
+    if len(split) == 0:
+        raise DataError("the training split is empty: expected at least one normal image")
+    part = _host_slice(batch_size, process_index, process_count)
+
+    def rows() -> Iterator[np.ndarray]:
+        return (batch[part] for batch in _train_rows(len(split), batch_size, seed, start_step, num_steps))
+
+    for index, (image, _) in zip(rows(), split.pixels.batches(rows, with_masks=False), strict=True):
+        yield {"image": image, "index": index}
+
+
+def eval_batches(
+    split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every image exactly once over all hosts, in order; every host gets the same number of equal batches.
+
+    Yields:
+      {image: uint8 [B_local, H, W, C], label: int32 [B_local], index: int32 [B_local], valid: bool [B_local]} and, if
+      the split has masks, mask: uint8 {0, 1} [B_local, M, M, 1]. Rows that fill up the last batch repeat the last image
+      and have valid False.
+    """
+    part, n = _host_slice(batch_size, process_index, process_count), len(split)
+    positions = [np.arange(start, start + batch_size)[part] for start in range(0, n, batch_size)]
+    indices = [np.minimum(p, n - 1).astype(np.int32) for p in positions]
+    batches = split.pixels.batches(lambda: indices, with_masks=split.has_masks)
+    for position, index, (image, mask) in zip(positions, indices, batches, strict=True):
+        batch = {"image": image, "label": split.labels[index], "index": index, "valid": position < n}
+        yield batch | ({"mask": mask} if split.has_masks else {})

@@ -1,0 +1,79 @@
+"""A decoded data set as one .npz file, from which training runs without TensorFlow and without the image files.
+
+Axis alphabet: N images of a split, H W C image, M mask side.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from input_pipeline.index import SPLITS, DataError
+from input_pipeline.split import ArrayPixels, Dataset, Split
+
+FORMAT = "mtl_moe_vit_distill dataset"
+VERSION = 1
+
+
+def save_npz(dataset: Dataset, path: str | Path) -> None:
+    """Writes all splits decoded (uncompressed, about H * W * C bytes an image) and puts the file in place in one step.
+
+    Whatever stood at `path` stays whole when writing fails (a full disk raises OSError, a bad image DataError).
+    """
+    path = Path(path)
+    arrays = {}
+    for key, split in dataset.splits.items():
+        rows = np.arange(len(split))
+        arrays |= {f"{key}/image": split.images(rows), f"{key}/label": split.labels}
+        arrays |= {
+            f"{key}/name": np.asarray(split.names, dtype=str),
+            f"{key}/group": np.asarray(split.groups, dtype=str),
+        }
+        if split.has_masks:
+            arrays[f"{key}/mask"] = split.masks(rows)
+    facts = {k: getattr(dataset, k) for k in ("name", "layout", "manifest_hash", "channels", "image_size", "mask_size")}
+    header = {"format": FORMAT, "version": VERSION, "splits": list(dataset.splits), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, header=np.asarray(json.dumps(header)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_npz(path: str | Path) -> Dataset:
+    """Reads what `save_npz` wrote, into memory; DataError for a missing, truncated, foreign or newer file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; write it with --mode=prepare, or unset data.cache to read the images")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            if not isinstance(stored, np.lib.npyio.NpzFile) or "header" not in stored:
+                raise DataError(f"{path}: not a data cache of this program; write one with --mode=prepare")
+            header = json.loads(str(stored["header"]))
+            if header.get("format") != FORMAT or header.get("version") != VERSION:
+                raise DataError(
+                    f"{path}: cache of format '{header.get('format')}' version {header.get('version')}, expected "
+                    f"'{FORMAT}' version {VERSION}; write it again with --mode=prepare"
+                )
+            splits = {key: _load_split(stored, key, header["mask_size"]) for key in header["splits"] if key in SPLITS}
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged or truncated ({error}); write it again with --mode=prepare") from error
+    facts = {k: header[k] for k in ("name", "layout", "manifest_hash", "channels", "image_size", "mask_size")}
+    return Dataset(**facts, splits=splits)
+
+
+def _load_split(stored: np.lib.npyio.NpzFile, key: str, mask_size: int) -> Split:
+    mask = stored.get(f"{key}/mask")
+    names, groups = ([str(s) for s in stored[f"{key}/{field}"]] for field in ("name", "group"))
+    pixels = ArrayPixels(stored[f"{key}/image"], mask, mask_size)
+    return Split(names, groups, stored[f"{key}/label"], mask is not None, pixels)

@@ -1,0 +1,178 @@
+"""From `config.data` to splits of decoded images; the functions of `batches.py` can be had from here too.
+
+Axis alphabet: N images of a split, H W C image, M mask side.
+"""
+
+import hashlib
+import logging
+import sys
+from dataclasses import replace
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from input_pipeline import phantom
+from input_pipeline.batches import eval_batches, train_batches
+from input_pipeline.bmad import index_bmad
+from input_pipeline.cache import load_npz
+from input_pipeline.folder import index_folder
+from input_pipeline.index import DataError, Index, calibration_rows
+from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
+
+KINDS = ("phantom", "bmad", "folder", "npz")
+
+__all__ = [
+    "KINDS",
+    "Dataset",
+    "Split",
+    "build_index",
+    "dataset_from_index",
+    "eval_batches",
+    "load_dataset",
+    "train_batches",
+]
+
+
+def build_index(data: ConfigDict) -> Index:
+    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings."""
+    if not data.root:
+        raise DataError(f"data.root is empty: set --config.data.root to the folder of the {data.kind} data")
+    index_fn = {"bmad": lambda: index_bmad(data.name, data.root, data.calibration_fraction, data.seed)}
+    index_fn["folder"] = lambda: index_folder(data.root, data.name, data.calibration_fraction, data.seed)
+    index = index_fn[data.kind]()
+    logging.info("%s: %s", index.dataset, index.layout)
+    for warning in index.warnings:
+        logging.warning("%s: %s", index.dataset, warning)
+    return index
+
+
+def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> Dataset:
+    """Loads the data set that `config.data` describes.
+
+    Args:
+      data: kind ('phantom', 'bmad', 'folder', 'npz'), name, root, image_size, mask_size, channels,
+        calibration_fraction, seed, skip_corrupt, memory_limit_gb, cache, and phantom (arguments of
+        `phantom.make_dataset`). With `cache`, or for kind 'npz' with `root`, pixels come from that file, and the
+        calibration split is drawn anew, so that files and their cache give the same splits.
+      min_size: smallest image side accepted, the model's patch size.
+      reader: 'tf', 'threads' or 'auto' (see `input_pipeline.reader`).
+
+    Returns:
+      A data set with splits train, calibration (unless its fraction is 0), and valid and test where there are any; in
+      memory when the decoded pixels fit `memory_limit_gb` GiB, else decoded from files batch by batch.
+
+    Raises:
+      ValueError: an unknown kind or impossible size.
+      DataError: data that is missing or not as it has to be. With `skip_corrupt`, files that cannot be decoded are left
+        out with a logged warning instead.
+    """
+    if data.kind not in KINDS:
+        raise ValueError(f"unknown data.kind '{data.kind}': expected one of {', '.join(KINDS)}")
+    if data.channels not in (1, 3) or data.image_size < 1 or data.mask_size < 1:
+        raise ValueError(
+            f"data.channels must be 1 or 3 and the sizes positive, found channels={data.channels}, "
+            f"image_size={data.image_size}, mask_size={data.mask_size}"
+        )
+    if data.kind == "npz" or data.cache:
+        return _recarve(_from_cache(data), data)
+    if data.kind == "phantom":
+        return _recarve(_from_phantom(data), data)
+    return dataset_from_index(build_index(data), data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
+
+
+def _from_cache(data: ConfigDict) -> Dataset:
+    path = data.cache or data.root
+    dataset = load_npz(path)
+    for key in ("image_size", "mask_size", "channels"):
+        if getattr(dataset, key) != data[key]:
+            raise DataError(
+                f"{path}: cache with {key}={getattr(dataset, key)}, the config says data.{key}={data[key]}; write the "
+                f"cache again with --mode=prepare or change the config"
+            )
+    if data.name and data.kind != "npz" and data.name != dataset.name:
+        raise DataError(f"{path}: cache of data set '{dataset.name}', the config says data.name='{data.name}'")
+    return dataset
+
+
+def _from_phantom(data: ConfigDict) -> Dataset:
+    arrays = phantom.make_dataset(image_size=data.image_size, mask_size=data.mask_size, **data.phantom)
+    digest, splits = hashlib.sha256(), {}
+    for key, split in arrays.items():
+        if len(split["name"]) == 0:
+            continue
+        image, mask, label = split["image"], split["mask"], np.asarray(split["label"], np.int32)
+        digest.update(repr((key, list(split["name"]))).encode() + image.tobytes() + mask.tobytes() + label.tobytes())
+        has_masks = bool(label.any())
+        pixels = ArrayPixels(np.repeat(image, data.channels, axis=-1), mask if has_masks else None, data.mask_size)
+        splits[key] = Split(list(split["name"]), list(split["group"]), label, has_masks, pixels)
+    counts = ", ".join(f"{key} {len(split)}" for key, split in splits.items())
+    facts = (data.channels, data.image_size, data.mask_size, splits)
+    return Dataset(data.name or "phantom", f"generated phantoms: {counts}", digest.hexdigest(), *facts)
+
+
+def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
+    """Draws the calibration split from train (with a stored calibration split put back first)."""
+    splits = dict(dataset.splits)
+    if "train" not in splits:
+        raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
+    parts = [splits[key] for key in ("train", "calibration") if key in splits]
+    names, groups = ([x for part in parts for x in getattr(part, field)] for field in ("names", "groups"))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    image = np.concatenate([part.images(np.arange(len(part))) for part in parts])
+    train = Split(names, groups, np.zeros(len(names), np.int32), False, ArrayPixels(image, None, dataset.mask_size))
+    held_out = calibration_rows([groups[row] for row in order], data.calibration_fraction, data.seed)
+    splits["train"] = train.take(np.asarray(order)[~held_out])
+    splits.pop("calibration", None)
+    if held_out.any():
+        splits["calibration"] = train.take(np.asarray(order)[held_out])
+    dataset.splits = splits
+    return dataset
+
+
+def dataset_from_index(
+    index: Index, data: ConfigDict, skip_corrupt: bool, memory_limit_gb: float, min_size: int = 1, reader: str = "auto"
+) -> Dataset:
+    """The data set of an index, in memory if its decoded pixels fit `memory_limit_gb` GiB; else as `load_dataset`."""
+    has_masks = {key: any(e.mask for e in examples) for key, examples in index.splits.items()}
+    per_image, per_mask = data.image_size**2 * data.channels, data.mask_size**2
+    num_bytes = sum(len(found) * (per_image + has_masks[key] * per_mask) for key, found in index.splits.items())
+    in_memory = num_bytes <= memory_limit_gb * 2**30
+    splits = {}
+    for key, examples in index.splits.items():
+        pixels = FilePixels(examples, data.image_size, data.mask_size, data.channels, min_size, reader)
+        if in_memory or skip_corrupt:  # on disk, one pass only finds the corrupt files
+            pixels, rows = _decode(pixels, has_masks[key], in_memory, skip_corrupt, f"{index.dataset} {key}")
+            examples = [examples[row] for row in rows]
+        labels = np.asarray([e.label for e in examples], np.int32)
+        splits[key] = Split([e.name for e in examples], [e.group for e in examples], labels, has_masks[key], pixels)
+    facts = (data.channels, data.image_size, data.mask_size, splits)
+    return Dataset(index.dataset, index.layout, index.manifest_hash(), *facts)
+
+
+def _decode(
+    files: FilePixels, has_masks: bool, in_memory: bool, skip_corrupt: bool, title: str
+) -> tuple[Pixels, list[int]]:
+    """Decodes every file once; returns the pixels (in memory or still on disk) and the rows that could be decoded."""
+    n, kept = len(files), []
+    image = np.empty((n if in_memory else 0, files.image_size, files.image_size, files.channels), np.uint8)
+    mask = np.empty((n if in_memory and has_masks else 0, files.mask_size, files.mask_size, 1), np.uint8)
+    stream = files.stream(lambda: range(n), n, has_masks)
+    for row, (one, its_mask, error) in enumerate(tqdm(stream, title, n, unit="image", delay=2, file=sys.stderr)):
+        if error and not skip_corrupt:
+            raise DataError(error)
+        if error:
+            logging.warning("skipped: %s", error)
+            continue
+        if in_memory:
+            image[len(kept)] = one
+            if has_masks:
+                mask[len(kept)] = its_mask
+        kept.append(row)
+    if len(kept) < n:
+        logging.warning("%s: %d of %d images skipped, they cannot be decoded", title, n - len(kept), n)
+    if not kept:
+        raise DataError(f"{title}: none of its {n} images can be decoded; check data.root and the files")
+    if not in_memory:
+        return replace(files, examples=tuple(files.examples[row] for row in kept)), kept
+    return ArrayPixels(image[: len(kept)], mask[: len(kept)] if has_masks else None, files.mask_size), kept

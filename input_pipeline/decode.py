@@ -1,0 +1,166 @@
+"""Image files to uint8 arrays, and nothing else: no augmentation, no normalisation.
+
+Axis alphabet: H W C image, M mask side.
+"""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.index import DataError, Example
+
+# What Pillow's readers raise on damaged files; anything else is a bug of ours and must surface.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def _open(path: Path, load: bool = True) -> Image.Image:
+    """Opens and, unless only the header is wanted, decodes one file; DataError naming it."""
+    try:
+        with path.open("rb") as file:
+            image = Image.open(file)
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            if load:
+                image.load()
+    except _BOMBS as error:
+        raise DataError(f"{path}: {error}; tile the image or scale it down") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; was the data moved after it was indexed?") from error
+    except _DAMAGED as error:
+        empty = path.stat().st_size == 0
+        reason = "empty file (0 bytes)" if empty else f"cannot be decoded ({error})"
+        raise DataError(
+            f"{path}: {reason}; expected a whole PNG, JPEG, TIFF or BMP: replace or remove it, or set data.skip_corrupt"
+        ) from error
+    if pages > 1:
+        raise DataError(f"{path}: {pages} pages in one TIFF; expected one image a file: split the stack")
+    return image
+
+
+def native_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the file's header; DataError if it has none."""
+    image = _open(path, load=False)
+    return image.height, image.width
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Palette and transparency resolved: grey or RGB. Transparent pixels turn black, opaque alpha is dropped."""
+    if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode != "RGBA":
+        return image
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image).convert("RGB")
+
+
+def _to_8_or_float(image: Image.Image, path: Path, channels: int) -> Image.Image:
+    """A picture of mode L, RGB or F (F: grey in 0..255, for deep files), to be resized and rounded once."""
+    if image.mode in _DEEP_MODES:
+        values = np.asarray(image).astype(np.float32)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"{path}: 32-bit values in [{values.min():g}, {values.max():g}]; expected 0..65535: window it"
+            )
+        return Image.fromarray(values / 257.0)  # 65535 -> 255
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused
+            raise DataError(
+                f"{path}: floating-point values in [{values.min():g}, {values.max():g}]; expected 0..1: scale it"
+            )
+        return Image.fromarray(values * np.float32(255))
+    return _opaque(image).convert("L" if channels == 1 else "RGB")
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    values = np.asarray(image)
+    if values.dtype != np.uint8:
+        values = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    if values.ndim == 2:
+        values = np.repeat(values[..., None], channels, axis=-1)
+    return values
+
+
+def read_native(path: Path, channels: int, min_size: int = 1) -> np.ndarray:
+    """One image at its own size: uint8 [H, W, channels]. Rules and errors as `read_image`."""
+    return _to_array(_read(path, channels, min_size), channels)
+
+
+def _read(path: Path, channels: int, min_size: int) -> Image.Image:
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (luminance) or 3 (RGB), found {channels}")
+    image = _open(path)
+    if min(image.size) < min_size:
+        raise DataError(
+            f"{path}: {image.height}x{image.width} pixels, smaller than a patch of {min_size}: remove the image or "
+            f"use a smaller model.patch_size"
+        )
+    return _to_8_or_float(image, path, channels)
+
+
+def read_image(path: Path, size: int, channels: int, min_size: int = 1) -> np.ndarray:
+    """One image, stretched to a square by antialiased bilinear resampling (the BMAD protocol).
+
+    Args:
+      path: PNG, JPEG, TIFF or BMP; 1, 8 or 16-bit grey, RGB, RGBA or palette. Colour becomes luminance (ITU-R 601) for
+        channels=1, grey is repeated for channels=3. 16-bit grey is scaled by its range (65535 -> 255), never by the
+        image's own extrema; integers beyond 16 bit are refused; floating point must be in 0..1. Transparency is laid on
+        black; an opaque alpha is dropped.
+      size: side of the result in pixels.
+      channels: 1 or 3.
+      min_size: smallest side accepted, the model's patch size.
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      DataError: missing, empty, truncated, undecodable, huge or too small a file, naming it.
+    """
+    image = _read(path, channels, min_size)
+    return _to_array(image.resize((size, size), Image.Resampling.BILINEAR), channels)
+
+
+def _foreground(image: Image.Image) -> np.ndarray:
+    """bool [H, W]: any channel above zero. JPEG masks are cut at one half, as compression blurs their edges."""
+    lossy = image.format == "JPEG"
+    if image.mode not in ("L", "1", "F", *_DEEP_MODES):
+        image = _opaque(image).convert("RGB")
+    values = np.asarray(image)
+    values = values.max(axis=-1) if values.ndim == 3 else values
+    return values > (127 if lossy else 0)
+
+
+def read_native_mask(path: Path) -> np.ndarray:
+    """One mask at its own size: uint8 {0, 1} [H, W, 1]; DataError as `read_image`."""
+    return _foreground(_open(path)).astype(np.uint8)[..., None]
+
+
+def read_mask(path: Path, size: int) -> np.ndarray:
+    """One mask: uint8 {0, 1} [size, size, 1], resized to the nearest pixel; foreground is every value above zero."""
+    mask = Image.fromarray(read_native_mask(path)[..., 0])
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))[..., None]
+
+
+def check_mask_size(example: Example) -> None:
+    """DataError naming both files when an example's mask is not of its image's size."""
+    image, mask = native_size(example.image), native_size(example.mask)
+    if image != mask:
+        raise DataError(
+            f"{example.mask}: mask of {mask[0]}x{mask[1]} pixels, its image {example.image} has {image[0]}x{image[1]}; "
+            f"expected equal sizes: export the mask again at the image's size"
+        )
+
+
+def read_example(example: Example, size: int, mask_size: int, channels: int, min_size: int) -> tuple:
+    """(image uint8 [size, size, channels], mask uint8 [M, M, 1], zeros if it has none); errors as `read_image`."""
+    image = read_image(example.image, size, channels, min_size)
+    if example.mask is None:
+        return image, np.zeros((mask_size, mask_size, 1), np.uint8)
+    check_mask_size(example)
+    return image, read_mask(example.mask, mask_size)

@@ -1,0 +1,115 @@
+"""What a data set is before a pixel is read: one (name, image, label, mask, group) per image and split.
+
+Axis alphabet: B batch, H W C image, N images of a split.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "calibration", "valid", "test")
+
+# Where the patient (or the near-duplicate group) stands in names that carry one.
+_GROUP_PATTERNS = (
+    re.compile(r"^((?:[A-Za-z]+\d*-)?IM-\d+)(?:-\d+)+$"),  # IM-0115-0001, NORMAL2-IM-0451-0001-0002: chest_xray
+    re.compile(r"^(person\d+)_"),  # person100_bacteria_475: chest_xray
+    re.compile(r"^((?:CNV|DME|DRUSEN|NORMAL)-\d+)-\d+$"),  # NORMAL-1001666-12: OCT2017
+    re.compile(r"^([A-Za-z]*\d+)_[A-Za-z]*\d+$"),  # 00003_60: BraTS patient_slice; n085_no0: group_image
+)
+
+
+class DataError(ValueError):
+    """The data on disk is not what it has to be; the message names the file, the expectation and the way out."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image. `name` is its path relative to the data root (posix), `label` 0 normal or 1 abnormal."""
+
+    name: str
+    image: Path
+    label: int
+    mask: Path | None
+    group: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """All images of a data set, by split (keys among `SPLITS`), each split sorted by name.
+
+    `layout` says in one line what was recognised, `warnings` what looks odd but is usable.
+    """
+
+    dataset: str
+    root: Path
+    layout: str
+    splits: dict[str, tuple[Example, ...]]
+    warnings: tuple[str, ...] = ()
+
+    def manifest_hash(self) -> str:
+        """sha256 over (name, file size in bytes, label) of every image and (name, size) of every mask, in name order.
+
+        Independent of the calibration split, so equal data has one hash under every seed.
+        """
+        digest = hashlib.sha256()
+        for example in sorted((e for split in self.splits.values() for e in split), key=lambda e: e.name):
+            mask = (example.mask.name, example.mask.stat().st_size) if example.mask else ("", 0)
+            digest.update(repr((example.name, example.image.stat().st_size, example.label, *mask)).encode())
+        return digest.hexdigest()
+
+
+def group_of(stem: str) -> str:
+    """Patient or near-duplicate group of a file stem (`00003_60` -> `00003`), the stem itself if it carries none."""
+    for pattern in _GROUP_PATTERNS:
+        if match := pattern.match(stem):
+            return match[1]
+    return stem
+
+
+def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """Rows held out for calibration: whole groups, in an order drawn from `seed`, of about `fraction` of the images.
+
+    Args:
+      groups: group of each of the N training images.
+      fraction: share of the images to hold out, in [0, 1); 0 holds none out.
+      seed: of the draw; the result depends on nothing else but the arguments.
+
+    Returns:
+      bool [N], True where held out.
+
+    Raises:
+      DataError: every image belongs to one group, so that none can be held out.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"calibration_fraction must be in [0, 1), found {fraction}")
+    names, inverse, sizes = np.unique(np.asarray(groups, dtype=str), return_inverse=True, return_counts=True)
+    if fraction == 0:
+        return np.zeros(len(groups), bool)
+    if len(names) < 2:
+        raise DataError(
+            f"calibration needs training normals of at least two patients or groups, found {len(groups)} image(s) of "
+            f"{len(names)} group(s) ({names[0] if len(names) else 'none'}): add images, or set calibration_fraction=0"
+        )
+    target = max(1, round(fraction * len(groups)))
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen, count = [], 0
+    for group in order:
+        if count + sizes[group] <= target:  # a group too large for what is left is passed over
+            chosen.append(group)
+            count += sizes[group]
+    if not chosen:  # every group is larger than the target
+        chosen = [order[np.argmin(sizes[order])]]
+    return np.isin(inverse, chosen)
+
+
+def split_calibration(
+    examples: Sequence[Example], fraction: float = 0.1, seed: int = 0
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(train, calibration) of the training normals, by whole groups; see `calibration_rows`."""
+    held_out = calibration_rows([e.group for e in examples], fraction, seed)
+    train = tuple(e for e, out in zip(examples, held_out, strict=True) if not out)
+    return train, tuple(e for e, out in zip(examples, held_out, strict=True) if out)

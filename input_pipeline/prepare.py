@@ -1,0 +1,149 @@
+"""Checks a folder of images before any training, and writes it decoded to one .npz.
+
+Axis alphabet: H W C image, N images of a split.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from input_pipeline.cache import save_npz
+from input_pipeline.dataset import build_index, dataset_from_index
+from input_pipeline.decode import native_size, read_example
+from input_pipeline.index import DataError, Example, Index
+from input_pipeline.split import Dataset
+
+HASH_SIZE = 64  # px; duplicates are equal pixels at this size, whatever the file format
+DARK = 64  # of 255: images whose brightest pixel stays below were not windowed (12 bits stored in 16, for one)
+
+_PART = {"calibration": "train"}  # calibration images are training images to these checks
+
+
+def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, reader: str = "auto") -> dict:
+    """Checks every image of `config.data` (kind 'bmad' or 'folder') and writes the .npz cache to `out_path`.
+
+    The cache is written when every file can be decoded, or with `data.skip_corrupt` from those that can.
+
+    Returns:
+      A dict of plain values: dataset, layout, manifest_hash, warnings (counts against the BMAD table among them),
+      counts {split: {normal, abnormal, masks}}, corrupt {name: reason}, duplicates [[name, name, ...]] (equal at 64x64,
+      over all splits), leaks (those of them that stand in train and in valid or test), crossing_groups {group: [split]}
+      (patients in train and elsewhere), native_sizes {'HxW': images}, and cache (the path written, or '').
+
+    Raises:
+      ValueError: another kind of data. DataError: a layout that cannot be read (see `tree.read_tree`).
+    """
+    if data.kind not in ("bmad", "folder"):
+        raise ValueError(f"prepare checks folders of images (data.kind 'bmad' or 'folder'), found '{data.kind}'")
+    index = build_index(data)
+    dataset = dataset_from_index(
+        index, data, skip_corrupt=True, memory_limit_gb=float("inf"), min_size=min_size, reader=reader
+    )
+    kept = {name for split in dataset.splits.values() for name in split.names}
+    bad = [e for examples in index.splits.values() for e in examples if e.name not in kept]
+    corrupt = {e.name: _reason(e, data, min_size) for e in bad}
+    duplicates = _duplicates(dataset)
+    report = {
+        "dataset": index.dataset,
+        "layout": index.layout,
+        "manifest_hash": dataset.manifest_hash,
+        "warnings": [*index.warnings, *_dark_images(dataset)],
+        "counts": _counts(index),
+        "corrupt": corrupt,
+        "duplicates": [[name for _, name in same] for same in duplicates],
+        "leaks": [[name for _, name in same] for same in duplicates if {"train"} < {part for part, _ in same}],
+        "crossing_groups": _crossing_groups(index),
+        "native_sizes": _native_sizes(index, kept),
+        "cache": "",
+    }
+    if out_path and (not corrupt or data.skip_corrupt):
+        save_npz(dataset, out_path)
+        report["cache"] = str(out_path)
+    return report
+
+
+def _reason(example: Example, data: ConfigDict, min_size: int) -> str:
+    try:
+        read_example(example, data.image_size, data.mask_size, data.channels, min_size)
+    except DataError as error:
+        return str(error)
+    raise RuntimeError(f"{example.image}: could not be decoded a moment ago and now can; is the disk failing?")
+
+
+def _counts(index: Index) -> dict[str, dict[str, int]]:
+    counts = {}
+    for key, examples in index.splits.items():
+        labels = [e.label for e in examples]
+        masks = sum(e.mask is not None for e in examples)
+        counts[key] = {"normal": labels.count(0), "abnormal": labels.count(1), "masks": masks}
+    return counts
+
+
+def _duplicates(dataset: Dataset) -> list[list[tuple[str, str]]]:
+    """Sets of images with equal pixels at 64x64, as (split, name), calibration counted as train."""
+    same = defaultdict(list)
+    for key, split in dataset.splits.items():
+        for row, name in enumerate(split.names):
+            pixels = split.images([row])[0]
+            small = Image.fromarray(pixels[..., 0] if dataset.channels == 1 else pixels).resize((HASH_SIZE, HASH_SIZE))
+            same[hashlib.sha256(np.asarray(small).tobytes()).digest()].append((_PART.get(key, key), name))
+    return sorted(sorted(found) for found in same.values() if len(found) > 1)
+
+
+def _crossing_groups(index: Index) -> dict[str, list[str]]:
+    """Patients or groups that stand in train and in another split, where names carry one."""
+    parts = defaultdict(set)
+    for key, examples in index.splits.items():
+        for example in examples:
+            if example.group != PurePosixPath(example.name).with_suffix("").as_posix():
+                parts[example.group].add(_PART.get(key, key))
+    return {group: sorted(found) for group, found in sorted(parts.items()) if {"train"} < found}
+
+
+def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
+    """Images per native size, most frequent first."""
+    examples = [e for found in index.splits.values() for e in found if e.name in kept]
+    sizes = Counter("{}x{}".format(*native_size(e.image)) for e in examples)
+    return dict(sizes.most_common())
+
+
+def _dark_images(dataset: Dataset) -> list[str]:
+    train = dataset.splits["train"]
+    brightest = np.median([train.images([row]).max() for row in range(len(train))])
+    if brightest >= DARK:
+        return []
+    return [
+        f"training images are very dark (median of their brightest pixels {brightest:.0f} of 255): 12-bit values "
+        f"stored in 16 bits? Window them to the full range before training"
+    ]
+
+
+def format_report(report: dict, limit: int = 10) -> str:
+    """The report as text for a terminal: lists longer than `limit` are cut, saying so (corrupt files never are)."""
+
+    def shown(items: list[str]) -> list[str]:
+        rest = len(items) - limit
+        return [f"  {item}" for item in items[:limit]] + ([f"  ... and {rest} more"] if rest > 0 else [])
+
+    lines = [f"{report['dataset']}: {report['layout']}"]
+    for key, count in report["counts"].items():
+        lines.append(f"{key:12s} {count['normal']} normal, {count['abnormal']} abnormal, {count['masks']} masks")
+    lines += ["native sizes (height x width):", *shown([f"{s}: {n}" for s, n in report["native_sizes"].items()])]
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    lines += [f"corrupt files: {len(report['corrupt'])}", *(f"  {reason}" for reason in report["corrupt"].values())]
+    lines += [
+        f"duplicate images: {len(report['duplicates'])} sets",
+        *shown([" = ".join(d) for d in report["duplicates"]]),
+    ]
+    lines += [f"  of these in train and in valid or test: {len(report['leaks'])}"]
+    crossing = [f"{group}: {', '.join(splits)}" for group, splits in report["crossing_groups"].items()]
+    lines += [f"patients or groups in train and in another split: {len(crossing)}", *shown(crossing)]
+    if report["cache"]:
+        lines.append(f"written: {report['cache']}")
+    elif report["corrupt"]:
+        lines.append("no cache written: repair or remove the corrupt files, or set data.skip_corrupt")
+    return "\n".join(lines)

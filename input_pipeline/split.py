@@ -1,0 +1,169 @@
+"""A decoded data set in memory or on disk behind the same few methods.
+
+Axis alphabet: B batch, N images of a split, H W C image, M mask side.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from input_pipeline.decode import read_example, read_image
+from input_pipeline.index import DataError, Example
+from input_pipeline.reader import Decoded, choose_reader, decode_in_order
+
+Rows = np.ndarray  # int [n]
+
+
+class Pixels(Protocol):
+    """Where a split's pixels come from. `batches` yields (images, masks or None) for each row array of `rows()`."""
+
+    def __len__(self) -> int: ...
+    def images(self, rows: Rows) -> np.ndarray: ...
+    def masks(self, rows: Rows) -> np.ndarray: ...
+    def batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]: ...
+
+
+@dataclass
+class ArrayPixels:
+    """Decoded pixels in memory: image uint8 [N, H, W, C], mask uint8 {0, 1} [N, M, M, 1], or None for all zeros."""
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    mask_size: int
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def images(self, rows: Rows) -> np.ndarray:
+        return self.image[rows]
+
+    def masks(self, rows: Rows) -> np.ndarray:
+        if self.mask is None:
+            return np.zeros((len(rows), self.mask_size, self.mask_size, 1), np.uint8)
+        return self.mask[rows]
+
+    def batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        for batch in rows():
+            yield self.images(batch), self.masks(batch) if with_masks else None
+
+
+@dataclass
+class FilePixels:
+    """Pixels decoded from files whenever they are asked for; a bad file raises DataError at that moment."""
+
+    examples: tuple[Example, ...]
+    image_size: int
+    mask_size: int
+    channels: int
+    min_size: int
+    reader: str = "auto"
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def decode(self, row: int, with_masks: bool = True) -> Decoded:
+        """One example as `reader.Decoded`: a bad file is reported in the message, the arrays are then empty."""
+        example = self.examples[row]
+        try:
+            if with_masks:
+                return *read_example(example, self.image_size, self.mask_size, self.channels, self.min_size), ""
+            image = read_image(example.image, self.image_size, self.channels, self.min_size)
+            return image, np.zeros(0, np.uint8), ""
+        except DataError as error:
+            return np.zeros(0, np.uint8), np.zeros(0, np.uint8), str(error)
+
+    def stream(self, rows: Callable[[], Iterable[int]], num_images: int, with_masks: bool) -> Iterator[Decoded]:
+        """Decodes rows in order and in parallel; `num_images` (roughly how many) chooses the reader."""
+        reader = choose_reader(self.reader, num_images)
+        return decode_in_order(lambda row: self.decode(row, with_masks), rows, reader)
+
+    def batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        stream = self.stream(lambda: (int(row) for batch in rows() for row in batch), len(self), with_masks)
+        for batch in rows():
+            decoded = []
+            for _ in batch:
+                image, mask, error = next(stream)
+                if error:
+                    raise DataError(error)
+                decoded.append((image, mask))
+            yield np.stack([d[0] for d in decoded]), np.stack([d[1] for d in decoded]) if with_masks else None
+
+    def images(self, rows: Rows) -> np.ndarray:
+        if len(rows) == 0:
+            return np.zeros((0, self.image_size, self.image_size, self.channels), np.uint8)
+        return next(self.batches(lambda: [rows], with_masks=False))[0]
+
+    def masks(self, rows: Rows) -> np.ndarray:
+        if len(rows) == 0:
+            return np.zeros((0, self.mask_size, self.mask_size, 1), np.uint8)
+        return next(self.batches(lambda: [rows], with_masks=True))[1]
+
+
+@dataclass
+class Split:
+    """N images of one split.
+
+    `names` (unique, sorted) and `groups` (patient or near-duplicate group) are lists of N strings, `labels` is int32
+    [N] (0 normal, 1 abnormal). `has_masks`: the abnormal images have pixel masks, so pixel metrics make sense.
+    """
+
+    names: list[str]
+    groups: list[str]
+    labels: np.ndarray
+    has_masks: bool
+    pixels: Pixels
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.names), len(self.groups), len(self.labels), len(self.pixels)}
+        if len(sizes) != 1:
+            raise DataError(f"names, groups, labels and pixels of a split differ in length: {sorted(sizes)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.pixels, ArrayPixels)
+
+    def images(self, rows: Rows) -> np.ndarray:
+        """uint8 [n, H, W, C] of the given rows (int [n])."""
+        return self.pixels.images(np.asarray(rows))
+
+    def masks(self, rows: Rows) -> np.ndarray:
+        """uint8 {0, 1} [n, M, M, 1] of the given rows; zeros for normal images and for splits without masks."""
+        return self.pixels.masks(np.asarray(rows))
+
+    def take(self, rows: Rows) -> "Split":
+        """The split of the given rows, of the same kind (in memory or on disk)."""
+        rows = np.asarray(rows)
+        if isinstance(self.pixels, ArrayPixels):
+            mask = None if self.pixels.mask is None else self.pixels.mask[rows]
+            pixels = ArrayPixels(self.pixels.image[rows], mask, self.pixels.mask_size)
+        else:
+            pixels = replace(self.pixels, examples=tuple(self.pixels.examples[row] for row in rows))
+        names, groups = ([values[row] for row in rows] for values in (self.names, self.groups))
+        return Split(names, groups, self.labels[rows], self.has_masks, pixels)
+
+
+@dataclass
+class Dataset:
+    """All splits of a data set (keys among `index.SPLITS`) and what they are: sizes in pixels, `channels` 1 or 3.
+
+    `layout` says what was recognised, `manifest_hash` identifies the data (sha256).
+    """
+
+    name: str
+    layout: str
+    manifest_hash: str
+    channels: int
+    image_size: int
+    mask_size: int
+    splits: dict[str, Split]

@@ -1,0 +1,224 @@
+"""Reads a folder tree into an `Index`: which folder names mean a split, a label, an image or a mask folder.
+
+Every folder between the root and a file must be one of these words (any case), in any order:
+  split   train, valid (val), test; also `val_label`, `test_mask`: a split's mask folder
+  label   good (normal, healthy) or Ungood (abnormal, anomaly, bad)
+  images  img (image, images, data)
+  masks   anomaly_mask (mask, masks, label, labels, ground_truth, gt)
+A folder of any other name under a mask folder names a kind of defect (MVTec: `ground_truth/hole/000_mask.png`), and the
+same name under a split then holds abnormal images (`test/hole/000.png`). So `valid/Ungood/anomaly_mask`,
+`valid/label/Ungood` and `Val/val_label/Ungood` are one thing to the reader, and a name nobody expects is an error
+instead of a guess.
+
+Axis alphabet: H W C image, N images of a split.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from input_pipeline.index import DataError, Example, Index, group_of, split_calibration
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+_SPLITS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
+_SPLITS |= {"test": "test", "testing": "test"}
+_NORMAL = ("good", "normal", "healthy")
+_ABNORMAL = ("ungood", "abnormal", "anomaly", "bad")
+_IMAGES = ("img", "image", "images", "data")
+_MASKS = ("anomaly_mask", "mask", "masks", "label", "labels", "ground_truth", "gt")
+
+EXPECTED = (
+    "expected images directly in the folder (all of them normal), or train[/good], valid/{good,Ungood}, "
+    "test/{good,Ungood}, each with or without img/, and masks of the abnormal images in anomaly_mask/ (label, mask) "
+    "beside img/ or in ground_truth/<kind of defect>/"
+)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a folder is: its split, label (None where the path does not say) and kind of defect; images or masks."""
+
+    split: str | None = None
+    label: int | None = None
+    is_mask: bool = False
+    defect: str = ""
+
+
+def _split_and_mask(word: str) -> tuple[str | None, bool]:
+    """(split, is a mask folder) of a lower-case folder name: `val` -> (valid, no), `val_label` -> (valid, yes)."""
+    split, _, tail = word.partition("_")
+    return _SPLITS.get(split if tail in _MASKS else word), tail in _MASKS and split in _SPLITS
+
+
+def _place(folder: PurePosixPath, defects: set[str], root: Path) -> _Place:
+    """Reads the words of one folder's path; DataError for an unknown word or one contradicting another."""
+    found: dict[str, object] = {}
+
+    def put(key: str, value: object) -> None:
+        if found.setdefault(key, value) != value:
+            raise DataError(f"{root / folder}: the path says two things ({key} {found[key]} and {value}); {EXPECTED}")
+
+    for part in folder.parts:
+        word = part.lower()
+        split, split_mask = _split_and_mask(word)
+        if split:
+            put("split", split)
+        elif word in _NORMAL:
+            put("label", 0)
+        elif word in _ABNORMAL:
+            put("label", 1)
+        elif word in defects:
+            put("label", 1)
+            put("defect", word)
+        elif word not in _IMAGES and word not in _MASKS:
+            known = ", ".join((*_NORMAL, *_ABNORMAL))
+            raise DataError(f"{root / folder}: folder '{part}' is not a known label ({known}); {EXPECTED}")
+        if split_mask or word in _MASKS:
+            found["is_mask"] = True
+    return _Place(**found)
+
+
+def _files(root: Path) -> tuple[dict[PurePosixPath, list[str]], Counter[str]]:
+    """Image file names by folder relative to `root`, and the suffixes of the files that are no images."""
+    folders, others = {}, Counter()
+    for path, children, names in os.walk(root, followlinks=True):
+        children[:] = sorted(c for c in children if not c.startswith((".", "__MACOSX")))
+        names = sorted(n for n in names if not n.startswith(".") and n != "Thumbs.db")
+        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+        others.update(Path(n).suffix.lower() or n for n in names if not n.lower().endswith(IMAGE_SUFFIXES))
+        if images:
+            folders[PurePosixPath(Path(path).relative_to(root).as_posix())] = images
+    return folders, others
+
+
+def _known(word: str) -> bool:
+    return bool(_split_and_mask(word)[0]) or word in (*_NORMAL, *_ABNORMAL, *_IMAGES, *_MASKS)
+
+
+def has_splits(root: Path) -> bool:
+    """Whether `root` directly holds a split folder (train, valid, test in any spelling)."""
+    return any(_split_and_mask(c.name.lower())[0] for c in root.iterdir() if c.is_dir())
+
+
+def unwrap(root: Path) -> Path:
+    """Goes down through folders that hold nothing but one folder of a meaningless name (`Brain_AD/BraTS2021_slice`)."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data.root to the folder of the data set")
+    while True:
+        visible = [c for c in root.iterdir() if not c.name.startswith((".", "__MACOSX"))]
+        if len(visible) != 1 or not visible[0].is_dir() or _known(visible[0].name.lower()):
+            return root
+        root = visible[0]
+
+
+def _defects(folders: dict[PurePosixPath, list[str]]) -> set[str]:
+    """Names that stand right under a mask folder and mean nothing else: kinds of defect."""
+    pairs = (pair for folder in folders for pair in zip(folder.parts, folder.parts[1:], strict=False))
+    return {child.lower() for parent, child in pairs if parent.lower() in _MASKS and not _known(child.lower())}
+
+
+def _match_masks(
+    images: dict[str, list[tuple[_Place, str]]], masks: dict[tuple[str, int, str, str], str], root: Path
+) -> dict[str, str]:
+    """Image name -> mask name, both relative to `root`, for the abnormal images; DataError where one has no partner."""
+    matched, used = {}, {}
+    for split, found in images.items():
+        wanted = [(place, name) for place, name in found if place.label == 1]
+        for place, name in wanted:
+            stem = PurePosixPath(name).stem
+            keys = [(split, 1, place.defect, s) for s in (stem, f"{stem}_mask")]
+            if key := next((k for k in keys if k in masks), None):
+                if key in used:
+                    raise DataError(
+                        f"{root / name} and {root / used[key]} share one mask ({root / masks[key]}): rename"
+                    )
+                matched[name], used[key] = masks[key], name
+        missing = [name for _, name in wanted if name not in matched]
+        # valid may do without masks where test has them; a part of a split, or test alone, may not
+        if missing and (len(missing) < len(wanted) or (split == "test" and any(key[1] == 1 for key in masks))):
+            raise DataError(
+                f"{root / missing[0]}: abnormal image without a mask ({len(missing)} such in {split}), though the set "
+                f"has masks; expected a mask of the same file name, or no mask folder at all"
+            )
+    for key, name in masks.items():
+        split, label, defect, stem = key
+        stems = {stem, stem.removesuffix("_mask")}
+        partners = (p for p, image in images.get(split, []) if PurePosixPath(image).stem in stems)
+        if key not in used and not any((p.label, p.defect) == (label, defect) for p in partners):
+            raise DataError(f"{root / name}: mask without an image; expected an image of the same name in {split}")
+    return matched
+
+
+def read_tree(
+    root: Path, dataset: str, calibration_fraction: float = 0.1, seed: int = 0, require_train: bool = True
+) -> Index:
+    """Indexes the tree under `root`; see the module's text for the folders it knows.
+
+    Args:
+      root: folder of one data set; folders that only wrap it are gone through.
+      dataset: name given to the index.
+      calibration_fraction, seed: see `index.calibration_rows`.
+      require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
+
+    Raises:
+      DataError: an unknown folder, unlabelled or abnormal training images, a mask without image or the reverse, no
+        training normals.
+    """
+    root = unwrap(root)
+    folders, others = _files(root)
+    if not folders:
+        suffixes = ", ".join(sorted(others)) or "none"
+        raise DataError(f"{root}: no image ({', '.join(IMAGE_SUFFIXES)}) in it, other files: {suffixes}; {EXPECTED}")
+    defects = _defects(folders)
+    images: dict[str, list[tuple[_Place, str]]] = {}
+    masks: dict[tuple[str, int, str, str], str] = {}
+    parts = []
+    for folder, names in folders.items():
+        place = _place(folder, defects, root)
+        if place.is_mask:
+            label = 1 if place.label is None else place.label
+            key = (place.split or "test", label, place.defect)
+            masks |= {(*key, PurePosixPath(n).stem): (folder / n).as_posix() for n in names}
+        else:
+            split = _image_split(place, folder, names, root, flat=len(folders) == 1)
+            images.setdefault(split, []).extend((place, (folder / n).as_posix()) for n in names)
+        parts.append(f"{folder.as_posix()} {len(names)}{' masks' if place.is_mask else ''}")
+    matched = _match_masks(images, masks, root)
+    if not images.get("train") and require_train:
+        raise DataError(f"{root}: no normal training images (found {'; '.join(parts)}); {EXPECTED}")
+    splits = {split: _examples(images[split], matched, root) for split in ("train", "valid", "test") if split in images}
+    if "train" in splits and calibration_fraction:
+        splits["train"], splits["calibration"] = split_calibration(splits["train"], calibration_fraction, seed)
+    ignored = sum(others.values())
+    warnings = (f"{ignored} files are no images and were left out: {', '.join(sorted(others))}",) if ignored else ()
+    return Index(dataset, root, "; ".join(parts), splits, warnings)
+
+
+def _image_split(place: _Place, folder: PurePosixPath, names: list[str], root: Path, flat: bool) -> str:
+    """The split of a folder of images, after the rules on training and unlabelled images."""
+    if place.split is None:
+        if flat and place.label != 1:
+            return "train"
+        raise DataError(f"{root / folder / names[0]}: image outside train/, valid/ and test/; {EXPECTED}")
+    if place.split == "train" and place.label == 1:
+        raise DataError(
+            f"{root / folder}: {len(names)} abnormal images under train; training is on normal images only: move "
+            f"them to valid/ or test/"
+        )
+    if place.split != "train" and place.label is None:
+        raise DataError(f"{root / folder / names[0]}: {place.split} image in neither good/ nor Ungood/; {EXPECTED}")
+    return place.split
+
+
+def _examples(found: list[tuple[_Place, str]], matched: dict[str, str], root: Path) -> tuple[Example, ...]:
+    examples = []
+    for place, name in sorted(found, key=lambda item: item[1]):
+        stem = PurePosixPath(name).stem
+        group = group_of(stem)
+        if group == stem:  # no patient in the name: equal stems of two folders are two groups
+            group = PurePosixPath(name).with_suffix("").as_posix()
+        mask = root / matched[name] if name in matched else None
+        examples.append(Example(name, root / name, place.label or 0, mask, group))
+    return tuple(examples)

@@ -1,0 +1,158 @@
+"""The .npz cache gives what the files give; prepare finds what is wrong with them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_dataset import equal_batches
+from trees import BRAIN, data_config, make_tree, picture, write
+
+from input_pipeline import cache
+from input_pipeline.cache import load_npz, save_npz
+from input_pipeline.dataset import eval_batches, load_dataset
+from input_pipeline.index import DataError
+from input_pipeline.prepare import format_report, prepare
+
+
+def test_cache_gives_the_splits_of_the_files_under_every_seed(tmp_path):
+    make_tree(tmp_path / "set", BRAIN)
+    path = tmp_path / "out" / "set.npz"
+    save_npz(load_dataset(data_config(tmp_path / "set")), path)
+    for changes in ({}, {"seed": 3}, {"calibration_fraction": 0.4}, {"calibration_fraction": 0.0}):
+        files = load_dataset(data_config(tmp_path / "set", **changes))
+        for config in (data_config("absent", cache=str(path), **changes), data_config(path, kind="npz", **changes)):
+            cached = load_dataset(config)
+            assert (cached.name, cached.layout) == (files.name, files.layout)
+            assert cached.manifest_hash == files.manifest_hash
+            assert cached.splits.keys() == files.splits.keys()
+            for key, split in files.splits.items():
+                found = cached.splits[key]
+                assert (found.names, found.groups, found.has_masks) == (split.names, split.groups, split.has_masks)
+                equal_batches(eval_batches(found, 3), eval_batches(split, 3))
+
+
+def test_training_from_a_cache_needs_no_tensorflow(tmp_path):
+    make_tree(tmp_path / "set", BRAIN)
+    save_npz(load_dataset(data_config(tmp_path / "set")), tmp_path / "set.npz")
+    code = (
+        "import sys; sys.path.insert(0, 'tests/input_pipeline'); sys.modules['tensorflow'] = None\n"
+        "from trees import data_config\n"
+        "from input_pipeline.dataset import load_dataset, train_batches\n"
+        f"split = load_dataset(data_config({str(tmp_path / 'set.npz')!r}, kind='npz')).splits['train']\n"
+        "print(sum(len(b['index']) for b in train_batches(split, 4, 0, 0, 3)))"
+    )
+    repository = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "12"
+
+
+def test_bad_caches(tmp_path):
+    make_tree(tmp_path / "set", BRAIN)
+    path = tmp_path / "set.npz"
+    save_npz(load_dataset(data_config(tmp_path / "set")), path)
+    whole = path.read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 10, 100, 0):
+        (tmp_path / "cut.npz").write_bytes(whole[:kept])
+        with pytest.raises(DataError, match=r"cut\.npz: damaged or truncated"):
+            load_npz(tmp_path / "cut.npz")
+    flipped = bytearray(whole)
+    at = whole.index(np.load(path)["test/image"].tobytes()[:16])
+    flipped[at] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    with pytest.raises(DataError, match="damaged or truncated"):
+        load_npz(tmp_path / "flipped.npz")
+    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    with pytest.raises(DataError, match="not a data cache"):
+        load_npz(tmp_path / "foreign.npz")
+    np.savez(tmp_path / "newer.npz", header=np.asarray(json.dumps({"format": cache.FORMAT, "version": 99})))
+    with pytest.raises(DataError, match="version 99, expected"):
+        load_npz(tmp_path / "newer.npz")
+    with pytest.raises(DataError, match="no such file"):
+        load_npz(tmp_path / "absent.npz")
+    with pytest.raises(DataError, match=r"image_size=8, the config says data\.image_size=16"):
+        load_dataset(data_config(cache=str(path), image_size=16))
+    with pytest.raises(DataError, match="cache of data set 'set'"):
+        load_dataset(data_config(cache=str(path), name="other"))
+
+
+def test_failed_write_leaves_the_old_cache_whole(tmp_path, monkeypatch):
+    make_tree(tmp_path / "set", BRAIN)
+    dataset = load_dataset(data_config(tmp_path / "set"))
+    path = tmp_path / "set.npz"
+    save_npz(dataset, path)
+    before = path.read_bytes()
+
+    def full_disk(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_npz(dataset, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["set.npz"]
+
+
+def test_prepare_of_a_clean_set(tmp_path):
+    make_tree(tmp_path / "set", BRAIN)
+    report = prepare(data_config(tmp_path / "set", kind="bmad", name="brain"), tmp_path / "set.npz")
+    assert report["counts"]["test"] == {"normal": 2, "abnormal": 2, "masks": 2}
+    assert (report["corrupt"], report["duplicates"], report["leaks"]) == ({}, [], [])
+    # by hand: train holds patients 00000 to 00004, test 00000, 00002, 00100, 00200
+    assert report["crossing_groups"] == {"00000": ["test", "train"], "00002": ["test", "train"]}
+    assert report["native_sizes"] == {"12x12": 16}
+    assert report["cache"] == str(tmp_path / "set.npz")
+    assert load_npz(tmp_path / "set.npz").name == "brain"
+    text = format_report(report)
+    assert "the BMAD table says 7500 + 0" in text
+    assert "written:" in text
+    json.dumps(report)
+
+
+def test_prepare_lists_every_corrupt_file_and_writes_nothing(tmp_path):
+    root = make_tree(tmp_path / "set", BRAIN)
+    for name in ("train/good/img/00001_60.png", "test/good/img/00100_97.png"):
+        (root / name).write_bytes(b"")
+    write(root / "test/Ungood/anomaly_mask/00200_68.png", picture(0, 5))
+    bad = {"train/good/img/00001_60.png", "test/good/img/00100_97.png", "test/Ungood/img/00200_68.png"}
+    out = tmp_path / "set.npz"
+    report = prepare(data_config(root), out)
+    assert report["corrupt"].keys() == bad
+    assert "mask of 5x5" in report["corrupt"]["test/Ungood/img/00200_68.png"]
+    assert report["cache"] == ""
+    assert not out.exists()
+    text = format_report(report)
+    assert "corrupt files: 3" in text
+    assert "no cache written" in text
+    prepare(data_config(root, skip_corrupt=True), out)
+    kept = {name for split in load_npz(out).splits.values() for name in split.names}
+    assert len(kept) == 13
+    assert not kept & bad
+
+
+def test_prepare_finds_duplicates_whatever_the_format(tmp_path):
+    root = make_tree(tmp_path / "set", BRAIN)
+    shutil.copy(root / "train/good/img/00001_60.png", root / "train/good/img/00004_99.png")
+    values = picture(77)
+    write(root / "train/good/img/00009_1.bmp", values)
+    write(root / "test/good/img/00300_1.png", values)
+    report = prepare(data_config(root))
+    leak = ["test/good/img/00300_1.png", "train/good/img/00009_1.bmp"]
+    assert sorted(report["duplicates"]) == [leak, ["train/good/img/00001_60.png", "train/good/img/00004_99.png"]]
+    assert report["leaks"] == [leak]
+    assert "in train and in valid or test: 1" in format_report(report)
+
+
+def test_prepare_warns_of_unwindowed_images(tmp_path):
+    for i in range(6):
+        write(tmp_path / f"{i}.png", picture(i).astype(np.uint16) * 16)  # 12 bits in 16
+    assert any("very dark" in warning for warning in prepare(data_config(tmp_path))["warnings"])
+
+
+def test_prepare_is_for_folders(tmp_path):
+    with pytest.raises(ValueError, match="prepare checks folders"):
+        prepare(data_config(kind="phantom"), tmp_path / "x.npz")

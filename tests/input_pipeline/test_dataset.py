@@ -1,0 +1,223 @@
+"""Loading into memory and from disk, batches, sharding, resuming, skipping corrupt files."""
+
+import logging
+
+import numpy as np
+import pytest
+from trees import BRAIN, data_config, make_tree
+
+from input_pipeline.dataset import eval_batches, load_dataset, train_batches
+from input_pipeline.decode import read_image, read_mask
+from input_pipeline.index import DataError
+from input_pipeline.split import ArrayPixels, Split
+
+
+def array_split(n, num_abnormal=0, size=4):
+    rng = np.random.default_rng(n)
+    image = rng.integers(0, 256, (n, size, size, 1), dtype=np.uint8)
+    label = (np.arange(n) >= n - num_abnormal).astype(np.int32)
+    mask = (rng.random((n, size, size, 1)) > 0.5).astype(np.uint8) * label[:, None, None, None].astype(np.uint8)
+    names = [f"{i:03d}" for i in range(n)]
+    pixels = ArrayPixels(image, mask if num_abnormal else None, size)
+    return Split(names, names, label, bool(num_abnormal), pixels)
+
+
+def equal_batches(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_splits_hold_what_the_files_hold(tmp_path, limit):
+    make_tree(tmp_path, BRAIN)
+    dataset = load_dataset(data_config(tmp_path, memory_limit_gb=limit, mask_size=6))
+    assert {key: len(split) for key, split in dataset.splits.items()} == {
+        "train": 8,
+        "calibration": 2,
+        "valid": 2,
+        "test": 4,
+    }
+    assert {key: split.has_masks for key, split in dataset.splits.items()} == {
+        "train": False,
+        "calibration": False,
+        "valid": True,
+        "test": True,
+    }
+    for split in dataset.splits.values():
+        assert split.in_memory == bool(limit)
+        rows = np.arange(len(split))
+        images = np.stack([read_image(tmp_path / name, 8, 1) for name in split.names])
+        np.testing.assert_array_equal(split.images(rows), images)
+        np.testing.assert_array_equal(split.images(rows[::-1]), images[::-1])
+        masks = np.stack(
+            [
+                read_mask(tmp_path / name.replace("/img/", "/anomaly_mask/"), 6) if label else np.zeros((6, 6, 1))
+                for name, label in zip(split.names, split.labels, strict=True)
+            ]
+        )
+        np.testing.assert_array_equal(split.masks(rows), masks)
+        assert split.masks(rows).any() == bool(split.labels.any())
+    assert dataset.splits["test"].labels.tolist() == [1, 1, 0, 0]
+    assert dataset.splits["test"].groups == ["00002", "00200", "00000", "00100"]
+
+
+def test_memory_and_files_give_the_same_batches(tmp_path):
+    make_tree(tmp_path, BRAIN)
+    memory = load_dataset(data_config(tmp_path)).splits
+    files = load_dataset(data_config(tmp_path, memory_limit_gb=0.0)).splits
+    args = {"batch_size": 6, "seed": 3, "start_step": 2, "num_steps": 9}
+    equal_batches(train_batches(memory["train"], **args), train_batches(files["train"], **args))
+    equal_batches(eval_batches(memory["test"], 3), eval_batches(files["test"], 3))
+    assert files["test"].images([]).shape == memory["test"].images(np.zeros(0, int)).shape == (0, 8, 8, 1)
+
+
+def test_tf_data_and_threads_give_the_same_bytes(tmp_path):
+    make_tree(tmp_path, BRAIN)
+    for limit in (1.0, 0.0):
+        by_tf, by_threads = (
+            load_dataset(data_config(tmp_path, memory_limit_gb=limit), reader=reader).splits
+            for reader in ("tf", "threads")
+        )
+        for key in by_tf:
+            equal_batches(eval_batches(by_tf[key], 4), eval_batches(by_threads[key], 4))
+        args = {"batch_size": 4, "seed": 0, "start_step": 1, "num_steps": 6}
+        equal_batches(train_batches(by_tf["train"], **args), train_batches(by_threads["train"], **args))
+
+
+def test_colour(tmp_path):
+    make_tree(tmp_path, {".": [f"{i}.png" for i in range(10)]})
+    image = load_dataset(data_config(tmp_path, channels=3)).splits["train"].images([0])
+    assert image.shape == (1, 8, 8, 3)
+
+
+def test_train_order_is_epochs_without_repeats_and_resumes_anywhere():
+    split = array_split(10)
+    whole = list(train_batches(split, 4, seed=1, start_step=0, num_steps=15))
+    stream = np.concatenate([b["index"] for b in whole])
+    for epoch in range(6):
+        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert (stream[:10] != stream[10:20]).any()
+    assert all((split.images(b["index"]) == b["image"]).all() for b in whole)
+    for start in (1, 4, 14, 15):
+        equal_batches(train_batches(split, 4, seed=1, start_step=start, num_steps=15), whole[start:])
+    other = np.concatenate([b["index"] for b in train_batches(split, 4, 2, 0, 15)])
+    assert (other != stream).any()
+
+
+def test_batch_larger_than_the_set_wraps():
+    (batch,) = train_batches(array_split(3), 8, seed=0, start_step=5, num_steps=6)
+    counts = np.bincount(batch["index"], minlength=3)
+    assert counts.sum() == 8
+    assert counts.min() >= 2  # positions 40..47 hold two whole epochs and parts of two more
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_each_batch(hosts):
+    split = array_split(11, num_abnormal=5)
+    whole = list(train_batches(split, 8, 0, 0, 4))
+    parts = [list(train_batches(split, 8, 0, 0, 4, host, hosts)) for host in range(hosts)]
+    joined = [{k: np.concatenate([b[k] for b in same]) for k in same[0]} for same in zip(*parts, strict=True)]
+    equal_batches(joined, whole)
+    whole = list(eval_batches(split, 8))
+    parts = [list(eval_batches(split, 8, host, hosts)) for host in range(hosts)]
+    joined = [{k: np.concatenate([b[k] for b in same]) for k in same[0]} for same in zip(*parts, strict=True)]
+    equal_batches(joined, whole)
+    with pytest.raises(ValueError, match="batch size 9 cannot be shared by"):
+        next(train_batches(split, 9, 0, 0, 4, 0, hosts))
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 7])
+def test_eval_counts_every_image_once(n):
+    split = array_split(n, num_abnormal=1)
+    batches = list(eval_batches(split, 3))
+    assert {len(v) for b in batches for v in b.values()} == {3}
+    valid = np.concatenate([b["valid"] for b in batches])
+    assert np.concatenate([b["index"] for b in batches])[valid].tolist() == list(range(n))
+    image, label, mask = (np.concatenate([b[k] for b in batches])[valid] for k in ("image", "label", "mask"))
+    np.testing.assert_array_equal(image, split.images(np.arange(n)))
+    np.testing.assert_array_equal(mask, split.masks(np.arange(n)))
+    np.testing.assert_array_equal(label, split.labels)
+
+
+def test_no_mask_key_without_masks():
+    assert set(next(eval_batches(array_split(4), 2))) == {"image", "label", "index", "valid"}
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_corrupt_file_stops_or_is_skipped(tmp_path, limit, caplog):
+    make_tree(tmp_path, BRAIN)
+    bad = tmp_path / "train/good/img/00003_70.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    config = data_config(tmp_path, memory_limit_gb=limit)
+
+    def read_all():  # on disk, it is found when it is read
+        return [list(eval_batches(split, 2)) for split in load_dataset(config).splits.values()]
+
+    with pytest.raises(DataError, match=r"00003_70\.png: cannot be decoded"):
+        read_all()
+    with caplog.at_level(logging.WARNING):
+        splits = load_dataset(data_config(tmp_path, memory_limit_gb=limit, skip_corrupt=True)).splits
+    assert sum(len(splits[key]) for key in ("train", "calibration")) == 9
+    assert not any("00003_70" in name for split in splits.values() for name in split.names)
+    assert "00003_70.png" in caplog.text
+    assert "1 of 8 images skipped" in caplog.text or "1 of 2 images skipped" in caplog.text
+    for split in splits.values():
+        images = np.stack([read_image(tmp_path / name, 8, 1) for name in split.names])
+        np.testing.assert_array_equal(split.images(np.arange(len(split))), images)
+
+
+def test_all_corrupt_is_an_error_even_when_skipping(tmp_path):
+    make_tree(tmp_path, {".": ["a.png", "b.png"]})
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of its 1 images can be decoded"):
+        load_dataset(data_config(tmp_path, skip_corrupt=True))
+
+
+def test_patch_size_and_config_errors(tmp_path):
+    make_tree(tmp_path, BRAIN)
+    with pytest.raises(DataError, match="smaller than a patch of 16"):
+        load_dataset(data_config(tmp_path), min_size=16)
+    with pytest.raises(ValueError, match=r"unknown data\.kind 'tarball'"):
+        load_dataset(data_config(tmp_path, kind="tarball"))
+    with pytest.raises(ValueError, match="channels=2"):
+        load_dataset(data_config(tmp_path, channels=2))
+    with pytest.raises(ValueError, match="unknown reader"):
+        load_dataset(data_config(tmp_path), reader="fast")
+    with pytest.raises(DataError, match=r"data\.root is empty"):
+        load_dataset(data_config())
+    with pytest.raises(DataError, match="training split is empty"):
+        next(train_batches(array_split(0), 2, 0, 0, 1))
+
+
+def test_phantoms(monkeypatch):
+    def make_dataset(image_size, mask_size, num_train, num_valid, num_test, seed):
+        splits = {}
+        for key, n in (("train", num_train), ("valid", num_valid), ("test", num_test)):
+            s = array_split(n, num_abnormal=0 if key == "train" else n // 2, size=image_size)
+            masks = s.masks(np.arange(n))
+            assert mask_size == image_size
+            names = [f"{key}_{i // 2}_{i % 2}" for i in range(n)]
+            groups = [f"{key}_{i // 2}" for i in range(n)]
+            pixels = s.images(np.arange(n))
+            splits[key] = {"image": pixels, "mask": masks, "label": s.labels, "name": names, "group": groups}
+        return splits
+
+    monkeypatch.setattr("input_pipeline.phantom.make_dataset", make_dataset, raising=False)
+    dataset = load_dataset(data_config(kind="phantom", calibration_fraction=0.2))
+    assert {key: len(split) for key, split in dataset.splits.items()} == {
+        "train": 10,
+        "valid": 4,
+        "test": 6,
+        "calibration": 2,
+    }
+    assert set(dataset.splits["train"].groups).isdisjoint(dataset.splits["calibration"].groups)
+    assert dataset.splits["test"].has_masks
+    other = data_config(kind="phantom", phantom={"num_train": 12, "num_valid": 4, "num_test": 8, "seed": 0})
+    assert dataset.manifest_hash != load_dataset(other).manifest_hash
+    assert dataset.manifest_hash == load_dataset(data_config(kind="phantom", seed=7)).manifest_hash

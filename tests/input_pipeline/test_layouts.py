@@ -1,0 +1,214 @@
+"""Every folder layout that exists, and every one that must be refused."""
+
+import pytest
+from trees import BRAIN, TRAIN, make_tree, picture, write
+
+from input_pipeline.bmad import BMAD, index_bmad
+from input_pipeline.folder import index_folder
+from input_pipeline.index import DataError
+
+G, U = ["00000_96.png", "00100_97.png"], ["00002_60.png", "00200_68.png"]
+
+
+def renamed(*pairs):
+    folders = dict(BRAIN)
+    for old, new in pairs:
+        folders = {key.replace(old, new): names for key, names in folders.items()}
+    return folders
+
+
+LAYOUTS = {
+    "BMAD with masks": BRAIN,
+    "label for anomaly_mask": renamed(("anomaly_mask", "label")),
+    "mask, val, lower case": renamed(("anomaly_mask", "mask"), ("valid", "val"), ("Ungood", "ungood")),
+    "img absent in train only": renamed(("train/good/img", "train/good")),
+    "img absent": renamed(("/img", "")),
+    "masks of normals too": BRAIN | {"test/good/label": G, "valid/good/label": ["00025_99.png"]},
+    "Liver": {
+        "train/good": TRAIN,
+        "valid/img/good": ["00025_99.png"],
+        "valid/img/Ungood": ["00124_60.png"],
+        "valid/label/good": ["00025_99.png"],
+        "valid/label/Ungood": ["00124_60.png"],
+        "test/img/good": G,
+        "test/img/Ungood": U,
+        "test/label/good": G,
+        "test/label/Ungood": U,
+    },
+    "RESC": {
+        "Train/train/good": TRAIN,
+        "Val/val/good": ["00025_99.png"],
+        "Val/val/Ungood": ["00124_60.png"],
+        "Val/val_label/Ungood": ["00124_60.png"],
+        "Test/test/good": G,
+        "Test/test/Ungood": U,
+        "Test/test_label/Ungood": U,
+    },
+    "re-packed and wrapped": {f"BraTS2021_slice/{key}": names for key, names in BRAIN.items()},
+}
+
+
+def check_brain(index):
+    """The images, labels, masks and groups that every layout of BRAIN must give."""
+    train = index.splits["train"] + index.splits["calibration"]
+    assert sorted(e.image.name for e in train) == TRAIN
+    assert {e.label for e in train} == {0}
+    assert {e.group for e in index.splits["train"]}.isdisjoint(e.group for e in index.splits["calibration"])
+    for split, normal, abnormal in (("valid", ["00025_99.png"], ["00124_60.png"]), ("test", G, U)):
+        found = index.splits[split]
+        assert [e.image.name for e in found if e.label == 0] == normal
+        assert [e.image.name for e in found if e.label == 1] == abnormal
+        assert [e.mask.name for e in found if e.label == 1] == abnormal
+        assert [e.mask for e in found if e.label == 0] == [None] * len(normal)
+        assert all(e.mask != e.image and e.mask.is_file() and e.image.is_file() for e in found if e.label)
+        assert [e.name for e in found] == sorted(e.name for e in found)
+        assert all(index.root / e.name == e.image and e.group == e.image.name.split("_")[0] for e in found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_one_set_are_read_alike(tmp_path, layout):
+    root = make_tree(tmp_path / "Brain_AD", LAYOUTS[layout])
+    check_brain(index_folder(root, calibration_fraction=0.2))
+    for given in (root, tmp_path):  # the set's folder or its parent
+        check_brain(index_bmad("brain", given, calibration_fraction=0.2))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("brain", "Brain"),
+        ("liver", "Liver_AD"),
+        ("resc", "Retina_RESC_AD"),
+        ("resc", "RESC"),
+        ("oct2017", "RetinaOCT2017_AD"),
+        ("rsna", "Chest-RSNA"),
+        ("camelyon16", "camelyon16_256"),
+        ("camelyon16", "Histopathology_AD"),
+    ],
+)
+def test_set_is_found_in_its_parent(tmp_path, name, folder):
+    make_tree(tmp_path / "other", {"train/good": TRAIN})
+    root = make_tree(tmp_path / folder, {"train/good": TRAIN, "test/good": G, "test/Ungood": U})
+    assert index_bmad(name, tmp_path).root == root
+
+
+def test_bmad_compares_with_the_table(tmp_path):
+    index = index_bmad("brain", make_tree(tmp_path, BRAIN))
+    assert "differ" in index.layout
+    assert "train: 10 normal + 0 abnormal, the BMAD table says 7500 + 0" in index.warnings
+    assert any(w.startswith("test: 2 normal + 2 abnormal") for w in index.warnings)
+    assert index_bmad("rsna", tmp_path).warnings[-1].startswith("masks found")
+    # the table itself, against the totals of mtl_mad.md: images of each set
+    totals = {name: sum(row.train + row.valid + row.test) for name, row in BMAD.items()}
+    assert totals == {
+        "brain": 11298,
+        "liver": 3201,
+        "resc": 6217,
+        "oct2017": 27315,
+        "rsna": 26684,
+        "camelyon16": 7321,
+    }
+
+
+def test_bmad_errors(tmp_path):
+    with pytest.raises(ValueError, match="unknown BMAD set 'heart': expected one of brain, liver"):
+        index_bmad("heart", tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        index_bmad("brain", tmp_path / "absent")
+    make_tree(tmp_path, {"Lung/train/good": TRAIN, "Heart/train/good": TRAIN})
+    with pytest.raises(DataError, match=r"one folder of set 'brain'.*found Heart, Lung"):
+        index_bmad("brain", tmp_path)
+
+
+def test_repacked_copy_without_train_is_for_evaluation_only(tmp_path):
+    root = make_tree(tmp_path / "Brain_AD", {k: v for k, v in BRAIN.items() if "train" not in k})
+    with pytest.raises(DataError, match="no normal training images"):
+        index_bmad("brain", root)
+    assert sorted(index_bmad("brain", root, require_train=False).splits) == ["test", "valid"]
+
+
+@pytest.mark.parametrize("folder", [".", "img", "good"])
+def test_flat_folder_is_all_normal_training(tmp_path, folder):
+    root = make_tree(tmp_path, {folder: [f"{i}.png" for i in range(10)]})
+    (root / "notes.txt").write_text("left out")
+    index = index_folder(root)
+    assert {split: len(found) for split, found in index.splits.items()} == {"train": 9, "calibration": 1}
+    assert index.warnings == ("1 files are no images and were left out: .txt",)
+
+
+def test_train_and_test_without_good_below_train(tmp_path):
+    index = index_folder(make_tree(tmp_path, {"train": TRAIN, "test/normal": G, "test/abnormal": U}), "mine")
+    assert index.dataset == "mine"
+    assert [e.label for e in index.splits["test"]] == [1, 1, 0, 0]  # by name: test/abnormal before test/normal
+    assert "valid" not in index.splits
+
+
+def test_mvtec_layout(tmp_path):
+    folders = {"train/good": TRAIN, "test/good": ["000.png"], "test/Hole": ["000.png"], "test/crack": ["000.png"]}
+    folders |= {"ground_truth/Hole": ["000_mask.png"], "ground_truth/crack": ["000_mask.png"]}
+    index = index_folder(make_tree(tmp_path, folders))
+    test = {e.name: e for e in index.splits["test"]}
+    assert {name: e.label for name, e in test.items()} == {
+        "test/good/000.png": 0,
+        "test/Hole/000.png": 1,
+        "test/crack/000.png": 1,
+    }
+    assert test["test/Hole/000.png"].mask == tmp_path / "ground_truth/Hole/000_mask.png"
+    assert test["test/crack/000.png"].mask == tmp_path / "ground_truth/crack/000_mask.png"
+    assert len({e.group for e in index.splits["test"]}) == 3  # 000 says nothing about a patient
+
+
+def test_mask_of_another_format_has_the_same_stem(tmp_path):
+    folders = {"train": TRAIN, "test/good": ["a.jpg"], "test/Ungood/img": ["b.jpg"], "test/Ungood/mask": ["b.png"]}
+    (example,) = (e for e in index_folder(make_tree(tmp_path, folders)).splits["test"] if e.label)
+    assert example.mask.name == "b.png"
+
+
+BAD = {
+    "no training images": ({"test/good": G, "test/Ungood": U}, "no normal training images"),
+    "abnormal under train": ({"train/good": TRAIN, "train/Ungood": U}, r"Ungood: 2 abnormal images under train"),
+    "unknown label": ({"train/good": TRAIN, "test/PNEUMONIA": U}, r"'PNEUMONIA' is not a known label \(good, .*Ungood"),
+    "unknown folder below a label": (BRAIN | {"test/Ungood/bodymask": U}, "'bodymask' is not a known label"),
+    "classes of another kind of set": ({"train/cat": TRAIN, "train/dog": U}, "'cat' is not a known label"),
+    "no label": ({"train/good": TRAIN, "test": U}, "test image in neither good/ nor Ungood/"),
+    "stray image": ({"train/good": TRAIN, ".": ["stray.png"]}, "stray.png: image outside train/"),
+    "two splits": ({"train/good": TRAIN, "train/test/good": G}, "says two things"),
+    "only abnormal": ({"Ungood": U}, "image outside train/"),
+    "mask without image": (
+        BRAIN | {"test/Ungood/anomaly_mask": [*U, "00300_1.png"]},
+        r"00300_1\.png: mask without an image",
+    ),
+    "mask without image, flat": ({".": TRAIN, "mask": ["x.png"]}, "image outside|mask without an image"),
+    "image without mask": (
+        BRAIN | {"test/Ungood/anomaly_mask": U[:1]},
+        r"00200_68\.png: abnormal image without a mask \(1 such in test\)",
+    ),
+    "test without masks in a set with masks": (
+        {key: names for key, names in BRAIN.items() if key != "test/Ungood/anomaly_mask"},
+        r"00002_60\.png: abnormal image without a mask \(2 such in test\)",
+    ),
+    "two images, one mask": (BRAIN | {"test/Ungood": ["00002_60.png"]}, "share one mask"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_trees(tmp_path, case):
+    folders, message = BAD[case]
+    with pytest.raises(DataError, match=message):
+        index_folder(make_tree(tmp_path, folders))
+
+
+def test_empty_and_foreign_folders(tmp_path):
+    with pytest.raises(DataError, match=r"no image .* other files: none; expected images"):
+        index_folder(tmp_path)
+    (tmp_path / "scan.dcm").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"other files: \.dcm"):
+        index_folder(tmp_path)
+
+
+def test_hidden_files_and_mac_leftovers_are_no_images(tmp_path):
+    make_tree(tmp_path, {"train": TRAIN})
+    write(tmp_path / "__MACOSX" / "x.png", picture(0))
+    write(tmp_path / "train" / "._00000_60.png", picture(0))
+    index = index_folder(tmp_path)
+    assert len(index.splits["train"] + index.splits["calibration"]) == len(TRAIN)
