@@ -1,0 +1,251 @@
+"""The layer against a naive loop over experts, values and gradients; alone and in batches; one device and eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core.mesh import make_mesh
+from mtl_moe import moe, routing
+
+WIDTH, HIDDEN, EXPERTS = 8, 12, 5
+
+
+def _params(num_experts: int = EXPERTS, seed: int = 0) -> dict[str, jax.Array]:
+    shapes = {
+        "w1": (num_experts, WIDTH, HIDDEN),
+        "b1": (num_experts, HIDDEN),
+        "w2": (num_experts, HIDDEN, WIDTH),
+        "b2": (num_experts, WIDTH),
+    }
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return {n: 0.5 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def _naive(x: jax.Array, experts: np.ndarray, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+    """Every expert on every row, then only the chosen ones."""
+    out = jnp.zeros_like(x)
+    for e in range(params["w1"].shape[0]):
+        hidden = jax.nn.gelu(x @ params["w1"][e] + params["b1"][e][None], approximate=True)
+        y = hidden @ params["w2"][e] + params["b2"][e][None]
+        out += jnp.where(experts == e, weights, 0).sum(axis=1)[:, None] * y
+    return out
+
+
+def _assert_close(a, b, tolerance):
+    """Every leaf to `tolerance` of its own largest value: float32 sums in another order, no more."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        scale = max(float(jnp.abs(y).max()), 1e-6)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale, err_msg=str(path))
+
+
+def _choices(kind: str, rows: int, top_k: int) -> np.ndarray:
+    rng = np.random.default_rng(rows)
+    if kind == "one_takes_all":
+        return np.full((rows, 1), 3, np.int32)
+    pool = [e for e in range(EXPERTS) if kind != "one_gets_none" or e != 1]
+    return np.stack([rng.permutation(pool)[:top_k] for _ in range(rows)]).astype(np.int32)
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "ragged"])
+@pytest.mark.parametrize(
+    ("kind", "rows", "top_k"),
+    [("random", 61, 2), ("one_takes_all", 37, 1), ("one_gets_none", 29, 3), ("random", 1, 2)],  # 122 rows, tiles of 32
+)
+def test_values_and_all_gradients_equal_the_naive_loop(dispatch, kind, rows, top_k):
+    experts = _choices(kind, rows, top_k)
+    x, target = jax.random.normal(jax.random.key(1), (2, rows, WIDTH))
+    weights = jax.random.uniform(jax.random.key(2), experts.shape)
+
+    def ours(x, weights, params):
+        return moe.apply_experts(x, routing.Gate(weights, jnp.asarray(experts), x, x), params, dispatch)
+
+    def naive(x, weights, params):
+        return _naive(x, experts, weights, params)
+
+    def value_and_gradients(f):
+        return jax.jit(
+            lambda *args: (f(*args), jax.grad(lambda *a: ((f(*a) - target) ** 2).sum(), argnums=(0, 1, 2))(*args))
+        )(x, weights, _params())
+
+    _assert_close(value_and_gradients(ours), value_and_gradients(naive), 3e-6)
+
+
+def test_unknown_dispatch_is_refused():
+    gate = routing.gate(jnp.zeros((4, EXPERTS)), 2)
+    with pytest.raises(ValueError, match="dispatch='dense': expected"):
+        moe.apply_experts(jnp.zeros((4, WIDTH)), gate, _params(), "dense")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _apply(layer, variables, tokens, tasks, deterministic=True, row_weight=None, rngs=None):
+    return layer.apply(variables, tokens, tasks, deterministic, row_weight, rngs=rngs)
+
+
+def _init(layer, tokens, tasks):
+    return jax.jit(lambda key: layer.init(key, tokens, tasks, True))(jax.random.key(4))
+
+
+@functools.cache
+def _layer_and_variables(**kwargs):
+    layer = moe.MoeMlp(num_experts=4, hidden_dim=HIDDEN, num_tasks=3, **kwargs)
+    tokens = jax.random.normal(jax.random.key(3), (8, 6, WIDTH))
+    tasks = jnp.arange(8, dtype=jnp.int32) % 3
+    variables = _init(layer, tokens, tasks)
+    # Away from the nearly equal first logits, so that a wrong router shows.
+    router = variables["params"].get("router", {})
+    keys = iter(jax.random.split(jax.random.key(5), 3))
+    variables["params"]["router"] = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), router)
+    return layer, variables, tokens, tasks
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "ragged"])
+def test_an_image_does_not_depend_on_its_batch(dispatch):
+    layer, variables, tokens, tasks = _layer_and_variables(dispatch=dispatch)
+    together = _apply(layer, variables, tokens, tasks)[0]
+    for i in (0, 5):
+        _assert_close(_apply(layer, variables, tokens[i : i + 1], tasks[i : i + 1])[0], together[i : i + 1], 1e-6)
+    crowd = jnp.concatenate([tokens[:1]] + [tokens[1:2]] * 7)  # all batch mates want the same experts
+    _assert_close(_apply(layer, variables, crowd, jnp.zeros(8, jnp.int32))[0][:1], together[:1], 1e-6)
+
+
+def _router_logits(kind, params, tokens, tasks):
+    """Image by image, on the concatenation the paper names."""
+    logits = []
+    for image, task in zip(tokens, np.asarray(tasks), strict=True):
+        if kind == "per_task":
+            logits.append(image @ params["kernel"][task])
+        else:
+            both = jnp.concatenate([image, jnp.tile(params["task_embedding"][task][None], (len(image), 1))], axis=1)
+            logits.append(both @ jnp.concatenate([params["kernel"], params["task_kernel"]]))
+    return jnp.concatenate(logits)
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_task"])
+def test_layer_equals_router_loop_and_shared_expert_written_out(kind):
+    layer, variables, tokens, tasks = _layer_and_variables(router=kind)
+    out, aux = _apply(layer, variables, tokens, tasks)
+    params = variables["params"]
+    gate = routing.gate(_router_logits(kind, params["router"], tokens, tasks), 2)
+    flat = tokens.reshape(-1, WIDTH)
+    hidden = jax.nn.gelu(flat @ params["shared"]["fc1"]["kernel"], approximate=True)  # its biases start at zero
+    expected = _naive(flat, np.asarray(gate.experts), gate.weights, params["experts"])
+    _assert_close(out.reshape(-1, WIDTH), expected + hidden @ params["shared"]["fc2"]["kernel"], 3e-6)
+    assert float(aux["load_balance"]) == pytest.approx(float(routing.load_balance_loss(gate)), rel=1e-5)
+    assert aux["utilisation"].shape == (3, 4)
+    assert aux["entropy"].shape == (3,)
+
+
+def test_fixed_router_gives_each_task_its_expert_and_no_losses():
+    layer, variables, tokens, tasks = _layer_and_variables(router="fixed", top_k=1, shared_expert=False)
+    out, aux = _apply(layer, variables, tokens, tasks, False)  # no random stream needed in training
+    assert set(jax.tree.map(jnp.shape, variables["params"])) == {"experts", "router"}
+    assert variables["params"]["router"] == {}
+    experts = np.repeat(tasks, 6)[:, None]
+    expected = _naive(tokens.reshape(-1, WIDTH), experts, jnp.ones(experts.shape), variables["params"]["experts"])
+    _assert_close(out.reshape(-1, WIDTH), expected, 3e-6)
+    assert (float(aux["load_balance"]), float(aux["z_loss"])) == (0, 0)
+    np.testing.assert_allclose(aux["utilisation"], np.eye(3, 4), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"router": "fixed"}, "expected top_k=1, found 2"), ({"router": "switch"}, "router='switch': expected")],
+)
+def test_wrong_router_settings_are_refused(kwargs, message):
+    layer = moe.MoeMlp(num_experts=4, hidden_dim=4, num_tasks=2, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        layer.init(jax.random.key(0), jnp.zeros((1, 2, 4)), jnp.zeros(1, jnp.int32), True)
+
+
+def test_parameters_have_explicit_paths_and_each_expert_its_own_fan_in():
+    layer = moe.MoeMlp(num_experts=16, hidden_dim=64, num_tasks=3)
+    params = _init(layer, jnp.zeros((1, 2, 32)), jnp.zeros(1, jnp.int32))["params"]
+    shapes = {"/".join(k.key for k in path): p.shape for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    assert shapes == {
+        "router/kernel": (32, 16),
+        "router/task_embedding": (3, moe.TASK_EMBEDDING_DIM),
+        "router/task_kernel": (moe.TASK_EMBEDDING_DIM, 16),
+        "experts/w1": (16, 32, 64),
+        "experts/b1": (16, 64),
+        "experts/w2": (16, 64, 32),
+        "experts/b2": (16, 32),
+        "shared/fc1/kernel": (32, 64),
+        "shared/fc1/bias": (64,),
+        "shared/fc2/kernel": (64, 32),
+        "shared/fc2/bias": (32,),
+    }
+    # 16 * 2048 draws: the standard deviation is known to 0.4 %.
+    assert float(params["experts"]["w1"].std()) == pytest.approx(32**-0.5, rel=0.03)
+    assert float(params["experts"]["w2"].std()) == pytest.approx(64**-0.5, rel=0.03)
+    assert not jnp.allclose(params["experts"]["w1"][0], params["experts"]["w1"][1])
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_task"])
+def test_untrained_router_uses_all_experts_without_noise(kind):
+    layer = moe.MoeMlp(num_experts=4, hidden_dim=4, num_tasks=2, router=kind)
+    tokens = jax.random.normal(jax.random.key(0), (8, 50, 16))
+    tasks = jnp.arange(8, dtype=jnp.int32) % 2
+    variables = _init(layer, tokens, tasks)
+    _, aux = _apply(layer, variables, tokens, tasks)
+    assert float(aux["utilisation"].min()) > 0.1  # exact zeros in the gate would give 0.5, 0.5, 0, 0
+    np.testing.assert_allclose(aux["entropy"], np.log(4), rtol=1e-3)
+
+
+def test_training_noise_needs_the_router_stream_and_changes_the_output():
+    layer, variables, tokens, tasks = _layer_and_variables()
+    outs = [_apply(layer, variables, tokens, tasks, False, None, {"router": jax.random.key(i)})[0] for i in (0, 1)]
+    assert not jnp.allclose(outs[0], outs[1])
+
+
+def test_padded_views_do_not_count_in_losses_and_statistics():
+    layer, variables, tokens, tasks = _layer_and_variables()
+    _, padded = _apply(layer, variables, tokens, tasks, True, jnp.arange(8) < 5)
+    _, alone = _apply(layer, variables, tokens[:5], tasks[:5])
+    _assert_close(padded, alone, 1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_routes_in_float32():
+    layer, variables, tokens, tasks = _layer_and_variables()
+    half = layer.clone(dtype=jnp.bfloat16)
+
+    def loss(params):
+        out, aux = half.apply({"params": params}, tokens, tasks, True)
+        return (out.astype(jnp.float32) ** 2).mean(), (out, aux)
+
+    grads, (out, aux) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    assert out.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((aux, grads))} == {jnp.dtype("float32")}
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    # bfloat16 keeps 8 bits: 2^-8 per product, a few of them in a row.
+    _assert_close(out.astype(jnp.float32), _apply(layer, variables, tokens, tasks)[0], 0.03)
+
+
+@pytest.mark.parametrize(("expert", "dispatch"), [(1, "tiles"), (2, "tiles"), (4, "ragged")])
+def test_eight_devices_equal_one(expert, dispatch):
+    layer, variables, tokens, tasks = _layer_and_variables()
+
+    def run(layer):
+        def loss(params, x):
+            out, aux = layer.apply({"params": params}, x, tasks, False, rngs={"router": jax.random.key(7)})
+            return (out**2).sum() + aux["load_balance"] + aux["z_loss"], (out, aux)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], tokens)
+
+    _assert_close(run(layer.clone(mesh=make_mesh(expert), dispatch=dispatch)), run(layer), 1e-5)
+
+
+def test_batch_or_experts_that_do_not_divide_over_the_mesh_are_refused():
+    layer, variables, tokens, tasks = _layer_and_variables()
+    with pytest.raises(ValueError, match="batch of 6 does not divide over mesh axis 'data' of size 8"):
+        layer.clone(mesh=make_mesh()).apply(variables, tokens[:6], tasks[:6], True)
+    with pytest.raises(ValueError, match="4 experts do not divide over mesh axis 'expert' of size 8"):
+        layer.clone(mesh=make_mesh(8)).apply(variables, tokens, tasks, True)
+
+
+def test_dense_controls():
+    assert moe.active_hidden_dim(64, top_k=2, shared_expert=True) == 192
+    assert moe.active_hidden_dim(64, top_k=2, shared_expert=False) == 128
+    assert moe.total_hidden_dim(64, num_experts=8, shared_expert=True) == 576
