@@ -124,6 +124,13 @@ def test_aupro_bmad_equals_a_loop_over_its_thresholds(seed):
     assert metrics.pixel_metrics(maps, masks)["aupro_bmad"] == pytest.approx(_brute_aupro_bmad(maps, masks), abs=EXACT)
 
 
+def test_aupro_bmad_flags_strictly_above_its_thresholds():
+    maps, masks = _random_maps(1)
+    # Whole numbers from 0 to 200: every map value lies exactly on a threshold.
+    maps = np.rint(np.interp(maps, (maps.min(), maps.max()), (0, 200))).astype(np.float32)
+    assert metrics.pixel_metrics(maps, masks)["aupro_bmad"] == pytest.approx(_brute_aupro_bmad(maps, masks), abs=EXACT)
+
+
 def test_pro_by_hand():
     masks = np.zeros((1, 4, 5), bool)
     masks[0, 0, 0] = masks[0, 1, 1] = True  # touch by a corner: one region of two pixels
