@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "pillow>=11",  # reads every image format but DICOM and NIfTI
     "matplotlib>=3.9",  # figures of the report
     "jinja2>=3.1",  # the report page, with escaping
+    "markupsafe>=2.1",  # the same: text that is already HTML
     "tqdm>=4.66",  # progress bar
     # Needed by tf.data pipelines, TFDS sources and TensorBoard only: imported where they are used, so that a
     # decoded .npz cache can be trained from on a machine without them (see docs/data.md).
@@ -33,10 +34,11 @@ EXTRAS = {
 setup(
     name="mtl-moe-vit-distill",
     version="0.1.0",
-    description="Medical anomaly detection with a multi-task Mixture-of-Experts ViT, and few-shot ViT distillation, in JAX",
+    description="Multi-task Mixture-of-Experts anomaly detection and few-shot ViT distillation in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mtl_moe*", "vit_distill*", "input_pipeline*", "core*", "configs*"]),
+    package_data={"core": ["report_template.html"]},
     py_modules=["main"],
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -1,0 +1,30 @@
+"""The detector on one of BMAD's six sets: brain, liver, resc, oct2017, rsna, camelyon16.
+
+Command: python main.py --config=configs/mtl_moe/bmad.py:brain --config.data.root=DIR --workdir=W
+Argument: the set, and preset=tiny|small|base: --config=configs/mtl_moe/bmad.py:rsna,preset=base
+Layouts and where to get the sets: docs/data.md. Not measured here: the sets cannot be had on the project's machines.
+"""
+
+from configs import common
+
+SETS = ("brain", "liver", "resc", "oct2017", "rsna", "camelyon16")
+
+
+def get_config(arg=None):
+    """`arg`: name of the set, preset."""
+    arg = common.parse_arg(arg, name="brain", preset="small")
+    if arg.name not in SETS:
+        raise ValueError(f"expected one of {SETS}, found {arg.name!r}")
+    config = common.detector(arg.preset)
+    config.data.kind = "bmad"
+    config.data.name = arg.name
+    if arg.name == "camelyon16":
+        config.data.channels = 3
+    if arg.preset != "tiny":
+        config.train.dtype = "bfloat16"
+        config.train.batch_size = 64
+        config.train.num_steps = 20_000
+        config.train.refresh_step = 5_000
+        config.train.save_every = 1_000
+        config.optim.warmup_steps = 500
+    return config

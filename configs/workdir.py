@@ -1,0 +1,22 @@
+"""The config a work directory was trained with: --config=configs/workdir.py:WORKDIR (main.py fills it in by itself)."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg):
+    """`arg`: the work directory."""
+    path = Path(arg) / "config.json"
+    if not path.exists():
+        raise ValueError(f"no config.json in {arg}: expected the work directory of an earlier training run")
+    text = json.loads(path.read_text())
+    return ConfigDict(_tuples(text))
+
+
+def _tuples(value):
+    """JSON has lists only; configs use tuples (a list field cannot be overridden on the command line)."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,140 @@
+"""Checkpoints through Orbax: asynchronous, atomic, compared with what is expected before anything is restored.
+
+One checkpoint holds two items: `model` (averaged parameters and the loss function's extra state: all that evaluation
+needs) and `train` (parameters, optimizer state, step). Beside them `spec`, the paths, shapes and dtypes as JSON: Orbax
+reports partial loads silently in places (orbax issue 2972), so trees are compared here, first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from core import tree
+from core.state import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+class Checkpointer:
+    """Saves and restores training states under `workdir/checkpoints/<step>`.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest checkpoints stay on disk.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=None, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("model", "train", "spec"))
+
+    def latest_step(self) -> int | None:
+        """Newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing; returns as soon as the state is copied. An earlier save that failed raises here.
+
+        Raises:
+          CheckpointError: if writing failed (a full disk, a folder without write permission); older ones are untouched.
+        """
+        model, train = _split(state)
+        try:
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model),
+                    train=ocp.args.StandardSave(train),
+                    spec=ocp.args.JsonSave({"model": tree.spec(model), "train": tree.spec(train)}),
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._write_error(error) from error
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          CheckpointError: as `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._write_error(error) from error
+
+    def close(self) -> None:
+        """Waits and releases threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore_train(self, state: TrainState) -> TrainState:
+        """Restores the newest checkpoint into the shapes and placement of `state`.
+
+        Raises:
+          CheckpointError: if there is none, it is damaged, or its tree differs from `state`'s.
+        """
+        model, train = _split(state)
+        restored = self._restore({"model": model, "train": train})
+        return TrainState(
+            step=restored["train"]["step"],
+            params=restored["train"]["params"],
+            opt_state=restored["train"]["opt_state"],
+            ema_params=restored["model"]["params"],
+            extra=restored["model"]["extra"],
+        )
+
+    def restore_model(self, params: Any, extra: Any) -> tuple[Any, Any, int]:
+        """Restores (averaged parameters, extra, step) alone: no optimizer state is read.
+
+        Args:
+          params, extra: arrays or ShapeDtypeStructs (with shardings) that say what is expected.
+
+        Raises:
+          CheckpointError: as `restore_train`.
+        """
+        model = self._restore({"model": {"params": params, "extra": extra}})["model"]
+        return model["params"], model["extra"], int(self.latest_step())
+
+    def _restore(self, expected: dict[str, Any]) -> dict[str, Any]:
+        step = self.latest_step()
+        if step is None:
+            found = sorted(path.name for path in self._folder.iterdir())
+            raise CheckpointError(
+                f"no complete checkpoint in {self._folder} (found: {found or 'nothing'}): train first, or check --workdir"
+            )
+        where = self._folder / str(step)
+        try:
+            spec = self._manager.restore(step, args=ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
+            for item, target in expected.items():
+                difference = tree.spec_difference(tree.spec(target), spec[item])
+                if difference:
+                    raise CheckpointError(
+                        f"{where} holds another architecture than this config builds ({item}):\n{difference}\n"
+                        "Use the config the checkpoint was trained with, or another --workdir."
+                    )
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, expected)
+            args = {item: ocp.args.StandardRestore(target) for item, target in abstract.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what Orbax raises on damaged files
+            older = [s for s in self._manager.all_steps() if s != step]
+            advice = f"remove {where} to continue from step {max(older)}" if older else "train again in a new --workdir"
+            raise CheckpointError(f"checkpoint {where} is damaged or incomplete: {advice}. Cause: {error}") from error
+        return {item: restored[item] for item in expected}
+
+    def _write_error(self, error: Exception) -> CheckpointError:
+        steps = list(self._manager.all_steps())
+        return CheckpointError(
+            f"could not save a checkpoint in {self._folder}: {error}. Check the disk's free space and permissions; "
+            f"complete checkpoints on disk: {steps or 'none'}. Run the same command again to continue from the newest."
+        )
+
+
+def _split(state: TrainState) -> tuple[dict, dict]:
+    model = {"params": state.ema_params, "extra": state.extra}
+    return model, {"params": state.params, "opt_state": state.opt_state, "step": state.step}

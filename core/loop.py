@@ -1,0 +1,85 @@
+"""The one training loop.
+
+Order of a turn, a contract: batch -> step -> (log, finite check) -> (event) -> (save); the next batch is drawn after
+the save. Cadence: `step % n == 0 or step == total`. Randomness of a step is fold_in(key, step) and the data order a
+function of (seed, step), so that resuming is index arithmetic: bit-exact on CPU.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from core.checkpoint import Checkpointer
+from core.logs import MetricLogger, all_finite, progress_bar
+from core.mesh import shard_batch
+from core.state import TrainState
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or a metric became NaN or infinite."""
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something with cadence `every` happens after this step."""
+    return step % every == 0 or step == total
+
+
+def train_loop(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Iterator[dict],
+    *,
+    key: jax.Array,
+    num_steps: int,
+    mesh: Mesh,
+    logger: MetricLogger,
+    checkpointer: Checkpointer,
+    log_every: int,
+    save_every: int,
+    images_per_step: int,
+    events: Mapping[int, Callable[[TrainState], TrainState]] | None = None,
+) -> TrainState:
+    """Trains from `state.step` to `num_steps`.
+
+    Args:
+      batches: host batches of this process from `state.step` on; their leaves are [B_local, ...].
+      images_per_step: global batch size, for the rate the progress bar shows.
+      events: what to do once, after the given step (say, refreshing pseudo-labels); before that step's save, so a
+        resumed run has it done or does it itself.
+
+    Returns:
+      The last state, saved.
+
+    Raises:
+      NonFiniteLossError: when a logged metric is not finite; nothing is saved from then on.
+      ValueError: if the data end early.
+    """
+    events = events or {}
+    start = int(state.step)
+    batches = iter(batches)
+    with progress_bar(num_steps, initial=start, scale=images_per_step, description="train") as bar:
+        for step in range(start + 1, num_steps + 1):
+            host = next(batches, None)
+            if host is None:
+                raise ValueError(f"the data ended at step {step} of {num_steps}")
+            state, metrics = step_fn(state, shard_batch(host, mesh), key)
+            bar.update()
+            if due(step, log_every, num_steps) or due(step, save_every, num_steps):
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not all_finite(values):
+                    bad = sorted(name for name, value in values.items() if not all_finite({name: value}))
+                    raise NonFiniteLossError(
+                        f"step {step}: {', '.join(bad)} not finite. The newest checkpoint is from before it; "
+                        "lower optim.learning_rate or look at the images of this step."
+                    )
+                if due(step, log_every, num_steps):
+                    logger.log(step, values)
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            if step in events:
+                state = events[step](state)
+            if due(step, save_every, num_steps):
+                checkpointer.save(state)
+    checkpointer.wait()
+    return state

@@ -1,0 +1,66 @@
+"""Masked reconstruction: predict hidden patches from their context.
+
+Learns L1 + structural similarity on the hidden patches. At inference two complementary fixed masks, so that every pixel
+is predicted from context only; the map is the absolute error. After MAE-medical (Georgescu, KES 2023) and AED-MAE
+(Ristea et al., CVPR 2024).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_moe.tasks import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """See the module's docstring. `ratio` is the hidden share of patches in training."""
+
+    geometry: base.Geometry
+    ratio: float = 0.5
+    ssim_weight: float = 0.1
+    name: str = "masked"
+    use_position: bool = True
+    needs_teacher: bool = False
+
+    @property
+    def head(self) -> base.Head:
+        return base.Head("pixels", self.geometry.channels)
+
+    def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
+        cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
+        hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
+        return base.with_plane(images, hidden), (images, cells)
+
+    def loss(self, output: jax.Array, target: Any) -> jax.Array:
+        images, cells = target
+        predicted = base.to_cells(output.astype(jnp.float32), self.geometry.patch_size)
+        wanted = base.to_cells(images, self.geometry.patch_size)
+        error = jnp.abs(predicted - wanted).mean((-2, -1)) + self.ssim_weight * (1 - _ssim(predicted, wanted))
+        return base.mean_where(error, cells)
+
+    def views(self, images: jax.Array) -> jax.Array:
+        return base.hidden_views(images, self.geometry.patch_size)
+
+    def evidence(
+        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
+    ) -> Mapping[str, base.Evidence]:
+        cells = jnp.stack([base.to_cells(base.absolute_error(o, images), self.geometry.patch_size) for o in outputs])
+        error = base.at_hidden(cells)
+        size, patch = self.geometry.image_size, self.geometry.patch_size
+        grid = self.geometry.grid
+        maps = error.reshape(-1, grid, grid, patch, patch).swapaxes(2, 3).reshape(-1, size, size)
+        return {self.name: base.Evidence(maps, "contrast")}
+
+
+def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Structural similarity within each patch [B, h, w, pixels, C] -> [B, h, w] (Wang et al. 2004, window = patch)."""
+    mean_a, mean_b = a.mean(-2), b.mean(-2)
+    var_a, var_b = a.var(-2), b.var(-2)
+    cov = (a * b).mean(-2) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return ssim.mean(-1)
