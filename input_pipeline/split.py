@@ -68,15 +68,17 @@ class FilePixels:
         return len(self.examples)
 
     def decode(self, row: int, with_masks: bool = True) -> Decoded:
-        """One example as `reader.Decoded`: a bad file is reported in the message, the arrays are then empty."""
-        example = self.examples[row]
+        """One example as `reader.Decoded`: a bad file is reported in the message, the arrays are then zero."""
+        example, no_mask = self.examples[row], np.zeros(0, np.uint8)
         try:
             if with_masks:
                 return *read_example(example, self.image_size, self.mask_size, self.channels, self.min_size), ""
             image = read_image(example.image, self.image_size, self.channels, self.min_size)
-            return image, np.zeros(0, np.uint8), ""
+            return image, no_mask, ""
         except DataError as error:
-            return np.zeros(0, np.uint8), np.zeros(0, np.uint8), str(error)
+            image = np.zeros((self.image_size, self.image_size, self.channels), np.uint8)
+            mask = np.zeros((self.mask_size, self.mask_size, 1), np.uint8)
+            return image, mask if with_masks else no_mask, str(error)
 
     def stream(self, rows: Callable[[], Iterable[int]], num_images: int, with_masks: bool) -> Iterator[Decoded]:
         """Decodes rows in order and in parallel; `num_images` (roughly how many) chooses the reader."""

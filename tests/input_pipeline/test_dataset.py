@@ -148,20 +148,21 @@ def test_no_mask_key_without_masks():
     assert set(next(eval_batches(array_split(4), 2))) == {"image", "label", "index", "valid"}
 
 
-@pytest.mark.parametrize("limit", [1.0, 0.0])
-def test_corrupt_file_stops_or_is_skipped(tmp_path, limit, caplog):
+@pytest.mark.parametrize(("limit", "reader"), [(1.0, "threads"), (0.0, "threads"), (1.0, "tf")])
+def test_corrupt_file_stops_or_is_skipped(tmp_path, limit, reader, caplog):
     make_tree(tmp_path, BRAIN)
     bad = tmp_path / "train/good/img/00003_70.png"
     bad.write_bytes(bad.read_bytes()[:40])
     config = data_config(tmp_path, memory_limit_gb=limit)
 
     def read_all():  # on disk, it is found when it is read
-        return [list(eval_batches(split, 2)) for split in load_dataset(config).splits.values()]
+        return [list(eval_batches(split, 2)) for split in load_dataset(config, reader=reader).splits.values()]
 
     with pytest.raises(DataError, match=r"00003_70\.png: cannot be decoded"):
         read_all()
     with caplog.at_level(logging.WARNING):
-        splits = load_dataset(data_config(tmp_path, memory_limit_gb=limit, skip_corrupt=True)).splits
+        config.skip_corrupt = True
+        splits = load_dataset(config, reader=reader).splits
     assert sum(len(splits[key]) for key in ("train", "calibration")) == 9
     assert not any("00003_70" in name for split in splits.values() for name in split.names)
     assert "00003_70.png" in caplog.text
