@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_dataset import equal_batches
-from trees import BRAIN, data_config, make_tree, picture, write
+from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
 
 from input_pipeline import cache
 from input_pipeline.cache import load_npz, save_npz

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from trees import BRAIN, data_config, make_tree
+from trees import BRAIN, data_config, equal_batches, make_tree
 
 from input_pipeline.dataset import eval_batches, load_dataset, train_batches
 from input_pipeline.decode import read_image, read_mask
@@ -20,16 +20,6 @@ def array_split(n, num_abnormal=0, size=4):
     names = [f"{i:03d}" for i in range(n)]
     pixels = ArrayPixels(image, mask if num_abnormal else None, size)
     return Split(names, names, label, bool(num_abnormal), pixels)
-
-
-def equal_batches(found, expected):
-    found, expected = list(found), list(expected)
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.0])

@@ -1,5 +1,6 @@
 """Tiny image trees for the tests of the input pipeline (H W C image)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,14 @@ def data_config(root: Path | str = "", **changes: object) -> ConfigDict:
         "phantom": {"num_train": 12, "num_valid": 4, "num_test": 6, "seed": 0},
     }
     return ConfigDict(values | changes)
+
+
+def equal_batches(found: Iterable[dict], expected: Iterable[dict]) -> None:
+    """Asserts equal batches: number, keys, dtypes, values."""
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
