@@ -137,11 +137,11 @@ class Split:
 
     def images(self, rows: Rows) -> np.ndarray:
         """uint8 [n, H, W, C] of the given rows (int [n])."""
-        return self.pixels.images(np.asarray(rows))
+        return self.pixels.images(np.asarray(rows, np.int64))
 
     def masks(self, rows: Rows) -> np.ndarray:
         """uint8 {0, 1} [n, M, M, 1] of the given rows; zeros for normal images and for splits without masks."""
-        return self.pixels.masks(np.asarray(rows))
+        return self.pixels.masks(np.asarray(rows, np.int64))
 
     def take(self, rows: Rows) -> "Split":
         """The split of the given rows, of the same kind (in memory or on disk)."""
