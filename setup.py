@@ -23,7 +23,9 @@ INSTALL_REQUIRES = [
     "tensorflow-cpu>=2.21; platform_machine != 'arm64'",
     "tensorflow>=2.21; platform_machine == 'arm64'",  # macOS has no -cpu wheel
     "tensorflow-datasets>=4.9.10",  # first release that works with numpy 2.4 and protobuf 7
-    "clu>=0.0.12",  # TensorBoard writer without Keras
+    "importlib-resources>=6",  # tensorflow-datasets 4.9.10 imports it without naming it
+    "clu>=0.0.12",  # TensorBoard writer
+    "tensorboard>=2.19",  # clu's writer imports it; tensorflow 2.21 no longer brings it
 ]
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.12"],

@@ -104,7 +104,8 @@ class Checkpointer:
         if step is None:
             found = sorted(path.name for path in self._folder.iterdir())
             raise CheckpointError(
-                f"no complete checkpoint in {self._folder} (found: {found or 'nothing'}): train first, or check --workdir"
+                f"no complete checkpoint in {self._folder} (found: {found or 'nothing'}): train first, or check "
+                "--workdir"
             )
         where = self._folder / str(step)
         try:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import sys
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,8 +18,9 @@ from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.bmad import index_bmad
 from input_pipeline.cache import load_npz
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Index, calibration_rows
+from input_pipeline.index import DataError, Example, Index, calibration_rows, group_of
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
+from input_pipeline.tree import find_images
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -30,6 +32,7 @@ __all__ = [
     "dataset_from_index",
     "eval_batches",
     "load_dataset",
+    "load_images",
     "train_batches",
 ]
 
@@ -79,6 +82,29 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
     if data.kind == "phantom":
         return _recarve(_from_phantom(data), data)
     return dataset_from_index(build_index(data), data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
+
+
+def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> Split:
+    """Every image below `root`, whatever its folders are called, with unknown label (-1): what prediction scores.
+
+    Args:
+      data: for image_size, mask_size and channels.
+      min_size: smallest image side accepted.
+
+    Raises:
+      DataError: no folder, or no image in it.
+    """
+    examples = [
+        Example((folder / name).as_posix(), root / folder / name, -1, None, group_of(PurePosixPath(name).stem))
+        for folder, names in find_images(root)[0].items()
+        for name in names
+    ]
+    if not examples:
+        raise DataError(f"{root}: no image in it")
+    examples.sort(key=lambda example: example.name)
+    pixels = FilePixels(tuple(examples), data.image_size, data.mask_size, data.channels, min_size)
+    names, groups = [example.name for example in examples], [example.group for example in examples]
+    return Split(names, groups, np.full(len(examples), -1, np.int32), False, pixels)
 
 
 def _from_cache(data: ConfigDict) -> Dataset:

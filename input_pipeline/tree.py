@@ -80,7 +80,7 @@ def _place(folder: PurePosixPath, defects: set[str], root: Path) -> _Place:
     return _Place(**found)
 
 
-def _files(root: Path) -> tuple[dict[PurePosixPath, list[str]], Counter[str]]:
+def find_images(root: Path) -> tuple[dict[PurePosixPath, list[str]], Counter[str]]:
     """Image file names by folder relative to `root`, and the suffixes of the files that are no images."""
     folders, others = {}, Counter()
     for path, children, names in os.walk(root, followlinks=True):
@@ -167,7 +167,7 @@ def read_tree(
         training normals.
     """
     root = unwrap(root)
-    folders, others = _files(root)
+    folders, others = find_images(root)
     if not folders:
         suffixes = ", ".join(sorted(others)) or "none"
         raise DataError(f"{root}: no image ({', '.join(IMAGE_SUFFIXES)}) in it, other files: {suffixes}; {EXPECTED}")

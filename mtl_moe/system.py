@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from core.mesh import make_mesh, replicate
+from core.mesh import make_mesh, replicate, shardings
 from core.state import TrainState, init_state
 from input_pipeline.dataset import Dataset
 from mtl_moe.losses import init_extra
@@ -70,6 +70,14 @@ class System:
             return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params), extra)
 
         return jax.eval_shape(build, jax.random.key(0))
+
+    def placed_shapes(self, abstract: Any) -> Any:
+        """The same shapes with the shardings they have on this system's mesh."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings(abstract, self.mesh),
+        )
 
     def init_state(self, tx: Any, dataset: Dataset) -> TrainState:
         """The placed state before the first update, a function of `config.seed`."""

@@ -1,6 +1,5 @@
 """Trains the detector: config and data in, checkpoints and metrics.jsonl out. Run the same command again to resume."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     checkpointer = Checkpointer(workdir)
     if checkpointer.latest_step() is not None:
         state = checkpointer.restore_train(state)
-        logging.info("resuming after step %d", int(state.step))
+        print(f"resuming after step {int(state.step)}")
     start = int(state.step)
 
     step_fn = make_train_step_fn(

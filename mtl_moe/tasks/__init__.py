@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mtl_moe.tasks.base import Evidence, Geometry, Head, Task, Teacher
+from mtl_moe.tasks.base import Geometry, Head, Task, Teacher
 from mtl_moe.tasks.cluster import Cluster
 from mtl_moe.tasks.denoise import Denoise
 from mtl_moe.tasks.intensity import Intensity
@@ -23,7 +23,7 @@ TASKS = {
     "self_distill": SelfDistill,
 }
 
-__all__ = ["TASKS", "Evidence", "Geometry", "Head", "Task", "Teacher", "build_tasks"]
+__all__ = ["TASKS", "Geometry", "Head", "Task", "Teacher", "build_tasks"]
 
 
 def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:

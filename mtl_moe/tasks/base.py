@@ -57,20 +57,6 @@ class Teacher:
     clusters: jax.Array
 
 
-class Evidence(NamedTuple):
-    """How badly a task was solved on B images.
-
-    Attributes:
-      map: float32 [B, H, W], higher is odder.
-      reduction: how scoring turns it into an image score: "mean" over the body; "top", the mean of the body's top
-        5 %; or "contrast", the logarithm of "top" less its linear fit on the image's log mean gradient, because
-        a smooth image is easy to reconstruct whatever it shows.
-    """
-
-    map: jax.Array
-    reduction: str
-
-
 class Task(Protocol):
     """See the module's docstring. Inputs of the model are [.., H, W, C + 1]: the image and a plane of hidden pixels."""
 
@@ -78,6 +64,14 @@ class Task(Protocol):
     head: Head
     use_position: bool  # whether the position embedding is added
     needs_teacher: bool  # whether `corrupt` and `evidence` read the Teacher
+
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        """How each map of `evidence` becomes an image score, by name; the first is called as the task.
+
+        "mean" over the body; or "contrast": the logarithm of the mean of the body's top 5 %, less its linear fit on the
+        image's log mean gradient, because a smooth image is easy to reconstruct whatever it shows.
+        """
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: Teacher | None) -> tuple[jax.Array, Any]:
         """Images [B, H, W, C] -> (input [B, H, W, C + 1], target pytree)."""
@@ -88,8 +82,8 @@ class Task(Protocol):
     def views(self, images: jax.Array) -> jax.Array:
         """Images [B, H, W, C] -> inputs [V, B, H, W, C + 1]; V is fixed."""
 
-    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: Teacher | None) -> Mapping[str, Evidence]:
-        """Head outputs [V, B, ...] -> evidence by name; the first is called as the task."""
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: Teacher | None) -> Mapping[str, jax.Array]:
+        """Head outputs [V, B, ...] -> maps [B, H, W] float32, higher is odder, by the names of `reductions`."""
 
 
 def with_plane(images: jax.Array, hidden: jax.Array | None = None) -> jax.Array:

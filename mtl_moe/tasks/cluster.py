@@ -30,6 +30,10 @@ class Cluster:
     def head(self) -> base.Head:
         return base.Head("tokens", self.num_clusters)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "mean"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
         hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
@@ -42,9 +46,7 @@ class Cluster:
     def views(self, images: jax.Array) -> jax.Array:
         return base.hidden_views(images, self.geometry.patch_size)
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         labels = jnp.broadcast_to(teacher.clusters, outputs.shape[:4])
         surprise = base.at_hidden(base.cross_entropy(outputs, labels))
-        return {self.name: base.Evidence(base.resize(surprise[..., None], self.geometry.image_size)[..., 0], "mean")}
+        return {self.name: base.resize(surprise[..., None], self.geometry.image_size)[..., 0]}

@@ -31,6 +31,10 @@ class Denoise:
     def head(self) -> base.Head:
         return base.Head("pixels", self.geometry.channels)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "contrast"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_noise, key_size = jax.random.split(key)
         batch, size = images.shape[0], self.geometry.image_size
@@ -46,11 +50,9 @@ class Denoise:
     def views(self, images: jax.Array) -> jax.Array:
         return base.with_plane(images)[None]
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         error = base.absolute_error(outputs[0], images) * _erode(base.body_mask(images))[..., 0]
-        return {self.name: base.Evidence(_median3(error), "contrast")}
+        return {self.name: _median3(error)}
 
 
 def _neighbours(maps: jax.Array) -> jax.Array:

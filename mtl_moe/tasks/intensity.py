@@ -29,6 +29,10 @@ class Intensity:
     def head(self) -> base.Head:
         return base.Head("pixels", self.geometry.channels)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "contrast"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         slopes = jnp.exp(self.strength * jax.random.normal(key, (images.shape[0], self.num_knots)))
         heights = jnp.cumsum(slopes, axis=-1)
@@ -43,7 +47,5 @@ class Intensity:
     def views(self, images: jax.Array) -> jax.Array:
         return base.with_plane(images)[None]
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
-        return {self.name: base.Evidence(base.absolute_error(outputs[0], images), "contrast")}
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
+        return {self.name: base.absolute_error(outputs[0], images)}

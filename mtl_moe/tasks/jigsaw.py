@@ -35,6 +35,10 @@ class Jigsaw:
     def head(self) -> base.Head:
         return base.Head("tokens", self.tiles**2)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "mean"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         keys = jax.random.split(key, images.shape[0])
         order = jax.vmap(lambda k: jax.random.permutation(k, self.tiles**2))(keys)
@@ -50,13 +54,11 @@ class Jigsaw:
     def views(self, images: jax.Array) -> jax.Array:
         return base.with_plane(images)[None]
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         own = jnp.broadcast_to(jnp.arange(self.tiles**2), (images.shape[0], self.tiles**2))
         wrong = 1 - jnp.exp(-base.cross_entropy(self._tile_logits(outputs[0]), own))
         grid = wrong.reshape(-1, self.tiles, self.tiles, 1)
-        return {self.name: base.Evidence(base.resize(grid, self.geometry.image_size)[..., 0], "mean")}
+        return {self.name: base.resize(grid, self.geometry.image_size)[..., 0]}
 
     def _tile_logits(self, output: jax.Array) -> jax.Array:
         """Token logits [B, h, w, places] averaged over each tile: [B, tiles^2, places]."""

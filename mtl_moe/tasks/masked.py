@@ -30,6 +30,10 @@ class Masked:
     def head(self) -> base.Head:
         return base.Head("pixels", self.geometry.channels)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "contrast"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
         hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
@@ -45,15 +49,13 @@ class Masked:
     def views(self, images: jax.Array) -> jax.Array:
         return base.hidden_views(images, self.geometry.patch_size)
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         cells = jnp.stack([base.to_cells(base.absolute_error(o, images), self.geometry.patch_size) for o in outputs])
         error = base.at_hidden(cells)
         size, patch = self.geometry.image_size, self.geometry.patch_size
         grid = self.geometry.grid
         maps = error.reshape(-1, grid, grid, patch, patch).swapaxes(2, 3).reshape(-1, size, size)
-        return {self.name: base.Evidence(maps, "contrast")}
+        return {self.name: maps}
 
 
 def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -29,6 +29,10 @@ class SelfDistill:
     def head(self) -> base.Head:
         return base.Head("tokens", self.geometry.width)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "mean"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
         hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
@@ -40,12 +44,10 @@ class SelfDistill:
     def views(self, images: jax.Array) -> jax.Array:
         return base.hidden_views(images, self.geometry.patch_size)
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         target = jnp.broadcast_to(teacher.tokens, outputs.shape)
         distance = base.at_hidden(_cosine_distance(outputs, target))
-        return {self.name: base.Evidence(base.resize(distance[..., None], self.geometry.image_size)[..., 0], "mean")}
+        return {self.name: base.resize(distance[..., None], self.geometry.image_size)[..., 0]}
 
 
 def _cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:

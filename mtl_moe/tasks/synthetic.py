@@ -44,6 +44,10 @@ class Synthetic:
     def head(self) -> base.Head:
         return base.Head("pixels", 1 + self.geometry.channels)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "mean", f"{self.name}_clean": "contrast"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_blob, key_family, key_clean, *keys = jax.random.split(key, 3 + len(self.families))
         batch = images.shape[0]
@@ -75,13 +79,11 @@ class Synthetic:
     def views(self, images: jax.Array) -> jax.Array:
         return base.with_plane(images)[None]
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         output = outputs[0].astype(jnp.float32)
         return {
-            self.name: base.Evidence(jax.nn.sigmoid(output[..., 0]), "mean"),
-            f"{self.name}_clean": base.Evidence(base.absolute_error(output[..., 1:], images), "contrast"),
+            self.name: jax.nn.sigmoid(output[..., 0]),
+            f"{self.name}_clean": base.absolute_error(output[..., 1:], images),
         }
 
 

@@ -41,6 +41,10 @@ class Transform:
     def head(self) -> base.Head:
         return base.Head("tokens", NUM_SYMMETRIES)
 
+    @property
+    def reductions(self) -> Mapping[str, str]:
+        return {self.name: "mean"}
+
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         index = jax.random.randint(key, (images.shape[0],), 0, NUM_SYMMETRIES)
         every = jnp.stack([apply_symmetry(images, i) for i in range(NUM_SYMMETRIES)])
@@ -54,12 +58,10 @@ class Transform:
     def views(self, images: jax.Array) -> jax.Array:
         return jnp.stack([base.with_plane(apply_symmetry(images, i)) for i in range(NUM_SYMMETRIES)])
 
-    def evidence(
-        self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None
-    ) -> Mapping[str, base.Evidence]:
+    def evidence(self, outputs: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> Mapping[str, jax.Array]:
         total = 0.0
         for i in range(NUM_SYMMETRIES):
             labels = jnp.full(outputs.shape[1:4], i)
             total += undo_symmetry(base.cross_entropy(outputs[i], labels)[..., None], i)
         maps = base.resize(total / NUM_SYMMETRIES, self.geometry.image_size)[..., 0]
-        return {self.name: base.Evidence(maps, "mean")}
+        return {self.name: maps}

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from trees import BRAIN, make_tree
 
@@ -30,7 +29,6 @@ print(json.dumps({"rows": rows, "configs": sorted(input_pipeline.tfds_builder.Bm
 
 def test_tfds_load(tmp_path):
     # tensorflow-datasets 4.9.10 imports this without declaring it, and no builder of any kind prepares without it
-    pytest.importorskip("importlib_resources")
     root = make_tree(tmp_path / "manual" / "Brain", BRAIN)
     command = [sys.executable, "-c", CODE, str(tmp_path / "manual"), str(tmp_path / "tfds")]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)

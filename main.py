@@ -1,0 +1,83 @@
+"""The one entry: --config says what, --mode says which step, --workdir says where.
+
+  python main.py --config=configs/mtl_moe/bmad.py:brain --config.data.root=DIR --workdir=W     trains, then evaluates
+  python main.py --mode=evaluate --workdir=W            restores the newest checkpoint and evaluates
+  python main.py --mode=predict --workdir=W --input=DIR scores any folder of images
+  python main.py --mode=prepare --config=... --output=CACHE.npz   checks a data folder and writes a decoded cache
+
+Any config field can be changed on the command line: --config.train.num_steps=500.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ("train", "evaluate", "predict", "prepare")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; without it, the one of --workdir.")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates at its end.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: config, checkpoints, metrics, report.")
+INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict.")
+OUTPUT = flags.DEFINE_string("output", "", "Where --mode=predict writes (default WORKDIR/predict), or prepare's .npz.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise jax.distributed first.")
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches to the system of the config. Errors a user can mend end in one line, not in a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are changed with --config.field=value")
+    config = CONFIG.value
+    if config is None:
+        raise app.UsageError("--config is missing, and --workdir holds no config.json of an earlier run")
+    if not WORKDIR.value and MODE.value != "prepare":
+        raise app.UsageError("--workdir is missing: the folder where checkpoints, metrics and the report go")
+    from mtl_moe import run  # imports JAX: seconds, so that --help need not wait
+
+    workdir = Path(WORKDIR.value)
+    commands = {
+        "train": lambda: run.train_and_evaluate(config, workdir, DISTRIBUTED.value),
+        "evaluate": lambda: run.evaluate(config, workdir),
+        "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value),
+        "prepare": lambda: run.prepare(config, OUTPUT.value),
+    }
+    try:
+        commands[MODE.value]()
+    except (ValueError, OSError) as error:
+        logging.debug("traceback", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run() -> None:
+    """Console entry point. Without --config, the config saved in --workdir is used."""
+    _use_huge_pages()
+    # Native libraries and Orbax report every step of theirs otherwise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.WARNING)
+    arguments = list(sys.argv)
+    names = [argument.split("=", 1)[0].lstrip("-") for argument in arguments[1:]]
+    if "config" not in names and "workdir" in names:
+        position = names.index("workdir") + 1
+        _, sign, workdir = arguments[position].partition("=")
+        workdir = workdir if sign else arguments[position + 1]
+        if (Path(workdir) / "config.json").exists():
+            config = Path(__file__).parent / "configs" / "workdir.py"
+            arguments.insert(1, f"--config={config}:{workdir}")
+    app.run(main, argv=arguments)
+
+
+def _use_huge_pages() -> None:
+    """Starts this program anew with glibc's transparent huge pages: they are read at start-up only.
+
+    XLA's CPU backend allocates its large buffers by malloc; see benchmarks/NOTES.md for what this gains.
+    """
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,251 @@
+"""Evaluates a trained detector: calibrated scores, metrics with intervals, floors, predictions.csv, report.json/.html.
+
+Axes: N test images, S evidences, M side of the finished maps. Nothing here chooses anything: every number is computed
+once, from the checkpoint and the test split; calibration sees held-out training normals only.
+"""
+
+import itertools
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core.logs import read_history
+from core.metrics import (
+    auroc,
+    average_precision,
+    bootstrap_interval,
+    matched_auroc,
+    pixel_metrics,
+    threshold_at_fpr,
+)
+from input_pipeline.dataset import Dataset, Split
+from mtl_moe import floors
+from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, restore, router_use
+from mtl_moe.outputs import write_json, write_predictions
+from mtl_moe.provenance import provenance
+from mtl_moe.report import Case, ReportData, select_cases, write_report
+from mtl_moe.scoring import Calibration, make_map_fn, task_evidences
+from mtl_moe.system import System
+
+# Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
+MATCHED_TOLERANCE = 0.07
+BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
+
+
+def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
+    """Restores the newest checkpoint of `workdir`, evaluates, writes all outputs there.
+
+    Without a test split the calibration normals are shown instead and no accuracy is given.
+
+    Returns:
+      The content of report.json.
+    """
+    start = time.time()
+    trained = restore(system, workdir)
+    scorer = Scorer(system, trained)
+    calibration = calibrate(system, scorer, dataset.splits["calibration"])
+    calibration.save(workdir / "calibration.npz", trained.step)
+    has_test = len(dataset.splits.get("test", ())) > 0
+    split = dataset.splits["test" if has_test else "calibration"]
+    map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if split.has_masks else None
+    scored = scorer.split(split, "score", map_fn)
+    corrected = calibration.corrected(scored.raw, scored.log_gradient)
+    fused = calibration.fuse(corrected)
+    p = calibration.p_values(fused)
+
+    results = Results(dataset.name, split, system.config.score.bootstrap)
+    if results.has_both:
+        results.add_detector(system, calibration, corrected, fused, scored)
+        results.add_floors(dataset)
+        if system.config.score.untrained:
+            results.add_untrained(system, dataset)
+    thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, split.labels)
+    report = {
+        "metrics": results.metrics,
+        "intervals": results.intervals,
+        "thresholds": thresholds,
+        "provenance": provenance(system, dataset, trained.step, time.time() - start),
+    }
+    evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
+    write_predictions(workdir / "predictions.csv", split, fused, p, evidence_scores)
+    write_json(workdir / "report.json", report)
+    data = ReportData(
+        dataset=dataset.name,
+        layout=dataset.layout,
+        headline=_headline(system, dataset, has_test),
+        metrics=results.metrics,
+        intervals=results.intervals,
+        tasks=[task.name for task in system.tasks],
+        names=split.names,
+        labels=split.labels,
+        scores=fused,
+        p_values=p,
+        task_scores=evidence_scores,
+        calibration_scores=calibration.fused,
+        thresholds=thresholds,
+        cases=gallery(system, scorer, calibration, split, fused, p),
+        history=read_history(workdir),
+        router=router_use(system, trained, split.images(np.arange(min(len(split), 32)))),
+        floors=FLOORS,
+        provenance=report["provenance"],
+        config=system.config.to_dict(),
+    )
+    write_report(workdir / "report.html", data)
+    return report
+
+
+class Results:
+    """Metrics of one test split under their flat keys, with intervals."""
+
+    def __init__(self, dataset: str, split: Split, num_resamples: int):
+        self.metrics: dict[str, float] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
+        self._prefix = f"test/{dataset}/"
+        self._split = split
+        self._num_resamples = num_resamples
+        self._covariate: np.ndarray | None = None
+        self._masks: np.ndarray | None = None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are normal and abnormal images."""
+        return len(np.unique(self._split.labels)) == 2
+
+    def add_detector(
+        self, system: System, calibration: Calibration, corrected: np.ndarray, fused: np.ndarray, scored: Scored
+    ) -> None:
+        """Fused scores with intervals, each evidence, the best single one, each task left out."""
+        self._covariate = scored.log_gradient
+        self._image("", fused, interval=True)
+        if scored.maps is not None:
+            self._pixel("", scored.maps)
+        for name, scores in zip(calibration.names, corrected.T, strict=True):
+            self._image(f"task/{name}/", scores, interval=True)
+        # Named best with the test labels in sight: a comparison, never a choice.
+        singles = {name: self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in calibration.names}
+        self.metrics[self._prefix + "best_single/image_auroc"] = max(singles.values())
+        evidences = task_evidences(system.tasks)
+        if len(evidences) > 1:
+            for task, names in evidences.items():
+                self._image(f"leave_out/{task}/", calibration.fuse(corrected, leave_out=names))
+
+    def add_floors(self, dataset: Dataset) -> None:
+        """Scores and maps that learn next to nothing, fitted on the same training normals."""
+        train = _some_images(dataset.splits["train"])
+        test = self._split.images(np.arange(len(self._split)))
+        for name, scores in floors.floor_scores(train, test).items():
+            self._image(f"floor/{name}/", scores)
+        if self._split.has_masks:
+            for name, maps in floors.floor_maps(train, test).items():
+                size = dataset.mask_size
+                resized = np.asarray(jax.image.resize(maps, (len(maps), size, size), "bilinear"))
+                self._pixel(f"floor/{name}/", resized)
+
+    def add_untrained(self, system: System, dataset: Dataset) -> None:
+        """The same network before its first update, calibrated and fused in the same way."""
+        params, extra = system.init_fn(system.patch_centers(dataset))(jax.random.key(system.config.seed))
+        scorer = Scorer(system, Trained(system.place(params), system.place(extra), 0))
+        calibration = calibrate(system, scorer, dataset.splits["calibration"])
+        size, mask_size = dataset.image_size, dataset.mask_size
+        map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None
+        scored = scorer.split(self._split, "untrained", map_fn)
+        self._image("floor/untrained/", calibration.fuse(calibration.corrected(scored.raw, scored.log_gradient)))
+        if scored.maps is not None:
+            self._pixel("floor/untrained/", scored.maps)
+
+    def _image(self, key: str, scores: np.ndarray, interval: bool = False) -> None:
+        labels = self._split.labels
+        key = self._prefix + key
+        self.metrics[key + "image_auroc"] = auroc(scores, labels)
+        self.metrics[key + "image_ap"] = average_precision(scores, labels)
+        matched, pairs = matched_auroc(scores, labels, self._covariate, MATCHED_TOLERANCE)
+        if pairs:
+            self.metrics[key + "matched_auroc"] = matched
+        if interval:
+            groups = np.array(self._split.groups)
+            for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
+                self.intervals[key + name] = bootstrap_interval(metric, scores, labels, groups, self._num_resamples)
+
+    def _pixel(self, key: str, maps: np.ndarray) -> None:
+        if self._masks is None:
+            self._masks = self._split.masks(np.arange(len(self._split)))[..., 0] > 0
+        values = pixel_metrics(maps, self._masks)
+        self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
+
+
+FLOORS = {
+    "mean_intensity": "how bright the image is",
+    "intensity_distance": "how far its brightness is from the normals'",
+    "low_gradient": "how smooth the image is",
+    "gradient_distance": "how far its smoothness is from the normals'",
+    **{f"band_{i}_low": f"how little texture it has, sigma {s} pixels" for i, s in enumerate(BANDS)},
+    **{f"band_{i}_distance": f"how unusual its texture is, sigma {s} pixels" for i, s in enumerate(BANDS)},
+    "histogram_distance": "distance of its grey-level histogram to the normals'",
+    "pca_error": "error after 40 principal components at 32 x 32",
+    "nearest_neighbour": "distance to the nearest training image at 32 x 32",
+    "smoothed_intensity": "blurred brightness as a map",
+    "untrained": "the same network before training",
+}
+
+
+def gallery(
+    system: System, scorer: Scorer, calibration: Calibration, split: Split, fused: np.ndarray, p: np.ndarray
+) -> list[Case]:
+    """Cases of the report: hits, misses, false alarms and quiet normals, scored once more for their maps."""
+    sections = select_cases(split.labels, fused, system.config.score.gallery)
+    rows = [(title, int(row)) for title, indices in sections.items() for row in indices]
+    indices = np.array([row for _, row in rows])
+    images, masks = split.images(indices), split.masks(indices)
+    maps = scorer.images(images)["maps"]
+    size = images.shape[1]
+    fused_maps = np.asarray(make_map_fn(calibration, size, size)(maps))
+    by_evidence = evidence_maps(system, calibration, maps)
+    return [
+        Case(
+            section=title,
+            name=split.names[row],
+            label=int(split.labels[row]),
+            score=float(fused[row]),
+            p_value=float(p[row]),
+            image=images[i],
+            anomaly_map=fused_maps[i],
+            task_maps=by_evidence[i],
+            mask=np.asarray(jax.image.resize(masks[i, ..., 0], (size, size), "nearest")) if split.has_masks else None,
+        )
+        for i, (title, row) in enumerate(rows)
+    ]
+
+
+def _some_images(split: Split, most: int = 5000) -> np.ndarray:
+    """At most `most` images, evenly spaced: floors need no more."""
+    return split.images(np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).round().astype(int)))
+
+
+def _thresholds(rates: Any, calibration: Calibration, fused: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
+    rows = []
+    for rate in rates:
+        threshold = threshold_at_fpr(calibration.fused, rate)
+        flagged = fused >= threshold
+        row = {"fpr": float(rate), "threshold": threshold}
+        row["observed_fpr"] = float(flagged[labels == 0].mean()) if (labels == 0).any() else None
+        row["tpr"] = float(flagged[labels == 1].mean()) if (labels == 1).any() else None
+        rows.append(row)
+    return rows
+
+
+def _headline(system: System, dataset: Dataset, has_test: bool) -> str:
+    counts = {name: len(split) for name, split in dataset.splits.items()}
+    text = (
+        f"{len(system.tasks)} proxy tasks learned from scratch on {counts['train']} normal images, calibrated on "
+        f"{counts['calibration']} more that were not trained on."
+    )
+    if not has_test:
+        text += (
+            " There is no test split: the images shown are the calibration normals. Score others with --mode=predict."
+        )
+        logging.warning("no test split: the report shows the calibration normals; score others with --mode=predict")
+    return text

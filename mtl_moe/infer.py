@@ -1,0 +1,140 @@
+"""Runs the trained detector over splits: raw scores, calibration, finished maps.
+
+Axes: N images of a split, S evidences, H W map, M side of the finished map.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core.checkpoint import Checkpointer
+from core.logs import progress_bar
+from core.mesh import shard_batch
+from core.optim import build_optimizer
+from input_pipeline.dataset import Split, eval_batches
+from mtl_moe.floors import log_mean_gradient
+from mtl_moe.scoring import Calibration, fit_calibration, make_map_fn, make_score_fn
+from mtl_moe.system import System
+
+MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Parameters ready to score: averaged ones of a checkpoint, or fresh ones for the untrained floor."""
+
+    params: Any
+    extra: Any
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a pass over N images gives.
+
+    Attributes:
+      raw: [N, S] raw scores; log_gradient: [N].
+      maps: finished fused maps [N, M, M] in calibrated units, or None where they were not asked for.
+    """
+
+    raw: np.ndarray
+    log_gradient: np.ndarray
+    maps: np.ndarray | None = None
+
+
+def restore(system: System, workdir: Path) -> Trained:
+    """Restores the newest checkpoint of `workdir`; nothing but the checkpoint is read.
+
+    Raises:
+      CheckpointError: if there is none, it is damaged, or of another architecture.
+    """
+    state = system.abstract_state(build_optimizer(system.config.optim, system.config.train.num_steps))
+    state = system.placed_shapes(state)
+    checkpointer = Checkpointer(workdir)
+    try:
+        return Trained(*checkpointer.restore_model(state.ema_params, state.extra))
+    finally:
+        checkpointer.close()
+
+
+class Scorer:
+    """Scores images with one set of parameters; compiled once for a batch size."""
+
+    def __init__(self, system: System, trained: Trained):
+        self._system = system
+        self._trained = trained
+        self._score_fn = make_score_fn(system)
+        # Every device gets the same number of rows.
+        shards = system.mesh.shape["data"]
+        self.batch_size = -(-system.config.score.batch_size // shards) * shards
+
+    def batch(self, images: np.ndarray) -> dict[str, jax.Array]:
+        """One full batch of uint8 images [batch_size, H, W, C] -> raw, maps, body as in `make_score_fn`."""
+        placed = shard_batch({"image": images}, self._system.mesh)
+        return self._score_fn(self._trained.params, self._trained.extra, placed["image"])
+
+    def images(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Any number n of uint8 images [n, H, W, C]; results are [n, ...]. For few images: everything is kept."""
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            rows = images[start : start + self.batch_size]
+            padded = np.concatenate([rows, np.repeat(rows[-1:], self.batch_size - len(rows), axis=0)])
+            parts.append({k: np.asarray(v)[: len(rows)] for k, v in self.batch(padded).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def split(self, split: Split, description: str, map_fn: Callable[[jax.Array], jax.Array] | None = None) -> Scored:
+        """A whole split, every image once; with `map_fn` (`make_map_fn`) also its finished maps."""
+        raw, gradients, maps = [], [], []
+        with progress_bar(len(split), description=description) as bar:
+            for batch in eval_batches(split, self.batch_size):
+                count = int(batch["valid"].sum())
+                result = self.batch(batch["image"])
+                raw.append(np.asarray(result["raw"])[:count])
+                gradients.append(log_mean_gradient(batch["image"][:count]))
+                if map_fn is not None:
+                    maps.append(np.asarray(map_fn(result["maps"]))[:count])
+                bar.update(count)
+        return Scored(np.concatenate(raw), np.concatenate(gradients), np.concatenate(maps) if maps else None)
+
+
+def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
+    """Fits the calibration on held-out normals; see `mtl_moe.scoring`.
+
+    Raises:
+      ValueError: if there are fewer than five, or an abnormal image is among them.
+    """
+    if split.labels.any():
+        raise ValueError("the calibration split holds abnormal images: expected normals only")
+    scored = scorer.split(split, "calibrate")
+    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), MAX_CALIBRATION_MAPS)).round().astype(int))
+    sample = scorer.images(split.images(rows))
+    config = system.config
+    calibration = fit_calibration(
+        system.tasks, config.score.fusion, scored.raw, scored.log_gradient, sample["maps"], sample["body"]
+    )
+    finish = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
+    finished = np.concatenate([np.asarray(finish(sample["maps"][i : i + 32])) for i in range(0, len(rows), 32)])
+    low, high = np.quantile(finished, (0.5, 0.95))
+    return dataclasses.replace(calibration, fused_low=float(low), fused_scale=float(max(high - low, 1e-6)))
+
+
+def evidence_maps(system: System, calibration: Calibration, maps: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Maps [n, S, H, W] -> for each image its maps by evidence in calibrated units (0: median, 1: 95th percentile)."""
+    scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None]
+    return [dict(zip(calibration.names, image, strict=True)) for image in scaled]
+
+
+def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls."""
+    tasks: Sequence[Any] = system.tasks
+    floats = images.astype(np.float32) / 255.0
+
+    def stats(params: Any) -> Any:
+        _, aux = system.model.apply({"params": params}, {t.name: t.views(floats) for t in tasks}, train=False)
+        return {name: block["utilisation"] for name, block in aux.items()}
+
+    return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params).items()}

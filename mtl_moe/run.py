@@ -1,0 +1,154 @@
+"""The commands of the detector, as main.py calls them: train and evaluate, evaluate, predict, prepare."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core.compilation import enable_compilation_cache
+from input_pipeline.dataset import load_dataset
+from input_pipeline.prepare import format_report
+from input_pipeline.prepare import prepare as prepare_data
+from mtl_moe import evaluate as evaluation
+from mtl_moe import predict as prediction
+from mtl_moe.outputs import write_json
+from mtl_moe.system import build_system
+from mtl_moe.train import train
+
+# Fields that may differ between a work directory's config and the one it is run with: none changes the training.
+FREE_FIELDS = (
+    "data.root",
+    "data.cache",
+    "data.memory_limit_gb",
+    "data.kind",
+    "score.",
+    "train.tensorboard",
+    "num_seeds",
+)
+
+
+def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) -> None:
+    """Trains (or resumes) and evaluates; with `num_seeds` above 1 each seed in its own folder, then all together."""
+    enable_compilation_cache()
+    if distributed:
+        jax.distributed.initialize()
+    if config.num_seeds == 1:
+        _train_one(config, workdir)
+        return
+    if config.num_seeds < 1:
+        raise ValueError(f"num_seeds={config.num_seeds}: expected at least 1")
+    reports = []
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        one = config.copy_and_resolve_references()
+        one.update(seed=seed, num_seeds=1)
+        reports.append(_train_one(one, workdir / f"seed_{seed}"))
+    summary = summarise(reports)
+    write_json(workdir / "report.json", summary)
+    print(f"\nmean and standard deviation over {config.num_seeds} seeds")
+    for key, value in _headline_metrics(summary["metrics"]).items():
+        print(f"  {key:<48} {value:.3f} +- {summary['std'][key]:.3f}")
+    print(f"report: {workdir / 'report.json'}; pages: seed_*/report.html")
+
+
+def evaluate(config: Any, workdir: Path) -> None:
+    """Restores the newest checkpoint and evaluates; needs nothing but the work directory and the data."""
+    enable_compilation_cache()
+    check_config(config, workdir)
+    system = build_system(config)
+    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    _print_report(evaluation.evaluate(system, dataset, workdir), workdir)
+
+
+def predict(config: Any, workdir: Path, source: str, output: str) -> None:
+    """Scores a folder of images with a trained and calibrated detector."""
+    if not source:
+        raise ValueError("--input is missing: the folder of images to score")
+    enable_compilation_cache()
+    check_config(config, workdir)
+    folder = Path(output) if output else workdir / "predict"
+    prediction.predict(build_system(config), workdir, Path(source), folder)
+    print(f"scores: {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
+
+
+def prepare(config: Any, output: str) -> None:
+    """Checks a data folder and, with `output`, writes the decoded cache."""
+    print(format_report(prepare_data(config.data, output, min_size=config.model.patch_size)))
+
+
+def check_config(config: Any, workdir: Path) -> None:
+    """Writes `workdir/config.json`, or compares with the one there.
+
+    Raises:
+      ValueError: naming the fields that differ, if the work directory was made with another config.
+    """
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        old = json.loads(path.read_text())
+        fields = sorted(_flat(old).items() ^ _flat(new).items())
+        names = sorted({name for name, _ in fields if not name.startswith(FREE_FIELDS)})
+        if names:
+            lines = [f"  {name}: there {_flat(old).get(name)}, now {_flat(new).get(name)}" for name in names]
+            raise ValueError(
+                f"{workdir} was made with another config; use another --workdir, or the same fields:\n"
+                + "\n".join(lines)
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, new)
+
+
+def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of each metric over seeds, beside the single values."""
+    keys = [key for key in reports[0]["metrics"] if all(key in report["metrics"] for report in reports)]
+    values = {key: [float(report["metrics"][key]) for report in reports] for key in keys}
+    return {
+        "metrics": {key: float(np.mean(v)) for key, v in values.items()},
+        "std": {key: float(np.std(v, ddof=1)) for key, v in values.items()},
+        "values": values,
+        "provenance": [report["provenance"] for report in reports],
+    }
+
+
+def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
+    check_config(config, workdir)
+    system = build_system(config)
+    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    print(f"{dataset.name}: {dataset.layout}")
+    train(system, dataset, workdir)
+    if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction
+        print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")
+        return None
+    report = evaluation.evaluate(system, dataset, workdir)
+    _print_report(report, workdir)
+    return report
+
+
+def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The fused metrics, each task's image AUROC, and the strongest floor."""
+    fused = {key: value for key, value in metrics.items() if key.count("/") == 2}
+    tasks = {k: v for k, v in metrics.items() if "/task/" in k and k.endswith("image_auroc")}
+    floors = {k: v for k, v in metrics.items() if "/floor/" in k and k.endswith("/image_auroc")}
+    strongest = {max(floors, key=floors.get): max(floors.values())} if floors else {}
+    return fused | tasks | strongest
+
+
+def _print_report(report: Mapping[str, Any], workdir: Path) -> None:
+    for key, value in _headline_metrics(report["metrics"]).items():
+        interval = report["intervals"].get(key)
+        print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+    print(f"report: {os.path.join(workdir, 'report.html')}")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

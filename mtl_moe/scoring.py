@@ -1,0 +1,255 @@
+"""From head outputs to raw scores, from raw scores to calibrated ones, from maps to the fused map.
+
+Axes: B or N images, S evidences (a task gives one or two), H W map, M side of the finished map, n calibration normals.
+On the device `make_score_fn` solves every task's views and reduces each map to a number. On the host `Calibration`,
+fitted on held-out training normals only, makes the numbers comparable and fuses them:
+
+- "contrast" evidences lose their linear fit on the image's log mean gradient (smooth images are easy to reconstruct);
+- u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
+- image score = mean of u over the evidences; p-value = share of calibration normals at least as odd;
+- map = mean over evidences of (map - median) / (95th percentile - median), one scale for the whole data set, smoothed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from core.metrics import p_values
+from mtl_moe.losses import to_float
+from mtl_moe.system import System
+from mtl_moe.tasks import Task
+from mtl_moe.tasks.base import EPS, body_mask, mean_where
+from mtl_moe.teacher import make_teacher, needs_teacher
+
+FUSIONS = ("tail", "robust_z", "max", "mean")
+TOP_SHARE = 0.05
+TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
+# One evidence may not outvote the others in the fused map: calibrated values are cut here, ten times the distance
+# from the normals' median to their 95th percentile.
+MAP_LIMIT = 10.0
+SMOOTHING = 4.0 / 224  # standard deviation of the map's Gaussian as a share of its side: BMAD's 4 at 224
+
+
+def evidence_names(tasks: Sequence[Task]) -> list[str]:
+    """Names of all evidences, in the order of axis S."""
+    return [name for task in tasks for name in task.reductions]
+
+
+def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+    """Compiled (params, extra, uint8 images [B, H, W, C]) -> {raw [B, S], maps [B, S, H, W], body [B, H, W]}.
+
+    All views of all tasks go through one forward. An image's result does not depend on the other images.
+    """
+    tasks, model = system.tasks, system.model
+
+    def score(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
+        images = to_float(images)
+        teacher = make_teacher(model.config, extra["teacher"], images, model.dtype) if needs_teacher(tasks) else None
+        outputs, _ = model.apply({"params": params}, {task.name: task.views(images) for task in tasks}, train=False)
+        body = body_mask(images)[..., 0]
+        raw, maps = [], []
+        for task in tasks:
+            evidence = task.evidence(outputs[task.name], images, teacher)
+            for name, reduction in task.reductions.items():
+                maps.append(evidence[name].astype(jnp.float32))
+                raw.append(_reduce(maps[-1], body, reduction))
+        return {"raw": jnp.stack(raw, 1), "maps": jnp.stack(maps, 1), "body": body}
+
+    return jax.jit(score)
+
+
+def _reduce(maps: jax.Array, body: jax.Array, reduction: str) -> jax.Array:
+    if reduction == "mean":
+        return mean_where(maps, body)
+    flat, inside = maps.reshape(maps.shape[0], -1), body.reshape(maps.shape[0], -1)
+    ranked = -jnp.sort(-jnp.where(inside > 0, flat, 0.0), axis=-1)
+    count = jnp.ceil(TOP_SHARE * inside.sum(-1, keepdims=True))
+    chosen = (jnp.arange(ranked.shape[1])[None] < count).astype(jnp.float32)
+    return jnp.log((ranked * chosen).sum(-1) / count[:, 0] + EPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
+
+    Attributes:
+      names: evidences, length S.
+      fusion: one of FUSIONS.
+      slope, intercept: [S] linear fit of raw scores on log mean gradient; 0 for evidences that are not "contrast".
+      reference: [n, S] corrected scores of the calibration normals, each column sorted.
+      tail: [S, 3] threshold, scale and shape of the Pareto tail.
+      map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
+      fused: [n] fused scores of the calibration normals, sorted.
+      fused_low, fused_scale: the same two numbers for the finished fused map.
+    """
+
+    names: tuple[str, ...]
+    fusion: str
+    slope: np.ndarray
+    intercept: np.ndarray
+    reference: np.ndarray
+    tail: np.ndarray
+    map_low: np.ndarray
+    map_scale: np.ndarray
+    fused: np.ndarray
+    fused_low: float = 0.0
+    fused_scale: float = 1.0
+
+    def corrected(self, raw: np.ndarray, log_gradient: np.ndarray) -> np.ndarray:
+        """Raw scores [N, S] and log mean gradients [N] -> scores [N, S] without the contrast's share."""
+        return raw - self.intercept - np.asarray(log_gradient)[:, None] * self.slope
+
+    def tail_scores(self, corrected: np.ndarray) -> np.ndarray:
+        """u = -log(1 - F(s)), [N, S]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
+        return np.stack(
+            [_tail_score(s, r, t) for s, r, t in zip(corrected.T, self.reference.T, self.tail, strict=True)], 1
+        )
+
+    def fuse(self, corrected: np.ndarray, leave_out: Sequence[str] = ()) -> np.ndarray:
+        """Image scores [N] from corrected scores [N, S], without the named evidences.
+
+        "tail" (default) means u, "max" its maximum, "robust_z" the mean of (s - median) / (1.48 MAD), "mean" of s.
+        """
+        keep = [i for i, name in enumerate(self.names) if name not in leave_out]
+        if self.fusion == "mean":
+            return corrected[:, keep].mean(1)
+        if self.fusion == "robust_z":
+            median = np.median(self.reference, axis=0)
+            spread = 1.4826 * np.median(np.abs(self.reference - median), axis=0) + EPS
+            return ((corrected - median) / spread)[:, keep].mean(1)
+        u = self.tail_scores(corrected)[:, keep]
+        return u.max(1) if self.fusion == "max" else u.mean(1)
+
+    def p_values(self, fused: np.ndarray) -> np.ndarray:
+        """Share of calibration normals at least as odd, [N] in [1 / (n + 1), 1]."""
+        return p_values(fused, self.fused)
+
+    def save(self, path: Path, step: int) -> None:
+        """Writes all fields and the checkpoint's step as .npz, beside and renamed."""
+        fields = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, step=step, **fields)
+        temporary.replace(path)
+
+
+def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration:
+    """Reads `Calibration.save`'s file.
+
+    Raises:
+      ValueError: if it is missing, damaged, of other tasks or of another checkpoint.
+    """
+    if not path.exists():
+        raise ValueError(f"no {path}: run --mode=evaluate with the training data once, it writes the calibration")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            values = {name: stored[name] for name in stored.files}
+        found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
+        calibration = Calibration(
+            **values
+            | {"names": found, "fusion": str(values["fusion"])}
+            | {name: float(values[name]) for name in ("fused_low", "fused_scale")}
+        )
+    except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run --mode=evaluate again, it writes the file anew") from error
+    if found != tuple(names) or saved_step != step:
+        raise ValueError(
+            f"{path} was made for evidences {found} at step {saved_step}; expected {tuple(names)} at step {step}: run "
+            "--mode=evaluate again, it writes the file anew"
+        )
+    return calibration
+
+
+def fit_calibration(
+    tasks: Sequence[Task], fusion: str, raw: np.ndarray, log_gradient: np.ndarray, maps: np.ndarray, body: np.ndarray
+) -> Calibration:
+    """Fits on calibration normals.
+
+    Args:
+      raw, log_gradient: [n, S] and [n].
+      maps, body: [m, S, H, W] and [m, H, W] of some of the normals.
+
+    Raises:
+      ValueError: for an unknown fusion or fewer than five normals.
+    """
+    if fusion not in FUSIONS:
+        raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
+    if len(raw) < 5:
+        raise ValueError(
+            f"only {len(raw)} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
+            "training images or raise data.calibration_fraction"
+        )
+    raw, log_gradient = raw.astype(np.float64), log_gradient.astype(np.float64)
+    reductions = [reduction for task in tasks for reduction in task.reductions.values()]
+    fits = [np.polyfit(log_gradient, raw[:, i], 1) if r == "contrast" else (0.0, 0.0) for i, r in enumerate(reductions)]
+    slope, intercept = np.array(fits).T
+    inside = body > 0
+    quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
+    corrected = raw - intercept - log_gradient[:, None] * slope
+    reference = np.sort(corrected, axis=0)
+    calibration = Calibration(
+        names=tuple(evidence_names(tasks)),
+        fusion=fusion,
+        slope=slope,
+        intercept=intercept,
+        reference=reference,
+        tail=np.stack([_fit_tail(column) for column in reference.T]),
+        map_low=quantiles[:, 0],
+        map_scale=np.maximum(quantiles[:, 1] - quantiles[:, 0], EPS),
+        fused=np.zeros(0),
+    )
+    return dataclasses.replace(calibration, fused=np.sort(calibration.fuse(corrected)))
+
+
+def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[[jax.Array], jax.Array]:
+    """Compiled maps [B, S, H, W] -> finished fused maps [B, M, M] in calibrated units.
+
+    Bilinear resizing and Gaussian smoothing are both linear in rows and columns: one [M, H] matrix from each side.
+    """
+    bilinear = np.asarray(jax.image.resize(jnp.eye(size), (map_size, size), "bilinear"))
+    smooth = jnp.asarray(ndimage.gaussian_filter1d(bilinear, SMOOTHING * map_size, axis=0), jnp.float32)
+    low = jnp.asarray(calibration.map_low, jnp.float32)[None, :, None, None]
+    scale = jnp.asarray(calibration.map_scale, jnp.float32)[None, :, None, None]
+
+    def finish(maps: jax.Array) -> jax.Array:
+        fused = jnp.minimum((maps - low) / scale, MAP_LIMIT).mean(1)
+        finished = jnp.einsum("mh,bhw,nw->bmn", smooth, fused, smooth, precision="highest")
+        return (finished - calibration.fused_low) / calibration.fused_scale
+
+    return jax.jit(finish)
+
+
+def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
+    """Evidence names by task."""
+    return {task.name: tuple(task.reductions) for task in tasks}
+
+
+def _fit_tail(reference: np.ndarray) -> np.ndarray:
+    """Threshold, scale and shape of a generalised Pareto distribution above the (1 - TAIL_SHARE) point.
+
+    Probability-weighted moments (Hosking and Wallis 1987), stable with tens of points; the shape is kept in [0, 0.5],
+    so that no finite score is called impossible.
+    """
+    count = max(int(TAIL_SHARE * len(reference)), 2)
+    threshold = reference[-count - 1]
+    excess = reference[-count:] - threshold
+    weights = (np.arange(count, 0, -1) - 0.65) / count  # 1 - plotting position (i - 0.35) / n
+    first, second = excess.mean(), (weights * excess).mean()
+    shape = np.clip(2 - first / max(first - 2 * second, EPS), 0.0, 0.5)
+    return np.array([threshold, max(first * (1 - shape), EPS), shape])
+
+
+def _tail_score(scores: np.ndarray, reference: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    threshold, scale, shape = tail
+    n = len(reference)
+    less, at_most = np.searchsorted(reference, scores, "left"), np.searchsorted(reference, scores, "right")
+    body = -np.log1p(-((less + at_most) / 2 + 0.5) / (n + 1))
+    start = -np.log1p(-(np.searchsorted(reference, threshold, "right") / (n + 1)))
+    excess = np.maximum(scores - threshold, 0) / scale
+    beyond = start + (np.log1p(shape * excess) / shape if shape > 0 else excess)
+    return np.where(scores > threshold, beyond, np.minimum(body, start))
