@@ -8,9 +8,38 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+
 import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[[], ConfigDict]:
+    """Factory of the smallest useful detector config on phantoms: `tiny_config()` is a fresh ConfigDict each time."""
+
+    def make() -> ConfigDict:
+        config = common.detector("tiny")
+        config.data.update(image_size=32, mask_size=32, calibration_fraction=0.25)
+        config.data.phantom.update(num_train=24, num_valid=0, num_test=8)
+        config.model.update(
+            width=16, num_heads=2, patch_size=8, num_dense_layers=1, num_moe_layers=1, num_neck_layers=1, mlp_dim=32,
+            num_experts=2, expert_dim=16,
+        )  # fmt: skip
+        config.tasks.jigsaw.tiles = 2
+        config.tasks.cluster.num_clusters = 4
+        config.train.update(
+            batch_size=8, num_steps=4, refresh_step=2, log_every=1, save_every=2, tensorboard=False
+        )  # fmt: skip
+        config.score.update(batch_size=8, gallery=1, bootstrap=20, untrained=False)
+        return config
+
+    return make
