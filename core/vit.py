@@ -50,6 +50,22 @@ class PatchEmbed(nn.Module):
         return out.reshape(*patches.shape[:2], self.width)
 
 
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(Dh)) v for [B, N, K, Dh] each, softmax in float32; [B, N, K, Dh].
+
+    `jax.nn.dot_product_attention` off the CPU. There its einsums take twice as long as batched matmuls over heads laid
+    out contiguously (benchmarks/NOTES.md).
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(query, key, value)
+    batch, _, num_heads, head_dim = query.shape
+    q, k, v = (rearrange(x, "b n k d -> (b k) n d") for x in (query, key, value))
+    logits = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * head_dim**-0.5).astype(v.dtype)
+    out = jax.lax.dot_general(weights, v, (((2,), (1,)), ((0,), (0,))))
+    return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D]; kernels q, k, v are [D, K, Dh] and out is [K, Dh, D]."""
 
@@ -68,7 +84,7 @@ class SelfAttention(nn.Module):
             out = nn.DenseGeneral((self.num_heads, head_dim), dtype=self.dtype, name=name)(flat)
             return out.reshape(batch, tokens, self.num_heads, head_dim)
 
-        out = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        out = attend(heads("query"), heads("key"), heads("value"))
         out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(
             out.reshape(-1, self.num_heads, head_dim)
         )
