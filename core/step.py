@@ -54,7 +54,7 @@ def make_train_step_fn(
         step = state.step + 1
         decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
         ema = optax.incremental_update(params, state.ema_params, 1.0 - decay)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(step, params, ema, opt_state, extra), metrics
 
     return jax.jit(train_step, donate_argnums=0)
