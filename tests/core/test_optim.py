@@ -1,0 +1,103 @@
+"""Schedule and optimizer against AdamW written out in numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from core import tree
+from core.optim import build_optimizer, build_schedule
+
+NUM_STEPS = 20
+
+
+def _config(**changes) -> ConfigDict:
+    return ConfigDict(dict(learning_rate=0.01, warmup_steps=4, weight_decay=0.1, b2=0.95, clip_norm=1.0) | changes)
+
+
+def _rate(update: int, num_steps: int = NUM_STEPS, warmup: int = 4) -> float:
+    """Rate of update 1, 2, ...: linear to the peak at `warmup`, cosine to 0 at one after the last."""
+    if update <= warmup:
+        return 0.01 * update / warmup
+    return 0.005 * (1 + math.cos(math.pi * (update - warmup) / (num_steps + 1 - warmup)))
+
+
+def test_schedule_ramps_from_the_first_update_and_ends_near_zero():
+    schedule = build_schedule(_config(), NUM_STEPS)
+    rates = [float(schedule(step)) for step in range(NUM_STEPS + 1)]
+    np.testing.assert_allclose(rates, [_rate(i) for i in range(1, NUM_STEPS + 2)], rtol=1e-5, atol=1e-8)
+    assert rates[0] > 0
+    assert rates[3] == max(rates)
+    assert 0 < rates[NUM_STEPS - 1] < 0.01 * max(rates)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_run_shorter_than_the_warm_up_still_learns(num_steps):
+    schedule = build_schedule(_config(warmup_steps=100), num_steps)
+    rates = [float(schedule(step)) for step in range(num_steps)]
+    expected = [_rate(i, num_steps, max(num_steps // 2, 1)) for i in range(1, num_steps + 1)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(0.01)
+
+
+def test_warm_up_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps must be at least 1, found 0"):
+        build_schedule(_config(warmup_steps=0), NUM_STEPS)
+
+
+def test_only_kernels_and_expert_matrices_decay():
+    leaf = jnp.ones((2, 2))
+    params = {
+        "block": {
+            "attn": {"query": {"kernel": leaf, "bias": leaf}},
+            "norm1": {"scale": leaf, "bias": leaf},
+            "mlp": {
+                "experts": {"w1": leaf, "b1": leaf, "w2": leaf, "b2": leaf},
+                "router": {"kernel": leaf, "task_kernel": leaf, "task_embedding": leaf},
+            },
+        },
+        "pos_embedding": leaf,
+    }
+    tx = build_optimizer(_config(), NUM_STEPS)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    # Without gradient only decay moves a parameter: by rate * decay * 1.
+    moved = {path: float(leaf[0, 0]) for path, leaf in tree.paths(updates).items() if leaf.any()}
+    assert set(moved) == {
+        "block/attn/query/kernel",
+        "block/mlp/experts/w1",
+        "block/mlp/experts/w2",
+        "block/mlp/router/kernel",
+    }
+    assert all(value == pytest.approx(-_rate(1) * 0.1) for value in moved.values())
+
+
+def test_updates_are_adamw_with_clipping_by_the_global_norm():
+    rng = np.random.default_rng(0)
+    params = {"x": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}}
+    # One far above the clipping norm, one below it: without clipping the first would rule the moments.
+    grads = [jax.tree.map(lambda p, s=s: s * rng.normal(size=p.shape), params) for s in (1000.0, 0.1, 3.0)]
+
+    tx = build_optimizer(_config(), NUM_STEPS)
+    single = jax.tree.map(jnp.float32, params)
+    opt_state = tx.init(single)
+    for grad in grads:
+        updates, opt_state = tx.update(jax.tree.map(jnp.float32, grad), opt_state, single)
+        single = optax.apply_updates(single, updates)
+
+    values, first, second = dict(params["x"]), {"kernel": 0.0, "bias": 0.0}, {"kernel": 0.0, "bias": 0.0}
+    for t, grad in enumerate(grads, 1):
+        norm = math.sqrt(sum((g**2).sum() for g in grad["x"].values()))
+        for name, g in grad["x"].items():
+            g = g / max(norm, 1.0)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            step = first[name] / (1 - 0.9**t) / (np.sqrt(second[name] / (1 - 0.95**t)) + 1e-8)
+            decay = 0.1 * values[name] if name == "kernel" else 0.0
+            values[name] = values[name] - _rate(t) * (step + decay)
+    # float32 against float64 over three updates of 0.01.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), single["x"], values)

@@ -1,0 +1,144 @@
+"""Transformer parts against numpy in float64: values, and gradients by finite differences of the numpy function."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core import vit
+
+BATCH, TOKENS, WIDTH, HEADS, HIDDEN = 2, 5, 8, 2, 12
+
+
+def _dense(x, p, axes=1):
+    return np.tensordot(x, p["kernel"], axes) + p["bias"]
+
+
+def _norm(x, p, eps=1e-6):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def _attention(x, p):
+    """One query at a time, one head at a time."""
+    q, k, v = (_dense(x, p[name]) for name in ("query", "key", "value"))
+    out = np.zeros_like(q)
+    for b in range(x.shape[0]):
+        for head in range(q.shape[2]):
+            for n in range(x.shape[1]):
+                scores = np.exp(k[b, :, head] @ q[b, n, head] / np.sqrt(q.shape[-1]))
+                out[b, n, head] = scores / scores.sum() @ v[b, :, head]
+    return _dense(out, p["out"], 2)
+
+
+def _mlp(x, p):
+    h = _dense(x, p["fc1"])
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return _dense(h, p["fc2"])
+
+
+def _block(x, p):
+    x = x + _attention(_norm(x, p["norm1"]), p["attn"])
+    return x + _mlp(_norm(x, p["norm2"]), p["mlp"])
+
+
+def _randomised(params, seed=0):
+    """No leaf at its special initial value (zero biases, unit scales), float64."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), jax.device_get(params))
+
+
+def _cases():
+    block = vit.EncoderBlock(HEADS, lambda name: vit.Mlp(HIDDEN, name=name))
+    return {
+        "attention": (vit.SelfAttention(HEADS), _attention),
+        "mlp": (vit.Mlp(HIDDEN), _mlp),
+        "block": (block, _block),
+    }
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp", "block"])
+def test_values_and_gradients_are_those_of_numpy(name):
+    module, reference = _cases()[name]
+    rng = np.random.default_rng(1)
+    x, target = rng.normal(size=(2, BATCH, TOKENS, WIDTH))
+    params = _randomised(jax.jit(module.init)(jax.random.key(0), jnp.zeros(x.shape))["params"])
+
+    def scalar(params, x):
+        out = module.apply({"params": params}, x)
+        out = out[0] if isinstance(out, tuple) else out
+        return (out * target.astype(np.float32)).sum(), out
+
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
+    (_, out), grads = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(*single)
+    # float32 rounding over sums of at most 12 terms in a few layers; values are of size 1 to 10.
+    np.testing.assert_allclose(out, reference(x, params), rtol=0, atol=2e-5)
+
+    # One random direction for each leaf: a wrong gradient of any leaf cannot hide behind the others.
+    leaves, structure = jax.tree.flatten((params, x))
+    for i, (leaf, grad) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True)):
+        direction = rng.normal(size=leaf.shape)
+
+        def moved(h, i=i, direction=direction):
+            p, y = structure.unflatten([v + h * direction if j == i else v for j, v in enumerate(leaves)])
+            return (reference(y, p) * target).sum()
+
+        slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        np.testing.assert_allclose((grad * direction).sum(), slope, rtol=2e-4, atol=2e-4, err_msg=f"leaf {i}")
+
+
+def test_attention_rejects_a_width_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match="width 8 is not a multiple of num_heads 3"):
+        vit.SelfAttention(3).init(jax.random.key(0), jnp.zeros((1, 2, 8)))
+
+
+def test_block_hands_arguments_to_its_mlp_and_returns_its_aux():
+    class Scaled(nn.Module):
+        def __call__(self, x, factor):
+            return factor * x, {"factor": factor}
+
+    block = vit.EncoderBlock(HEADS, lambda name: Scaled(name=name))
+    x = jax.random.normal(jax.random.key(1), (1, 3, WIDTH))
+    variables = jax.jit(block.init)(jax.random.key(0), x, 2.0)
+    apply = jax.jit(block.apply)
+    kept, aux = apply(variables, x, 0.0)
+    added, _ = apply(variables, x, 2.0)
+    assert float(aux["factor"]) == 0.0
+    np.testing.assert_allclose(added - kept, 2 * _norm(np.asarray(kept), {"scale": 1, "bias": 0}), atol=1e-5)
+
+
+def test_patchify_cuts_row_by_row_and_unpatchify_puts_back():
+    images = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    patches = np.asarray(vit.patchify(images, 2))
+    assert patches.shape == (2, 6, 12)
+    for row in range(2):
+        for column in range(3):
+            patch = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_array_equal(patches[:, 3 * row + column], patch.reshape(2, -1))
+    np.testing.assert_array_equal(vit.unpatchify(patches, 2, height=4), images)
+    with pytest.raises(ValueError, match="image size 4x6 is not a multiple of patch_size 4"):
+        vit.patchify(images, 4)
+
+
+def test_patch_embed_is_a_strided_convolution():
+    images = np.random.default_rng(0).normal(size=(2, 4, 8, 3)).astype(np.float32)
+    module = vit.PatchEmbed(WIDTH, patch_size=4)
+    params = _randomised(module.init(jax.random.key(0), images)["params"])
+    out = module.apply({"params": params}, images)
+    kernel = params["proj"]["kernel"].reshape(4, 4, 3, WIDTH)
+    expected = [np.einsum("bhwc,hwcd->bd", images[:, :, i : i + 4], kernel) for i in (0, 4)]
+    # Sums of 48 terms in float32.
+    np.testing.assert_allclose(out, np.stack(expected, 1) + params["proj"]["bias"], rtol=0, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    module = vit.EncoderBlock(HEADS, lambda name: vit.Mlp(HIDDEN, dtype=jnp.bfloat16, name=name), dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (BATCH, TOKENS, WIDTH), jnp.bfloat16)
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out, _ = jax.jit(module.apply)({"params": params}, x)
+    assert out.dtype == jnp.bfloat16
+    reference = _block(np.asarray(x, np.float64), jax.tree.map(np.float64, jax.device_get(params)))
+    # bfloat16 keeps 8 bits: 2^-8 of values up to 4, a few roundings.
+    np.testing.assert_allclose(np.asarray(out, np.float64), reference, rtol=0, atol=0.08)
