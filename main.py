@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+NO_CONFIG = "--config is missing, and --workdir holds no config.json of an earlier run"
 MODES = ("train", "evaluate", "predict", "prepare")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; without it, the one of --workdir.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates at its end.")
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are changed with --config.field=value")
     config = CONFIG.value
     if config is None:
-        raise app.UsageError("--config is missing, and --workdir holds no config.json of an earlier run")
+        raise app.UsageError(NO_CONFIG)
     if not WORKDIR.value and MODE.value != "prepare":
         raise app.UsageError("--workdir is missing: the folder where checkpoints, metrics and the report go")
     from mtl_moe import run  # imports JAX: seconds, so that --help need not wait
@@ -57,16 +58,33 @@ def run() -> None:
     # Native libraries and Orbax report every step of theirs otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.set_verbosity(logging.WARNING)
-    arguments = list(sys.argv)
-    names = [argument.split("=", 1)[0].lstrip("-") for argument in arguments[1:]]
-    if "config" not in names and "workdir" in names:
-        position = names.index("workdir") + 1
+    app.run(main, argv=_with_saved_config(sys.argv), flags_parser=_parse_flags)
+
+
+def _with_saved_config(arguments: list[str]) -> list[str]:
+    """Adds --config=configs/workdir.py:WORKDIR where there is a --workdir of an earlier run and no --config."""
+    names = [argument.split("=", 1)[0].lstrip("-") if argument.startswith("-") else "" for argument in arguments]
+    if "config" in names:
+        return arguments
+    if "workdir" in names:
+        position = names.index("workdir")
         _, sign, workdir = arguments[position].partition("=")
-        workdir = workdir if sign else arguments[position + 1]
+        workdir = workdir if sign else "".join(arguments[position + 1 : position + 2])
         if (Path(workdir) / "config.json").exists():
             config = Path(__file__).parent / "configs" / "workdir.py"
-            arguments.insert(1, f"--config={config}:{workdir}")
-    app.run(main, argv=arguments)
+            return [arguments[0], f"--config={config}:{workdir}", *arguments[1:]]
+    if any(name.startswith("config.") for name in names):  # absl would call the field an unknown flag
+        sys.exit(f"error: {NO_CONFIG}")
+    return arguments
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """absl's parser; a config field that does not exist ends in one line as well."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:  # ConfigDict raises either, the first around the second
+        reason = error.args[0]
+        sys.exit(f"error: unknown config field {reason.args[0] if isinstance(reason, KeyError) else reason}")
 
 
 def _use_huge_pages() -> None:
@@ -76,7 +94,7 @@ def _use_huge_pages() -> None:
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
         key, sign, text = part.partition("=")
-        if not sign:
+        if not sign and defaults:
             key, text = next(iter(defaults)), part
         if key not in defaults:
-            raise ValueError(f"config argument {key!r}: expected one of {sorted(defaults)}")
+            expected = f"one of {sorted(defaults)}" if defaults else "none: this config takes no argument"
+            raise ValueError(f"config argument {key!r}: expected {expected}")
         kind = type(defaults[key])
         try:
             values[key] = text.lower() in ("1", "true") if kind is bool else kind(text)

@@ -16,6 +16,7 @@ from input_pipeline.prepare import prepare as prepare_data
 from mtl_moe import evaluate as evaluation
 from mtl_moe import predict as prediction
 from mtl_moe.outputs import write_json
+from mtl_moe.scoring import check_calibration
 from mtl_moe.system import build_system
 from mtl_moe.train import train
 
@@ -80,26 +81,21 @@ def prepare(config: Any, output: str) -> None:
 
 
 def check_config(config: Any, workdir: Path) -> None:
-    """Writes `workdir/config.json`, or compares with the one there.
+    """Compares with `workdir/config.json` if there is one.
 
     Raises:
       ValueError: naming the fields that differ, if the work directory was made with another config.
     """
     path = workdir / "config.json"
-    new = json.loads(json.dumps(config.to_dict()))
-    if path.exists():
-        old = json.loads(path.read_text())
-        fields = sorted(_flat(old).items() ^ _flat(new).items())
-        names = sorted({name for name, _ in fields if not name.startswith(FREE_FIELDS)})
-        if names:
-            lines = [f"  {name}: there {_flat(old).get(name)}, now {_flat(new).get(name)}" for name in names]
-            raise ValueError(
-                f"{workdir} was made with another config; use another --workdir, or the same fields:\n"
-                + "\n".join(lines)
-            )
+    if not path.exists():
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, new)
+    old, new = _flat(json.loads(path.read_text())), _flat(_plain(config))
+    names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(FREE_FIELDS)})
+    if names:
+        lines = [f"  {name}: there {old.get(name)}, now {new.get(name)}" for name in names]
+        raise ValueError(
+            f"{workdir} was made with another config; use another --workdir, or the same fields:\n" + "\n".join(lines)
+        )
 
 
 def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -119,6 +115,11 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     print(f"{dataset.name}: {dataset.layout}")
+    check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
+    # Only now: a folder must not be bound to a config that cannot be trained.
+    if not (workdir / "config.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", _plain(config))
     train(system, dataset, workdir)
     if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction
         print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")
@@ -142,6 +143,11 @@ def _print_report(report: Mapping[str, Any], workdir: Path) -> None:
         interval = report["intervals"].get(key)
         print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
     print(f"report: {os.path.join(workdir, 'report.html')}")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

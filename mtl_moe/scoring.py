@@ -165,6 +165,21 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
     return calibration
 
 
+def check_calibration(fusion: str, num_normals: int) -> None:
+    """What can be said before any training about a calibration on `num_normals` images.
+
+    Raises:
+      ValueError: for an unknown fusion or fewer than five normals.
+    """
+    if fusion not in FUSIONS:
+        raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
+    if num_normals < 5:
+        raise ValueError(
+            f"only {num_normals} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
+            "training images or raise data.calibration_fraction"
+        )
+
+
 def fit_calibration(
     tasks: Sequence[Task], fusion: str, raw: np.ndarray, log_gradient: np.ndarray, maps: np.ndarray, body: np.ndarray
 ) -> Calibration:
@@ -177,13 +192,7 @@ def fit_calibration(
     Raises:
       ValueError: for an unknown fusion or fewer than five normals.
     """
-    if fusion not in FUSIONS:
-        raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
-    if len(raw) < 5:
-        raise ValueError(
-            f"only {len(raw)} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
-            "training images or raise data.calibration_fraction"
-        )
+    check_calibration(fusion, len(raw))
     raw, log_gradient = raw.astype(np.float64), log_gradient.astype(np.float64)
     reductions = [reduction for task in tasks for reduction in task.reductions.values()]
     fits = [np.polyfit(log_gradient, raw[:, i], 1) if r == "contrast" else (0.0, 0.0) for i, r in enumerate(reductions)]
