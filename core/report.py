@@ -75,6 +75,7 @@ def heading(text: str) -> Markup:
 
 
 def bullets(items: Iterable[str]) -> Markup:
+    """A list of points, escaped."""
     return Markup("<ul>{}</ul>").format(join(Markup("<li>{}</li>").format(item) for item in items))
 
 
@@ -134,6 +135,7 @@ def key_values(values: Mapping[str, object]) -> Markup:
 
 
 def json_text(values: Mapping[str, object]) -> Markup:
+    """Values as indented JSON, escaped; what JSON does not know is shown as its text."""
     return Markup("<pre>{}</pre>").format(json.dumps(values, indent=2, default=str))
 
 

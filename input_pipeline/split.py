@@ -17,14 +17,20 @@ Rows = np.ndarray  # int [n]
 
 
 class Pixels(Protocol):
-    """Where a split's pixels come from. `batches` yields (images, masks or None) for each row array of `rows()`."""
+    """Where a split's pixels come from."""
 
     def __len__(self) -> int: ...
-    def images(self, rows: Rows) -> np.ndarray: ...
-    def masks(self, rows: Rows) -> np.ndarray: ...
+
+    def images(self, rows: Rows) -> np.ndarray:
+        """uint8 [n, H, W, C] of the given rows."""
+
+    def masks(self, rows: Rows) -> np.ndarray:
+        """uint8 {0, 1} [n, M, M, 1] of the given rows."""
+
     def batches(
         self, rows: Callable[[], Iterable[Rows]], with_masks: bool
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]: ...
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """(images, masks or None) for each row array of `rows()`, read ahead."""
 
 
 @dataclass
