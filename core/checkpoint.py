@@ -40,11 +40,12 @@ class Checkpointer:
         """Starts writing; returns as soon as the state is copied. An earlier save that failed raises here.
 
         Raises:
-          CheckpointError: if writing failed (a full disk, a folder without write permission); older ones are untouched.
+          CheckpointError: if writing failed (a full disk, a folder without write permission), or a checkpoint of this
+            step or a later one is there already; older ones are untouched.
         """
         model, train = _split(state)
         try:
-            self._manager.save(
+            started = self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(model),
@@ -54,6 +55,11 @@ class Checkpointer:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise self._write_error(error) from error
+        if not started:  # Orbax only reports that it skipped
+            raise CheckpointError(
+                f"step {int(state.step)} is not newer than step {self.latest_step()} in {self._folder}: restore that "
+                "checkpoint first, or use another --workdir"
+            )
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -68,8 +74,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits and releases threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def restore_train(self, state: TrainState) -> TrainState:
         """Restores the newest checkpoint into the shapes and placement of `state`.
@@ -122,20 +130,31 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what Orbax raises on damaged files
+        except Exception as error:  # a missing or cut data file makes Orbax raise a bare Exception
             older = [s for s in self._manager.all_steps() if s != step]
-            advice = f"remove {where} to continue from step {max(older)}" if older else "train again in a new --workdir"
-            raise CheckpointError(f"checkpoint {where} is damaged or incomplete: {advice}. Cause: {error}") from error
+            advice = f"to continue from step {max(older)}" if older else "and train again"
+            raise CheckpointError(
+                f"checkpoint {where} is damaged, incomplete or not readable: move it away {advice}. "
+                f"Cause: {_root_cause(error)}"
+            ) from error
         return {item: restored[item] for item in expected}
 
     def _write_error(self, error: Exception) -> CheckpointError:
         steps = list(self._manager.all_steps())
         return CheckpointError(
-            f"could not save a checkpoint in {self._folder}: {error}. Check the disk's free space and permissions; "
-            f"complete checkpoints on disk: {steps or 'none'}. Run the same command again to continue from the newest."
+            f"could not save a checkpoint in {self._folder}: check the disk's free space and permissions. Complete "
+            f"checkpoints on disk: {steps or 'none'}; run the same command again to continue from the newest. "
+            f"Cause: {_root_cause(error)}"
         )
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
     model = {"params": state.ema_params, "extra": state.extra}
     return model, {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first error of a chain, without the specifications of many lines that TensorStore adds."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:400]
