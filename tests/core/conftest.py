@@ -32,7 +32,7 @@ def loss_fn(params, extra, batch, key, step):
     out = out + batch["noise"][:, None] * jax.random.normal(noise_key, out.shape)
     extra = extra | {"count": extra["count"] + 1, "mean": 0.9 * extra["mean"] + 0.1 * out.mean(0)}
     loss = jnp.mean((out - y) ** 2)
-    return loss, ({"draw": jax.random.normal(draw_key), "step": step.astype(jnp.float32)}, extra)
+    return loss, ({"draw": jax.random.normal(draw_key), "updates_before": step.astype(jnp.float32)}, extra)
 
 
 def make_batch(step: int, noise: float = 0.5, rows: int = 8) -> dict[str, np.ndarray]:

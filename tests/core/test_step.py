@@ -74,7 +74,7 @@ def test_a_batch_that_accumulation_does_not_divide_is_refused(toy, one_device):
 
 def test_randomness_is_a_function_of_key_and_step(plain, accumulated):
     """Metrics are those of the second update, which sees one update done before."""
-    assert float(plain[1]["step"]) == 1
+    assert float(plain[1]["updates_before"]) == 1
     assert float(plain[1]["draw"]) == pytest.approx(_draw(1), abs=1e-6)
     # Each micro-batch draws its own.
     assert abs(_draw(1, 0) - _draw(1, 1)) > 0.1

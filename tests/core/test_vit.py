@@ -88,6 +88,15 @@ def test_values_and_gradients_are_those_of_numpy(name):
         np.testing.assert_allclose((grad * direction).sum(), slope, rtol=2e-4, atol=2e-4, err_msg=f"leaf {i}")
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_on_the_cpu_is_that_of_other_backends(dtype, tolerance):
+    """Tolerances: a few roundings, 2^-24 or 2^-8 each, of averages of values below 4."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, BATCH, TOKENS, HEADS, 4), dtype)
+    out, expected = vit.attend(q, k, v), jax.nn.dot_product_attention(q, k, v)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.float32(out), np.float32(expected), rtol=0, atol=tolerance)
+
+
 def test_attention_rejects_a_width_that_heads_do_not_divide():
     with pytest.raises(ValueError, match="width 8 is not a multiple of num_heads 3"):
         vit.SelfAttention(3).init(jax.random.key(0), jnp.zeros((1, 2, 8)))

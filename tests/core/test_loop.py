@@ -1,0 +1,172 @@
+"""The loop: order and cadence of a turn, resuming bit for bit, events once, stops that leave a good checkpoint."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from core.checkpoint import Checkpointer
+from core.logs import MetricLogger, read_history
+from core.loop import NonFiniteLossError, due, train_loop
+from core.mesh import make_mesh
+from core.state import init_state
+from core.step import make_train_step_fn
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "expected"),
+    [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (1, 3, [1, 2, 3]), (10, 4, [4])],
+)
+def test_due(every, total, expected):
+    assert [step for step in range(1, total + 1) if due(step, every, total)] == expected
+
+
+class _State:
+    """As much of a training state as the loop itself looks at."""
+
+    def __init__(self, step=0):
+        self.step = step
+
+
+class _Journal:
+    """Step function, logger, checkpointer, data and event in one, noting the order of calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def batches(self, first, last):
+        for step in range(first, last + 1):
+            self.calls.append(f"batch {step}")
+            yield {"x": np.zeros(8, np.float32)}
+
+    def step(self, state, batch, key):
+        self.calls.append(f"step {state.step + 1}")
+        return _State(state.step + 1), {"loss": np.float32(1.0)}
+
+    def log(self, step, values):
+        self.calls.append(f"log {step}")
+
+    def event(self, state):
+        self.calls.append(f"event {state.step}")
+        return state
+
+    def save(self, state):
+        self.calls.append(f"save {state.step}")
+
+    def wait(self):
+        self.calls.append("wait")
+
+
+def test_order_and_cadence_of_a_turn():
+    journal = _Journal()
+    state = train_loop(
+        _State(1),
+        journal.step,
+        journal.batches(2, 9),
+        key=jax.random.key(0),
+        num_steps=5,
+        mesh=make_mesh(),
+        logger=journal,
+        checkpointer=journal,
+        log_every=2,
+        save_every=3,
+        images_per_step=8,
+        events={1: journal.event, 3: journal.event},
+    )
+    assert state.step == 5
+    assert ", ".join(journal.calls) == (
+        "batch 2, step 2, log 2, "
+        "batch 3, step 3, event 3, save 3, "
+        "batch 4, step 4, log 4, "
+        "batch 5, step 5, log 5, save 5, wait"
+    )
+
+
+@pytest.fixture(scope="module")
+def train(toy):
+    """Function of a work directory that trains there as a new process would; compiled once."""
+    mesh = make_mesh(2)
+    step_fn = make_train_step_fn(toy.loss_fn, toy.tx, ema_decay=0.9)
+
+    def run(workdir, batches=None, events=None, save_every=3, log_every=1):
+        state = init_state(toy.init_fn, jax.random.key(0), toy.tx, mesh)
+        checkpointer = Checkpointer(workdir)
+        if checkpointer.latest_step() is not None:
+            state = checkpointer.restore_train(state)
+        start = int(state.step)
+        try:
+            with MetricLogger(workdir, start) as logger:
+                state = train_loop(
+                    state,
+                    step_fn,
+                    batches or map(toy.make_batch, itertools.count(start + 1)),
+                    key=jax.random.key(3),
+                    num_steps=toy.num_steps,
+                    mesh=mesh,
+                    logger=logger,
+                    checkpointer=checkpointer,
+                    log_every=log_every,
+                    save_every=save_every,
+                    images_per_step=8,
+                    events=events,
+                )
+        finally:
+            checkpointer.close()
+        return jax.device_get(state)
+
+    return run
+
+
+def _events(calls):
+    """After updates 2 (before the save at 3), 3 (with it) and 4 (after it): each changes what later steps compute."""
+
+    def event(state):
+        calls.append(int(state.step))
+        return state.replace(extra=state.extra | {"mean": state.extra["mean"] + 1.0})
+
+    return dict.fromkeys((2, 3, 4), event)
+
+
+def test_resuming_is_bit_exact_and_events_run_once(toy, train, tmp_path):
+    calls = []
+    straight = train(tmp_path / "straight", events=_events(calls))
+    assert calls == [2, 3, 4]
+
+    calls.clear()
+    with pytest.raises(ValueError, match="the data ended at step 6 of 6"):  # stands for a kill after step 5
+        train(tmp_path / "resumed", map(toy.make_batch, range(1, 6)), _events(calls))
+    assert calls == [2, 3, 4]
+    assert [record["step"] for record in read_history(tmp_path / "resumed")] == [1, 2, 3, 4, 5]
+
+    calls.clear()
+    resumed = train(tmp_path / "resumed", events=_events(calls))
+    assert calls == [4]  # 2 and 3 are in the checkpoint of step 3
+    assert int(resumed.step) == 6
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    histories = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "resumed")]
+    assert histories[0] == histories[1]
+    assert len(set(histories[0].splitlines())) == 6
+
+    # A finished run has nothing left to do: no data are drawn, the state is the checkpoint's.
+    again = train(tmp_path / "resumed", iter(()))
+    jax.tree.map(np.testing.assert_array_equal, again, straight)
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == histories[0]
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(toy, train, tmp_path, log_every):
+    """The bad batch is the fourth, at a save: it is looked at even where it would not be logged."""
+
+    def batches():
+        for step in itertools.count(1):
+            batch = toy.make_batch(step)
+            yield batch if step < 4 else batch | {"y": np.full_like(batch["y"], np.nan)}
+
+    with pytest.raises(NonFiniteLossError, match=r"step 4: grad_norm, loss not finite\. .*optim\.learning_rate"):
+        train(tmp_path, batches(), save_every=2, log_every=log_every)
+    assert [record["step"] for record in read_history(tmp_path)] == ([1, 2, 3] if log_every == 1 else [])
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.latest_step() == 2
+    checkpointer.close()
+    assert int(train(tmp_path, save_every=2).step) == 6
