@@ -1,6 +1,6 @@
-"""Detection and localisation metrics with their intervals and thresholds: exact, ties handled, plain numpy.
+"""Detection and localisation metrics and thresholds: exact, ties handled, plain numpy.
 
-Axes: N images, H W map, P anomalous pixels, G groups (patients), R bootstrap resamples, U distinct score values.
+Axes: N images, H W map, P anomalous pixels, U distinct score values. Intervals: `core/bootstrap.py`.
 Higher scores mean more anomalous; labels are 1 (anomalous) or 0 (normal). Everything rests on one fact: a positive with
 score s adds, as a function of the false-positive rate f, a ramp from 0 at f = P(normal > s) to 1 at f = P(normal >= s).
 So one sort of the normal scores and one binary search per positive give AUROC, average precision and PRO exactly.
@@ -12,10 +12,9 @@ from scipy import ndimage
 AUPRO_FPR_LIMIT = 0.3  # Bergmann et al., MVTec AD, IJCV 2021
 BMAD_NUM_THRESHOLDS = 200
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
-BOOTSTRAP_METRICS = ("auroc", "average_precision")
 
 
-def _check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (scores [N] float, labels [N] bool); raises ValueError on anything no metric is defined on."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
@@ -45,7 +44,7 @@ def _area_and_precision(sorted_positives: np.ndarray, above: np.ndarray, at_leas
 
 
 def _image_metrics(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    scores, labels = _check_scores(scores, labels)
+    scores, labels = check_scores(scores, labels)
     positives, negatives = np.sort(scores[labels]), np.sort(scores[~labels])
     return _area_and_precision(positives, *_false_positives(positives, negatives), len(negatives))
 
@@ -72,7 +71,7 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         (fpr, tpr, thresholds), each [U + 1] float64; the first point is (0, 0, inf), the last (1, 1, min score).
     """
-    scores, labels = _check_scores(scores, labels)
+    scores, labels = check_scores(scores, labels)
     thresholds = np.unique(scores)[::-1]
     _, fpr = _false_positives(thresholds, np.sort(scores[~labels]))
     _, tpr = _false_positives(thresholds, np.sort(scores[labels]))
@@ -81,7 +80,7 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     return fpr, tpr, thresholds
 
 
-def _region_weights(masks: np.ndarray) -> np.ndarray:
+def region_weights(masks: np.ndarray) -> np.ndarray:
     """1 / (number of regions * size of its region) for each anomalous pixel in C order, [P] float64: sums to 1."""
     weights, num_regions = [], 0
     for mask in masks[masks.any(axis=(1, 2))]:
@@ -158,7 +157,7 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     positives = maps[masks]
     # Sorted keys make the binary searches walk through memory in order.
     order = np.argsort(positives)
-    positives, weights = positives[order], _region_weights(masks)[order]
+    positives, weights = positives[order], region_weights(masks)[order]
     above, at_least = _false_positives(positives, negatives)
     area, precision = _area_and_precision(positives, above, at_least, len(negatives))
     return {
@@ -167,98 +166,6 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
         "aupro": _pro_integral(weights, above / len(negatives), at_least / len(negatives)),
         "aupro_bmad": _pro_bmad(positives, weights, negatives),
     }
-
-
-def _resampled_counts(rng: np.random.Generator, labels: np.ndarray, group: np.ndarray, num: int) -> np.ndarray:
-    """How often each image is drawn, [num, N]: groups with replacement within strata.
-
-    Strata: groups of anomalous images only, of normal ones only, and mixed ones; each keeps its number of groups, so
-    every resample holds both classes.
-    """
-    has_normal = np.bincount(group, ~labels) > 0
-    stratum = np.where(np.bincount(group, labels) > 0, 1 + has_normal, 0)
-    counts = np.empty((num, len(stratum)))
-    for value in np.unique(stratum):
-        members = np.flatnonzero(stratum == value)
-        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1.0 / len(members)), size=num)
-    return counts[:, group]
-
-
-def _weighted_metric(metric: str, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`metric` of images counted `weights` [R, N] times, [R] float64."""
-    order = np.argsort(scores)[::-1]
-    descending = scores[order]
-    starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
-    positive = np.add.reduceat((weights * labels)[:, order], starts, axis=1)
-    negative = np.add.reduceat((weights * ~labels)[:, order], starts, axis=1)
-    hits, false_alarms = positive.cumsum(axis=1), negative.cumsum(axis=1)
-    if metric == "auroc":
-        return (negative * (hits - positive / 2)).sum(axis=1) / (hits[:, -1] * false_alarms[:, -1])
-    # Above the largest score drawn nothing is flagged and no recall is gained: any denominator but 0 will do.
-    return (positive * hits / np.maximum(hits + false_alarms, 1.0)).sum(axis=1) / hits[:, -1]
-
-
-def _bootstrap(metric, all_scores, labels, groups, num_resamples: int, seed: int) -> np.ndarray:
-    """Values of `metric` for each of `all_scores` on the same resamples, [len(all_scores), R]."""
-    if metric not in BOOTSTRAP_METRICS:
-        raise ValueError(f"expected metric to be one of {BOOTSTRAP_METRICS}, found {metric!r}")
-    checked = [_check_scores(scores, labels) for scores in all_scores]
-    labels = checked[0][1]
-    groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    if groups.shape != labels.shape:
-        raise ValueError(f"expected one group per image {labels.shape}, found groups of shape {groups.shape}")
-    group = np.unique(groups, return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    values = []
-    at_once = max(1, 2_000_000 // len(labels))  # bounds the memory on tens of thousands of images
-    for start in range(0, num_resamples, at_once):
-        counts = _resampled_counts(rng, labels, group, min(at_once, num_resamples - start))
-        values.append([_weighted_metric(metric, scores, labels, counts) for scores, _ in checked])
-    return np.concatenate(values, axis=1)
-
-
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return float(low), float(high)
-
-
-def bootstrap_interval(
-    metric: str,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of a metric, resampling groups (patients) with replacement.
-
-    Args:
-        metric: "auroc" or "average_precision".
-        scores, labels: [N]; infinite scores are allowed, NaN is not.
-        groups: [N] group of each image (any sortable dtype), or None where each image stands for itself. Groups with
-            anomalous images only, normal images only and both are resampled apart, keeping their numbers.
-        level: coverage in (0, 1).
-    """
-    return _interval(_bootstrap(metric, [scores], labels, groups, num_resamples, seed)[0], level)
-
-
-def bootstrap_difference(
-    metric: str,
-    scores: np.ndarray,
-    other_scores: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Paired interval (low, high) of metric(scores) - metric(other_scores): both see the same resampled images.
-
-    Arguments as in `bootstrap_interval`.
-    """
-    first, second = _bootstrap(metric, [scores, other_scores], labels, groups, num_resamples, seed)
-    return _interval(first - second, level)
 
 
 def _check_calibration(calibration_scores: np.ndarray) -> np.ndarray:
@@ -307,7 +214,7 @@ def matched_auroc(scores: np.ndarray, labels: np.ndarray, covariate: np.ndarray,
     Returns:
         (AUROC with ties counted half, number of pairs); (nan, 0) when no pair is that close.
     """
-    scores, labels = _check_scores(scores, labels)
+    scores, labels = check_scores(scores, labels)
     covariate = np.asarray(covariate)
     if covariate.shape != scores.shape or not np.isfinite(covariate).all():
         raise ValueError(f"expected a finite covariate of shape {scores.shape}, found shape {covariate.shape}")

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from core.bootstrap import bootstrap_interval, pixel_intervals
 from core.logs import read_history
 from core.metrics import (
     auroc,
     average_precision,
-    bootstrap_interval,
     matched_auroc,
     pixel_metrics,
     threshold_at_fpr,
@@ -122,7 +122,7 @@ class Results:
         self._covariate = scored.log_gradient
         self._image("", fused, interval=True)
         if scored.maps is not None:
-            self._pixel("", scored.maps)
+            self._pixel("", scored.maps, interval=True)
         for name, scores in zip(calibration.names, corrected.T, strict=True):
             self._image(f"task/{name}/", scores, interval=True)
         # Named best with the test labels in sight: a comparison, never a choice.
@@ -170,9 +170,13 @@ class Results:
             for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
                 self.intervals[key + name] = bootstrap_interval(metric, scores, labels, groups, self._num_resamples)
 
-    def _pixel(self, key: str, maps: np.ndarray) -> None:
+    def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:
             self._masks = self._split.masks(np.arange(len(self._split)))[..., 0] > 0
+        if interval:
+            groups = np.array(self._split.groups)
+            found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
+            self.intervals |= {self._prefix + key + name: value for name, value in found.items()}
         values = pixel_metrics(maps, self._masks)
         self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
 

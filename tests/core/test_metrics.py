@@ -1,7 +1,5 @@
 """Metrics against scikit-learn, brute force and hand-written values. Tolerance 1e-12: float64 sums of < 1e4 terms."""
 
-import warnings
-
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -177,81 +175,6 @@ def test_pixel_metrics_refuse():
     ]:
         with pytest.raises(ValueError, match=message):
             metrics.pixel_metrics(*arguments)
-
-
-@pytest.mark.parametrize("metric", ["auroc", "average_precision"])
-def test_weighted_metric_equals_sklearn_with_sample_weights(metric):
-    scores, labels = _random_scores(3)
-    weights = np.random.default_rng(0).integers(0, 3, size=(20, len(scores)))
-    weights[0] = labels * 0 + 1
-    reference = {"auroc": "roc_auc_score", "average_precision": "average_precision_score"}[metric]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = [getattr(sklearn_metrics, reference)(labels, scores, sample_weight=w) for w in weights]
-    ours = metrics._weighted_metric(metric, scores, labels.astype(bool), weights)
-    np.testing.assert_allclose(ours, expected, atol=EXACT)
-
-
-def test_resamples_draw_whole_groups_within_strata():
-    labels = np.array([0, 0, 0, 1, 1, 0, 1, 0], bool)
-    group = np.array([0, 0, 1, 2, 2, 3, 3, 4])  # 0, 1, 4 normal; 2 anomalous; 3 mixed
-    counts = metrics._resampled_counts(np.random.default_rng(0), labels, group, 500)
-    for value in np.unique(group):
-        assert (counts[:, group == value] == counts[:, group == value][:, :1]).all()
-    per_group = np.stack([counts[:, np.flatnonzero(group == value)[0]] for value in range(5)], axis=1)
-    assert (per_group[:, [0, 1, 4]].sum(axis=1) == 3).all()
-    assert (per_group[:, [2, 3]] == 1).all()  # alone in their strata
-    # Each of the three is left out with probability (2/3)^3 = 0.296; 5 standard deviations of 500 draws are 0.10.
-    assert abs((per_group[:, 0] == 0).mean() - (2 / 3) ** 3) < 0.10
-
-
-def test_bootstrap_interval_matches_the_sampling_distribution():
-    rng = np.random.default_rng(0)
-    draws = [np.concatenate([rng.normal(0, 1, 100), rng.normal(1, 1, 100)]) for _ in range(400)]
-    labels = np.repeat([0, 1], 100)
-    true_spread = np.std([sklearn_metrics.roc_auc_score(labels, scores) for scores in draws])
-    low, high = metrics.bootstrap_interval("auroc", draws[0], labels, seed=1)
-    assert low < metrics.auroc(draws[0], labels) < high
-    # The width of a 95 % interval is 3.92 spreads; both sides carry a sampling error of about 5-10 %.
-    assert (high - low) / 3.92 == pytest.approx(true_spread, rel=0.3)
-    assert metrics.bootstrap_interval("auroc", draws[0], labels, seed=1) == (low, high)
-    narrow = metrics.bootstrap_interval("auroc", draws[0], labels, seed=1, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-
-
-def test_bootstrap_by_group_is_wider_for_repeated_images():
-    scores, labels = _random_scores(1, num=50, ties=False)
-    repeated = [np.repeat(x, 8) for x in (scores, labels, [f"patient_{i}" for i in range(50)])]
-    plain = np.ptp(metrics.bootstrap_interval("average_precision", *repeated[:2]))
-    grouped = np.ptp(metrics.bootstrap_interval("average_precision", *repeated))
-    # Eight copies of each image are no new evidence: without groups the interval is about sqrt(8) = 2.8 too narrow.
-    assert 2.0 < grouped / plain < 4.0
-
-
-def test_bootstrap_chunks_do_not_change_the_number_of_resamples():
-    scores, labels = _random_scores(2, num=700)
-    values = metrics._bootstrap("auroc", [scores], labels, None, 3001, 0)
-    assert values.shape == (1, 3001)
-    assert values.std() > 0
-
-
-def test_bootstrap_difference_is_paired():
-    scores, labels = _random_scores(4, num=200)
-    assert metrics.bootstrap_difference("auroc", scores, 3 * scores + 1, labels) == (0.0, 0.0)
-    worse = scores + np.random.default_rng(0).normal(size=200) * 0.2
-    low, high = metrics.bootstrap_difference("auroc", scores, worse, labels)
-    assert low < metrics.auroc(scores, labels) - metrics.auroc(worse, labels) < high
-    assert high - low < np.ptp(metrics.bootstrap_interval("auroc", scores, labels))
-    mirrored = metrics.bootstrap_difference("auroc", worse, scores, labels)
-    assert mirrored == pytest.approx((-high, -low), abs=EXACT)
-
-
-def test_bootstrap_refuses():
-    scores, labels = _random_scores(0)
-    with pytest.raises(ValueError, match="found 'aupro'"):
-        metrics.bootstrap_interval("aupro", scores, labels)
-    with pytest.raises(ValueError, match="one group per image"):
-        metrics.bootstrap_interval("auroc", scores, labels, groups=np.arange(3))
 
 
 def test_p_values_by_hand():

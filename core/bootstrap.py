@@ -1,0 +1,169 @@
+"""Bootstrap intervals of image and pixel metrics, by patient: groups of images are drawn with replacement.
+
+Axes: N images, H W map, G groups (patients), R resamples, U distinct score values, Q score bins.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, check_scores
+
+BOOTSTRAP_METRICS = ("auroc", "average_precision")
+NUM_BINS = 1024  # of the pixel scores; at quantiles, so the metrics move by less than 1e-3, far below any interval
+
+
+def _resampled_counts(rng: np.random.Generator, labels: np.ndarray, group: np.ndarray, num: int) -> np.ndarray:
+    """How often each image is drawn, [num, N]: groups with replacement within strata.
+
+    Strata: groups of anomalous images only, of normal ones only, and mixed ones; each keeps its number of groups, so
+    every resample holds both classes.
+    """
+    has_normal = np.bincount(group, ~labels) > 0
+    stratum = np.where(np.bincount(group, labels) > 0, 1 + has_normal, 0)
+    counts = np.empty((num, len(stratum)))
+    for value in np.unique(stratum):
+        members = np.flatnonzero(stratum == value)
+        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1.0 / len(members)), size=num)
+    return counts[:, group]
+
+
+def _weighted_metric(metric: str, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`metric` of images counted `weights` [R, N] times, [R] float64."""
+    order = np.argsort(scores)[::-1]
+    descending = scores[order]
+    starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
+    positive = np.add.reduceat((weights * labels)[:, order], starts, axis=1)
+    negative = np.add.reduceat((weights * ~labels)[:, order], starts, axis=1)
+    hits, false_alarms = positive.cumsum(axis=1), negative.cumsum(axis=1)
+    if metric == "auroc":
+        return (negative * (hits - positive / 2)).sum(axis=1) / (hits[:, -1] * false_alarms[:, -1])
+    # Above the largest score drawn nothing is flagged and no recall is gained: any denominator but 0 will do.
+    return (positive * hits / np.maximum(hits + false_alarms, 1.0)).sum(axis=1) / hits[:, -1]
+
+
+def _bootstrap(metric, all_scores, labels, groups, num_resamples: int, seed: int) -> np.ndarray:
+    """Values of `metric` for each of `all_scores` on the same resamples, [len(all_scores), R]."""
+    if metric not in BOOTSTRAP_METRICS:
+        raise ValueError(f"expected metric to be one of {BOOTSTRAP_METRICS}, found {metric!r}")
+    checked = [check_scores(scores, labels) for scores in all_scores]
+    labels = checked[0][1]
+    groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    if groups.shape != labels.shape:
+        raise ValueError(f"expected one group per image {labels.shape}, found groups of shape {groups.shape}")
+    group = np.unique(groups, return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    values = []
+    at_once = max(1, 2_000_000 // len(labels))  # bounds the memory on tens of thousands of images
+    for start in range(0, num_resamples, at_once):
+        counts = _resampled_counts(rng, labels, group, min(at_once, num_resamples - start))
+        values.append([_weighted_metric(metric, scores, labels, counts) for scores, _ in checked])
+    return np.concatenate(values, axis=1)
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)
+
+
+def bootstrap_interval(
+    metric: str,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of a metric, resampling groups (patients) with replacement.
+
+    Args:
+        metric: "auroc" or "average_precision".
+        scores, labels: [N]; infinite scores are allowed, NaN is not.
+        groups: [N] group of each image (any sortable dtype), or None where each image stands for itself. Groups with
+            anomalous images only, normal images only and both are resampled apart, keeping their numbers.
+        level: coverage in (0, 1).
+    """
+    return _interval(_bootstrap(metric, [scores], labels, groups, num_resamples, seed)[0], level)
+
+
+def bootstrap_difference(
+    metric: str,
+    scores: np.ndarray,
+    other_scores: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Paired interval (low, high) of metric(scores) - metric(other_scores): both see the same resampled images.
+
+    Arguments as in `bootstrap_interval`.
+    """
+    first, second = _bootstrap(metric, [scores, other_scores], labels, groups, num_resamples, seed)
+    return _interval(first - second, level)
+
+
+def pixel_intervals(
+    maps: np.ndarray,
+    masks: np.ndarray,
+    groups: np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals (low, high) of pixel_auroc, pixel_ap and aupro, resampling groups of images.
+
+    Each image's pixels are counted once in NUM_BINS bins at quantiles of all scores; a resample is a weighted sum of
+    these counts, and the curves are linear within a bin.
+
+    Args:
+        maps, masks: [N, H, W] floats and bool, as in `core.metrics.pixel_metrics`.
+        groups: [N] patient of each image, or None where each image stands for itself.
+    """
+    labels = masks.any(axis=(1, 2))
+    if not labels.any() or masks.all():
+        raise ValueError("expected anomalous and normal pixels")
+    group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)[1]
+    edges = np.unique(np.quantile(maps.ravel()[:: max(1, maps.size // 1_000_000)], np.linspace(0, 1, NUM_BINS)[1:-1]))
+    counts = [_pixel_counts(m, k, edges) for m, k in zip(maps, masks, strict=True)]
+    # Bins from the highest score down, as a threshold passes them.
+    negative, positive, overlap = (np.stack([c[i] for c in counts])[:, ::-1] for i in range(3))
+    weights = _resampled_counts(np.random.default_rng(seed), labels, group, num_resamples)
+    fpr, tpr, pro = (_cumulative_share(weights @ c) for c in (negative, positive, overlap))
+    hits = (weights @ positive).cumsum(axis=1)
+    precision = hits / np.maximum(hits + (weights @ negative).cumsum(axis=1), 1.0)
+    values = {
+        "pixel_auroc": np.trapezoid(tpr, fpr, axis=1),
+        "pixel_ap": (np.diff(tpr, axis=1) * precision).sum(axis=1),
+        "aupro": np.array([_area_to_limit(f, p) for f, p in zip(fpr, pro, strict=True)]),
+    }
+    return {name: _interval(value, level) for name, value in values.items()}
+
+
+def _pixel_counts(scores: np.ndarray, mask: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For one image by bin [Q]: normal pixels, anomalous pixels, and the sum over regions of the share of each."""
+    bins = np.searchsorted(edges, scores, side="right")
+    size = len(edges) + 1
+    regions, _ = ndimage.label(mask, EIGHT_CONNECTED)
+    areas = np.bincount(regions.ravel())
+    share = 1.0 / areas[regions[mask]]
+    inside = bins[mask]
+    return (
+        np.bincount(bins[~mask], minlength=size).astype(np.float64),
+        np.bincount(inside, minlength=size).astype(np.float64),
+        np.bincount(inside, weights=share, minlength=size),
+    )
+
+
+def _cumulative_share(counts: np.ndarray) -> np.ndarray:
+    """[R, Q] -> [R, Q + 1] from 0 to 1."""
+    total = counts.cumsum(axis=1)
+    return np.pad(total / total[:, -1:], ((0, 0), (1, 0)))
+
+
+def _area_to_limit(fpr: np.ndarray, pro: np.ndarray) -> float:
+    """Mean of the PRO curve over 0 <= FPR <= limit, linear between its points."""
+    kept = fpr < AUPRO_FPR_LIMIT
+    x = np.append(fpr[kept], AUPRO_FPR_LIMIT)
+    return float(np.trapezoid(np.append(pro[kept], np.interp(AUPRO_FPR_LIMIT, fpr, pro)), x) / AUPRO_FPR_LIMIT)

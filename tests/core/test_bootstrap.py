@@ -1,0 +1,129 @@
+"""Bootstrap intervals against sklearn, sampling distributions and the exact metrics."""
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from core import bootstrap, metrics
+
+EXACT = 1e-12
+
+
+def _random_scores(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(num) % 3 == 0).astype(int)
+    scores = rng.normal(size=num) + labels
+    return (np.round(scores, 1) if ties else scores), labels
+
+
+@pytest.mark.parametrize("metric", ["auroc", "average_precision"])
+def test_weighted_metric_equals_sklearn_with_sample_weights(metric):
+    scores, labels = _random_scores(3)
+    weights = np.random.default_rng(0).integers(0, 3, size=(20, len(scores)))
+    weights[0] = labels * 0 + 1
+    reference = {"auroc": "roc_auc_score", "average_precision": "average_precision_score"}[metric]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [getattr(sklearn_metrics, reference)(labels, scores, sample_weight=w) for w in weights]
+    ours = bootstrap._weighted_metric(metric, scores, labels.astype(bool), weights)
+    np.testing.assert_allclose(ours, expected, atol=EXACT)
+
+
+def test_resamples_draw_whole_groups_within_strata():
+    labels = np.array([0, 0, 0, 1, 1, 0, 1, 0], bool)
+    group = np.array([0, 0, 1, 2, 2, 3, 3, 4])  # 0, 1, 4 normal; 2 anomalous; 3 mixed
+    counts = bootstrap._resampled_counts(np.random.default_rng(0), labels, group, 500)
+    for value in np.unique(group):
+        assert (counts[:, group == value] == counts[:, group == value][:, :1]).all()
+    per_group = np.stack([counts[:, np.flatnonzero(group == value)[0]] for value in range(5)], axis=1)
+    assert (per_group[:, [0, 1, 4]].sum(axis=1) == 3).all()
+    assert (per_group[:, [2, 3]] == 1).all()  # alone in their strata
+    # Each of the three is left out with probability (2/3)^3 = 0.296; 5 standard deviations of 500 draws are 0.10.
+    assert abs((per_group[:, 0] == 0).mean() - (2 / 3) ** 3) < 0.10
+
+
+def test_bootstrap_interval_matches_the_sampling_distribution():
+    rng = np.random.default_rng(0)
+    draws = [np.concatenate([rng.normal(0, 1, 100), rng.normal(1, 1, 100)]) for _ in range(400)]
+    labels = np.repeat([0, 1], 100)
+    true_spread = np.std([sklearn_metrics.roc_auc_score(labels, scores) for scores in draws])
+    low, high = bootstrap.bootstrap_interval("auroc", draws[0], labels, seed=1)
+    assert low < metrics.auroc(draws[0], labels) < high
+    # The width of a 95 % interval is 3.92 spreads; both sides carry a sampling error of about 5-10 %.
+    assert (high - low) / 3.92 == pytest.approx(true_spread, rel=0.3)
+    assert bootstrap.bootstrap_interval("auroc", draws[0], labels, seed=1) == (low, high)
+    narrow = bootstrap.bootstrap_interval("auroc", draws[0], labels, seed=1, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_by_group_is_wider_for_repeated_images():
+    scores, labels = _random_scores(1, num=50, ties=False)
+    repeated = [np.repeat(x, 8) for x in (scores, labels, [f"patient_{i}" for i in range(50)])]
+    plain = np.ptp(bootstrap.bootstrap_interval("average_precision", *repeated[:2]))
+    grouped = np.ptp(bootstrap.bootstrap_interval("average_precision", *repeated))
+    # Eight copies of each image are no new evidence: without groups the interval is about sqrt(8) = 2.8 too narrow.
+    assert 2.0 < grouped / plain < 4.0
+
+
+def test_bootstrap_chunks_do_not_change_the_number_of_resamples():
+    scores, labels = _random_scores(2, num=700)
+    values = bootstrap._bootstrap("auroc", [scores], labels, None, 3001, 0)
+    assert values.shape == (1, 3001)
+    assert values.std() > 0
+
+
+def test_bootstrap_difference_is_paired():
+    scores, labels = _random_scores(4, num=200)
+    assert bootstrap.bootstrap_difference("auroc", scores, 3 * scores + 1, labels) == (0.0, 0.0)
+    worse = scores + np.random.default_rng(0).normal(size=200) * 0.2
+    low, high = bootstrap.bootstrap_difference("auroc", scores, worse, labels)
+    assert low < metrics.auroc(scores, labels) - metrics.auroc(worse, labels) < high
+    assert high - low < np.ptp(bootstrap.bootstrap_interval("auroc", scores, labels))
+    mirrored = bootstrap.bootstrap_difference("auroc", worse, scores, labels)
+    assert mirrored == pytest.approx((-high, -low), abs=EXACT)
+
+
+def test_bootstrap_refuses():
+    scores, labels = _random_scores(0)
+    with pytest.raises(ValueError, match="found 'aupro'"):
+        bootstrap.bootstrap_interval("aupro", scores, labels)
+    with pytest.raises(ValueError, match="one group per image"):
+        bootstrap.bootstrap_interval("auroc", scores, labels, groups=np.arange(3))
+
+
+def _random_maps(num=24, size=20, seed=0):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((num, size, size), bool)
+    for i in range(0, num, 2):
+        row, column = rng.integers(0, size - 6, 2)
+        masks[i, row : row + 5, column : column + 4] = True
+    return (rng.normal(size=masks.shape) + 1.2 * masks).astype(np.float32), masks
+
+
+def test_pixel_intervals_hold_the_exact_values_and_match_plain_resampling():
+    maps, masks = _random_maps()
+    groups = np.arange(len(maps)) // 2
+    found = bootstrap.pixel_intervals(maps, masks, groups, num_resamples=200, seed=3)
+    exact = metrics.pixel_metrics(maps, masks)
+    counts = bootstrap._resampled_counts(
+        np.random.default_rng(3), masks.any((1, 2)), np.unique(groups, return_inverse=True)[1], 200
+    ).astype(int)
+    resampled = [metrics.pixel_metrics(np.repeat(maps, c, 0), np.repeat(masks, c, 0)) for c in counts[:60]]
+    for name in ("pixel_auroc", "pixel_ap", "aupro"):
+        low, high = found[name]
+        assert low < exact[name] < high
+        # 60 of the very same resamples, metrics exact: their quartiles lie inside the interval, which they nearly fill.
+        values = [r[name] for r in resampled]
+        assert low - 2e-3 < np.quantile(values, 0.25)
+        assert np.quantile(values, 0.75) < high + 2e-3
+        assert np.ptp(values) > 0.6 * (high - low)
+
+
+def test_pixel_intervals_of_one_image_per_class_are_the_metric_itself():
+    maps, masks = _random_maps(num=2, size=40)
+    found, exact = bootstrap.pixel_intervals(maps, masks), metrics.pixel_metrics(maps, masks)
+    for name, (low, high) in found.items():
+        assert low == high  # one group a class: every resample is the whole set
+        assert low == pytest.approx(exact[name], abs=2e-3), name  # binned at 1024 quantiles
