@@ -10,22 +10,22 @@ from ml_collections import ConfigDict
 
 TASKS = ("masked", "denoise", "synthetic", "jigsaw", "transform", "intensity", "cluster", "self_distill")
 
-# Sizes of the network by preset, with the input side they are meant for.
+# Sizes of the network by preset, with the input side they are meant for and a jigsaw that divides its token grid.
 PRESETS = {
     # CPU: about 1.5 M parameters.
     "tiny": dict(
-        image_size=64, width=128, num_heads=4, patch_size=8, num_dense_layers=2, num_moe_layers=2, num_neck_layers=1,
-        mlp_dim=512, num_experts=6, expert_dim=128,
+        image_size=64, tiles=4, width=128, num_heads=4, patch_size=8, num_dense_layers=2, num_moe_layers=2,
+        num_neck_layers=1, mlp_dim=512, num_experts=6, expert_dim=128,
     ),
     # One GPU.
     "small": dict(
-        image_size=128, width=384, num_heads=6, patch_size=8, num_dense_layers=5, num_moe_layers=3, num_neck_layers=2,
-        mlp_dim=1536, num_experts=8, expert_dim=512,
+        image_size=128, tiles=4, width=384, num_heads=6, patch_size=8, num_dense_layers=5, num_moe_layers=3,
+        num_neck_layers=2, mlp_dim=1536, num_experts=8, expert_dim=512,
     ),
     # One large GPU or a TPU slice; BMAD's resolution.
     "base": dict(
-        image_size=224, width=768, num_heads=12, patch_size=16, num_dense_layers=8, num_moe_layers=4, num_neck_layers=2,
-        mlp_dim=3072, num_experts=8, expert_dim=1024,
+        image_size=224, tiles=7, width=768, num_heads=12, patch_size=16, num_dense_layers=8, num_moe_layers=4,
+        num_neck_layers=2, mlp_dim=3072, num_experts=8, expert_dim=1024,
     ),
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, found {preset!r}")
     sizes = dict(PRESETS[preset])
-    image_size = sizes.pop("image_size")
+    image_size, tiles = sizes.pop("image_size"), sizes.pop("tiles")
     config = ConfigDict()
     config.system = "mtl_moe"
     config.seed = 0
@@ -73,7 +73,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
             radius_min=0.05,
             radius_max=0.25,
         ),
-        jigsaw=dict(weight=1.0, augment="light", tiles=4),
+        jigsaw=dict(weight=1.0, augment="light", tiles=tiles),
         transform=dict(weight=1.0, augment="none"),
         intensity=dict(weight=1.0, augment="none", strength=0.8, num_knots=6),
         cluster=dict(weight=1.0, augment="none", num_clusters=32, ratio=0.5),
