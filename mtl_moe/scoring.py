@@ -11,6 +11,8 @@ fitted on held-out training normals only, makes the numbers comparable and fuses
 """
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,7 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
     if not path.exists():
         raise ValueError(f"no {path}: run --mode=evaluate with the training data once, it writes the calibration")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values = {name: stored[name] for name in stored.files}
         found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
         calibration = Calibration(
@@ -155,7 +157,7 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
             | {"names": found, "fusion": str(values["fusion"])}
             | {name: float(values[name]) for name in ("fused_low", "fused_scale")}
         )
-    except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): run --mode=evaluate again, it writes the file anew") from error
     if found != tuple(names) or saved_step != step:
         raise ValueError(
