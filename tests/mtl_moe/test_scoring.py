@@ -1,0 +1,242 @@
+"""Calibration against plain numpy and scipy, its file, and the finished map against resize and Gaussian filter.
+
+Axes: N images, n calibration normals, S evidences, H W map, M side of the finished map.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from scipy import ndimage, stats
+
+from mtl_moe.scoring import (
+    FUSIONS,
+    MAP_LIMIT,
+    TAIL_SHARE,
+    evidence_names,
+    fit_calibration,
+    load_calibration,
+    make_map_fn,
+    task_evidences,
+)
+from mtl_moe.tasks import TASKS, Geometry
+
+GEOMETRY = Geometry(16, 8, 1, 16)
+# masked: contrast; synthetic: mean, and contrast for its second evidence; transform: mean.
+TASK_SET = tuple(TASKS[name](geometry=GEOMETRY) for name in ("masked", "synthetic", "transform"))
+NAMES = ("masked", "synthetic", "synthetic_clean", "transform")
+CONTRAST = np.array([True, False, True, False])
+NUM, SIDE = 200, 16
+
+
+def make_data(num=NUM, seed=0, contrast=(0.0, 0.0, 0.0, 0.0)):
+    """Skewed raw scores [N, S] plus `contrast` times the log gradient [N]."""
+    rng = np.random.default_rng(seed)
+    log_gradient = rng.normal(-3, 0.5, num)
+    raw = rng.gamma(2.0, 0.5, (num, len(NAMES))) + np.array(contrast) * log_gradient[:, None]
+    return raw.astype(np.float32), log_gradient.astype(np.float32)
+
+
+def make_maps(num=8, seed=0):
+    rng = np.random.default_rng(seed)
+    maps = rng.gamma(1.0, [[[[1.0]], [[2.0]], [[0.1]], [[30.0]]]], (num, len(NAMES), SIDE, SIDE))
+    body = np.zeros((num, SIDE, SIDE), np.float32)
+    body[:, 2:-2, 3:-3] = 1
+    return maps.astype(np.float32), body
+
+
+def fit(raw, log_gradient, fusion="tail"):
+    return fit_calibration(TASK_SET, fusion, raw, log_gradient, *make_maps())
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return fit(*make_data())
+
+
+def test_evidences_keep_the_order_of_the_tasks():
+    assert tuple(evidence_names(TASK_SET)) == NAMES
+    assert task_evidences(TASK_SET) == {
+        "masked": ("masked",), "synthetic": ("synthetic", "synthetic_clean"), "transform": ("transform",)
+    }  # fmt: skip
+
+
+def tail_score_by_hand(score, reference, threshold, scale, shape):
+    """u of one score: mid-rank among n + 1, above the threshold a generalised Pareto tail (scipy's)."""
+    n = len(reference)
+    if score <= threshold:
+        rank = np.sum(reference < score) + 0.5 * np.sum(reference == score) + 0.5
+        return min(-np.log(1 - rank / (n + 1)), -np.log(1 - np.sum(reference <= threshold) / (n + 1)))
+    beyond = np.sum(reference > threshold) + 1  # of n + 1
+    return -np.log(beyond / (n + 1)) - stats.genpareto.logsf(score - threshold, shape, scale=scale)
+
+
+def test_tail_scores_are_ranks_with_a_pareto_tail(calibration):
+    fresh = calibration.corrected(*make_data(60, seed=1))
+    found = calibration.tail_scores(fresh)
+    for s in range(len(NAMES)):
+        wanted = [tail_score_by_hand(x, calibration.reference[:, s], *calibration.tail[s]) for x in fresh[:, s]]
+        np.testing.assert_allclose(found[:, s], wanted, rtol=1e-9)
+
+
+def test_tail_scores_of_the_normals_are_exponential(calibration):
+    u = calibration.tail_scores(calibration.reference)
+    np.testing.assert_allclose(np.median(u, axis=0), np.log(2), atol=0.02)
+    np.testing.assert_allclose(np.quantile(u, 0.95, axis=0), -np.log(0.05), atol=0.35)  # ten normals lie above
+    np.testing.assert_allclose(u.mean(0), 1, atol=0.05)
+
+
+@pytest.mark.parametrize("num", [5, 12, NUM])
+def test_tail_scores_rise_without_a_jump(num):
+    calibration = fit(*make_data(num))
+    threshold = calibration.tail[:, 0]
+    fine = np.linspace(calibration.reference.min(0) - 1, calibration.reference.max(0) + 50, 4001)
+    u = calibration.tail_scores(fine)
+    assert np.isfinite(u).all()
+    assert np.all(np.diff(u, axis=0) >= 0)
+    assert np.all(np.diff(u[-100:], axis=0) > 0), "very odd scores cannot be told apart"
+    below, above = (calibration.tail_scores((threshold + step)[None])[0] for step in (0.0, 1e-9))
+    np.testing.assert_allclose(above, below, atol=1e-6)
+    assert np.all(calibration.tail[:, 1] > 0)
+
+
+def test_tied_normals_get_finite_scores():
+    raw, log_gradient = make_data(20)
+    raw[:] = 1.0
+    calibration = fit(raw, log_gradient)
+    u = calibration.tail_scores(np.array([[0.9] * 4, [1.0] * 4, [1.1] * 4]))
+    assert np.isfinite(u).all()
+    assert np.all(np.diff(u, axis=0) >= 0)
+    assert np.all(u[2] > u[1])
+
+
+@pytest.mark.parametrize(("shape", "tolerance"), [(0.0, 0.05), (0.25, 0.05)])
+def test_pareto_moments_recover_a_known_tail(shape, tolerance):
+    """Excesses over any threshold of GPD(shape, scale) are GPD(shape, scale + shape * threshold)."""
+    n = 40_000
+    quantiles = stats.genpareto.ppf((np.arange(n) + 0.5) / n, shape, scale=2.0)
+    raw = np.repeat(np.random.default_rng(0).permutation(quantiles)[:, None], len(NAMES), axis=1)
+    tail = fit(raw, np.random.default_rng(1).normal(size=n)).tail[1]  # "synthetic": not corrected for contrast
+    threshold = stats.genpareto.ppf(1 - TAIL_SHARE, shape, scale=2.0)
+    np.testing.assert_allclose(tail[0], threshold, rtol=1e-3)
+    np.testing.assert_allclose(tail[2], shape, atol=tolerance)
+    np.testing.assert_allclose(tail[1], 2.0 + shape * threshold, rtol=tolerance)
+
+
+def test_contrast_evidences_lose_what_contrast_explains_and_others_keep_it():
+    raw, log_gradient = make_data(4000, contrast=(-2.0, 1.5, 3.0, 0.0))
+    calibration = fit(raw, log_gradient)
+    fit_by_scipy = [stats.linregress(log_gradient.astype(float), raw[:, s].astype(float)) for s in range(len(NAMES))]
+    np.testing.assert_allclose(calibration.slope, [r.slope * c for r, c in zip(fit_by_scipy, CONTRAST, strict=True)])
+    fresh, fresh_gradient = make_data(4000, seed=1, contrast=(-2.0, 1.5, 3.0, 0.0))
+    corrected = calibration.corrected(fresh, fresh_gradient)
+    np.testing.assert_array_equal(corrected[:, ~CONTRAST], fresh[:, ~CONTRAST])
+    correlation = np.array([np.corrcoef(column, fresh_gradient)[0, 1] for column in corrected.T])
+    assert np.all(np.abs(correlation[CONTRAST]) < 0.07)  # three standard errors; it was 0.8 and more
+    assert correlation[1] > 0.5
+
+
+def test_map_scale_is_read_inside_the_body(calibration):
+    maps, body = make_maps()
+    for s in range(len(NAMES)):
+        inside = maps[:, s][body > 0]
+        np.testing.assert_allclose(calibration.map_low[s], np.median(inside), rtol=1e-6)
+        wanted = np.percentile(inside, 95) - np.median(inside)
+        np.testing.assert_allclose(calibration.map_scale[s], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("leave_out", [(), ("synthetic", "synthetic_clean")])
+def test_fusions_are_what_they_say(leave_out):
+    data = make_data()
+    keep = [i for i, name in enumerate(NAMES) if name not in leave_out]
+    fresh = make_data(30, seed=1)
+    for fusion in FUSIONS:
+        calibration = fit(*data, fusion)
+        corrected = calibration.corrected(*fresh)
+        u = calibration.tail_scores(corrected)[:, keep]
+        reference = calibration.reference
+        z = (corrected - np.median(reference, 0)) / stats.median_abs_deviation(reference, axis=0, scale="normal")
+        wanted = {
+            "tail": u.mean(1),
+            "max": u.max(1),
+            "mean": corrected[:, keep].mean(1),
+            "robust_z": z[:, keep].mean(1),
+        }
+        np.testing.assert_allclose(calibration.fuse(corrected, leave_out), wanted[fusion], rtol=1e-4)
+        np.testing.assert_allclose(calibration.fused, np.sort(calibration.fuse(calibration.corrected(*data))))
+
+
+def test_p_values_count_the_normals_at_least_as_odd(calibration):
+    fused = np.concatenate([calibration.fused[::25], [-1.0, 100.0]])
+    wanted = [(1 + sum(c >= x for c in calibration.fused)) / (NUM + 1) for x in fused]
+    np.testing.assert_allclose(calibration.p_values(fused), wanted, rtol=1e-12)
+
+
+def test_too_few_normals_and_unknown_fusion_are_errors():
+    with pytest.raises(ValueError, match=r"only 4 calibration normals: at least 5 .*data.calibration_fraction"):
+        fit(*make_data(4))
+    with pytest.raises(ValueError, match=r"score.fusion: expected one of .*'tail'.*found 'vote'"):
+        fit(*make_data(), fusion="vote")
+
+
+def test_file_round_trip(calibration, tmp_path):
+    path = tmp_path / "calibration.npz"
+    full = dataclasses.replace(calibration, fused_low=0.25, fused_scale=3.0)
+    full.save(path, 7)
+    loaded = load_calibration(path, NAMES, 7)
+    for field in dataclasses.fields(full):
+        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(full, field.name))
+    assert [p.name for p in tmp_path.iterdir()] == ["calibration.npz"]
+    corrected = full.corrected(*make_data(9, seed=1))
+    np.testing.assert_array_equal(loaded.fuse(corrected), full.fuse(corrected))
+
+
+def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
+    path = tmp_path / "calibration.npz"
+    with pytest.raises(ValueError, match=r"no .*calibration.npz: run --mode=evaluate"):
+        load_calibration(path, NAMES, 7)
+    calibration.save(path, 7)
+    with pytest.raises(ValueError, match=r"at step 7; expected .* at step 8"):
+        load_calibration(path, NAMES, 8)
+    with pytest.raises(ValueError, match=r"made for evidences .*transform.* expected \('masked',\)"):
+        load_calibration(path, ("masked",), 7)
+    whole = path.read_bytes()
+    for content in (b"", b"not an archive", whole[: len(whole) // 2], whole[: len(whole) - 40]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
+            load_calibration(path, NAMES, 7)
+    np.savez(path, names=np.array(NAMES), step=7)
+    with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
+        load_calibration(path, NAMES, 7)
+
+
+@pytest.mark.parametrize("map_size", [SIDE, 56])
+def test_finished_map_is_mean_resized_and_smoothed(calibration, map_size):
+    calibration = dataclasses.replace(calibration, fused_low=0.5, fused_scale=2.0)
+    maps, _ = make_maps(3, seed=2)
+    finished = np.asarray(make_map_fn(calibration, SIDE, map_size)(maps))
+    scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None]
+    fused = np.minimum(scaled, MAP_LIMIT).mean(1).astype(np.float32)
+    resized = np.asarray(jax.image.resize(fused, (3, map_size, map_size), "bilinear"))
+    sigma = 4.0 * map_size / 224
+    wanted = (ndimage.gaussian_filter(resized, (0, sigma, sigma)) - 0.5) / 2.0
+    np.testing.assert_allclose(finished, wanted, atol=2e-5)  # float32 sums of up to 56 terms near 1
+
+
+def test_one_evidence_cannot_outvote_the_others_in_the_map(calibration):
+    maps = np.tile(calibration.map_low[:, None, None], (1, 1, SIDE, SIDE)).astype(np.float32)
+    maps[:, 0] = 1e6
+    finished = np.asarray(make_map_fn(calibration, SIDE, SIDE)(maps))
+    np.testing.assert_allclose(finished, MAP_LIMIT / len(NAMES), rtol=1e-4)
+
+
+def test_a_map_is_not_rescaled_by_its_own_range(calibration):
+    """Twice as odd must look twice as hot, and batch mates must not matter."""
+    maps, _ = make_maps(4, seed=3)
+    finish = make_map_fn(calibration, SIDE, SIDE)
+    np.testing.assert_allclose(finish(maps)[1:2], finish(maps[1:2]), rtol=1e-5, atol=1e-6)
+    low = calibration.map_low[:, None, None]
+    away = np.clip(maps - low, 0, 4 * calibration.map_scale[:, None, None])
+    once, twice = (np.asarray(finish((low + k * away).astype(np.float32))) for k in (1, 2))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-3, atol=1e-4)
