@@ -42,7 +42,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     Raises:
       ValueError: if the batch does not divide by the number of data shards of this host.
     """
-    shards = mesh.shape["data"] // jax.process_count()
+    shards = max(mesh.shape["data"] // jax.process_count(), 1)
     size = next(iter(batch.values())).shape[0]
     if size % shards:
         raise ValueError(f"batch of {size} rows does not divide by {shards} data shards: change the batch size")

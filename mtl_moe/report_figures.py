@@ -71,7 +71,7 @@ def task_map_pixels(anomaly_map: np.ndarray) -> np.ndarray:
 
 def roc_figure(fused: tuple[np.ndarray, np.ndarray], tasks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """ROC curves from (false-positive rates, true-positive rates): the fused score thick, the tasks thin."""
-    fig, (ax,) = new_axes(5.0, 4.6)
+    fig, (ax,) = new_axes(6.4, 4.6)
     ax.plot([0, 1], [0, 1], color="#b8c1ca", linewidth=1, linestyle="--", label="chance")
     for i, (name, (fpr, tpr)) in enumerate(tasks.items()):
         ax.plot(fpr, tpr, color=_color(i), linestyle=_line(i), linewidth=1, alpha=0.8, label=name)
@@ -79,7 +79,7 @@ def roc_figure(fused: tuple[np.ndarray, np.ndarray], tasks: Mapping[str, tuple[n
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.set_xlabel("normal images flagged (false-positive rate)", fontsize=9)
     ax.set_ylabel("abnormal images found (true-positive rate)", fontsize=9)
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 

@@ -48,7 +48,9 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
         process_count=jax.process_count(),
     )
     try:
-        with MetricLogger(workdir, start, config.train.tensorboard) as logger:
+        # Metrics are the same on every host: the first one writes them where users look.
+        host = jax.process_index()
+        with MetricLogger(workdir / f"host_{host}" if host else workdir, start, config.train.tensorboard) as logger:
             return train_loop(
                 state,
                 step_fn,
