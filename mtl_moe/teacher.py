@@ -5,6 +5,7 @@ state's `extra`, so it is saved with every checkpoint. Until the refresh it is t
 clusters of raw patches; at `train.refresh_step` the averaged encoder is copied once and its tokens are clustered.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,8 @@ def _nearest(points: jax.Array, centers: jax.Array) -> jax.Array:
 def _fit(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     points = points[rng.choice(len(points), min(len(points), MAX_PATCHES), replace=False)]
-    # A cluster that loses all its points keeps its place (`warn` would only print).
-    with np.errstate(invalid="ignore"):
+    # A cluster that loses all its points keeps its place; black patches are all alike, so this is no news to the user.
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="One of the clusters is empty")
         centers, _ = kmeans2(points.astype(np.float64), num_clusters, iter=20, minit="++", rng=rng, missing="warn")
     return centers.astype(np.float32)
