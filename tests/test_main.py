@@ -1,0 +1,282 @@
+"""What main.py and the commands behind it say to a user, above all when something is wrong.
+
+The command line is tested in processes of its own; those that only parse flags take a fraction of a second, because
+JAX is imported after that. The commands themselves are called in this process, without a word to the compiler where
+they stop before training.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import workdir as saved
+from mtl_moe import run
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = f"--config={ROOT / 'configs' / 'mtl_moe' / 'quickstart.py'}"
+
+
+def call(*arguments: str, options: tuple[str, ...] = (), cwd: Path | None = None) -> subprocess.CompletedProcess:
+    argv = [sys.executable, *options, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands turn JAX's cache on: here in a folder of the test instead of the user's."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+# The command line.
+
+
+def test_help_comes_without_jax():
+    """Importing JAX takes seconds; nothing that only parses flags waits for it."""
+    done = call("--help", options=("-X", "importtime"))
+    assert "--workdir" in done.stdout
+    assert "--mode: <train|evaluate|predict|prepare>" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "ml_collections" in imported  # the list is that of the program itself
+    assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--workdir=w"], ["--config is missing, and --workdir holds no config.json"]),
+        (["--workdir=w", "--config.data.root=d"], ["error: --config is missing"]),
+        (["--workdir"], ["Missing value for flag --workdir"]),
+        ([QUICKSTART], ["--workdir is missing"]),
+        ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
+        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare>"]),
+        ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
+        ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
+        ([QUICKSTART, "--workdir=w", "--config.train.num_steps=many"], ["config.train.num_steps=many", "int"]),
+        ([QUICKSTART, "--workdir=w", "--config.data.skip_corrupt=maybe"], ["config.data.skip_corrupt=maybe"]),
+        ([f"{QUICKSTART}:tiny", "--workdir=w"], ["argument 'tiny': expected none"]),
+        ([QUICKSTART.replace("quickstart.py", "bmad.py:lung"), "--workdir=w"], ["'camelyon16'", "found 'lung'"]),
+    ],
+)
+def test_a_wrong_command_line_is_explained(arguments: list[str], messages: list[str], tmp_path: Path):
+    done = call(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    text = done.stdout + done.stderr
+    assert all(message in text for message in messages), text
+    assert 'main.py", line' not in text  # no traceback of ours
+
+
+def test_saved_config_is_found_in_both_spellings(tmp_path: Path):
+    """--workdir=W and --workdir W read W/config.json, and its fields can be changed."""
+    folder = tmp_path / "config"  # a folder called as a flag is
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"data": {"root": ""}}))
+    for spelling in ([f"--workdir={folder}"], ["--workdir", str(folder)], ["-workdir", str(folder)]):
+        done = call(*spelling, "--config.data.root=elsewhere", "--config.data.rot=x")
+        assert "unknown config field 'rot'" in done.stderr
+
+
+# Errors of the commands.
+
+
+def write_images(folder: Path, count: int, size: int = 32) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / f"im{i:02d}.png")
+
+
+@pytest.fixture
+def folder_config(tiny_config: Any, tmp_path: Path) -> ConfigDict:
+    """A folder of 24 training normals and 4 + 4 test images; one task, one expert block, two updates."""
+    root = tmp_path / "data"
+    write_images(root / "train" / "good", 24)
+    write_images(root / "test" / "good", 4)
+    write_images(root / "test" / "Ungood", 4)
+    config = tiny_config()
+    config.data.update(kind="folder", name="mine", root=str(root))
+    config.tasks.names = ("masked",)
+    config.model.num_neck_layers = 0
+    config.train.num_steps = 2
+    return config
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def corrupt(config: ConfigDict, root: Path) -> None:
+    cut_short(root / "train" / "good" / "im07.png")
+
+
+def corrupt_test(config: ConfigDict, root: Path) -> None:
+    cut_short(root / "test" / "Ungood" / "im02.png")
+
+
+def abnormal_under_train(config: ConfigDict, root: Path) -> None:
+    write_images(root / "train" / "Ungood", 2)
+
+
+def strange_folder(config: ConfigDict, root: Path) -> None:
+    write_images(root / "test" / "perhaps", 2)
+
+
+def smaller_than_a_patch(config: ConfigDict, root: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / "train" / "good" / "small.png")
+
+
+def no_root(config: ConfigDict, root: Path) -> None:
+    config.data.root = ""
+
+
+def missing_root(config: ConfigDict, root: Path) -> None:
+    config.data.root = str(root / "nowhere")
+
+
+def no_calibration(config: ConfigDict, root: Path) -> None:
+    config.data.calibration_fraction = 0.0
+
+
+def few_calibration_normals(config: ConfigDict, root: Path) -> None:
+    config.data.calibration_fraction = 0.1
+
+
+def unknown_fusion(config: ConfigDict, root: Path) -> None:
+    config.score.fusion = "best"
+
+
+def unknown_task(config: ConfigDict, root: Path) -> None:
+    config.tasks.names = ("masked", "magic")
+
+
+def no_seed(config: ConfigDict, root: Path) -> None:
+    config.num_seeds = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (corrupt, r"train/good/im07\.png.*skip_corrupt"),
+        (corrupt_test, r"test/Ungood/im02\.png"),
+        (abnormal_under_train, r"train/Ungood: 2 abnormal images under train.*move"),
+        (strange_folder, r"test/perhaps"),
+        (smaller_than_a_patch, r"small\.png.*4.*8"),
+        (no_root, r"data\.root is empty: set --config\.data\.root"),
+        (missing_root, r"nowhere.*data\.root"),
+        (no_calibration, r"only 0 calibration normals.*calibration_fraction"),
+        (few_calibration_normals, r"only 2 calibration normals.*calibration_fraction"),
+        (unknown_fusion, r"score\.fusion: expected one of .*'tail'.*found 'best'"),
+        (unknown_task, r"tasks\.names: expected some of .*'masked'.*found .*'magic'"),
+        (no_seed, r"num_seeds=0: expected at least 1"),
+    ],
+)
+def test_training_stops_before_it_starts(
+    spoil: Callable[[ConfigDict, Path], None], message: str, folder_config: ConfigDict, tmp_path: Path
+):
+    """The message names the file or field; the work directory is not bound to a config that cannot be trained."""
+    spoil(folder_config, tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        run.train_and_evaluate(folder_config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_error_is_one_line_to_the_user(folder_config: ConfigDict, tmp_path: Path):
+    """Through main.py itself: `error: ...` with the file's name on standard error, no traceback, status 1."""
+    corrupt(folder_config, tmp_path / "data")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text(json.dumps(folder_config.to_dict()))
+    done = call(f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "im07.png" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_work_directory_of_another_config_is_refused(folder_config: ConfigDict, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(folder_config.to_dict()))
+    run.check_config(saved.get_config(str(tmp_path)), tmp_path)
+    other = folder_config.copy_and_resolve_references()
+    other.data.root = "elsewhere"
+    other.score.gallery = 2
+    run.check_config(other, tmp_path)  # neither changes the training
+    other.model.width = 32
+    other.optim.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"another config") as caught:
+        run.train_and_evaluate(other, tmp_path)
+    text = str(caught.value)
+    assert "model.width: there 16, now 32" in text
+    assert "optim.learning_rate: there 0.001, now 0.5" in text
+    assert "data.root" not in text
+    for command in (run.evaluate, lambda *a: run.predict(*a, str(tmp_path), "")):
+        with pytest.raises(ValueError, match=r"model\.width"):
+            command(other, tmp_path)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_score(folder_config: ConfigDict, tmp_path: Path):
+    images = str(tmp_path / "data" / "test")
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*train first"):
+        run.evaluate(folder_config, tmp_path / "w")
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*train first"):
+        run.predict(folder_config, tmp_path / "w", images, "")
+    with pytest.raises(ValueError, match=r"--input is missing"):
+        run.predict(folder_config, tmp_path / "w", "", "")
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_prepare_names_what_it_cannot_check(tiny_config: Any):
+    with pytest.raises(ValueError, match=r"'bmad' or 'folder'.*found 'phantom'"):
+        run.prepare(tiny_config(), "")
+
+
+def test_prepare_reports_a_corrupt_file_and_writes_nothing(
+    folder_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    corrupt(folder_config, tmp_path / "data")
+    run.prepare(folder_config, str(tmp_path / "cache.npz"))
+    printed = capsys.readouterr().out
+    assert "corrupt files: 1" in printed
+    assert "im07.png" in printed
+    assert not (tmp_path / "cache.npz").exists()
+
+
+# Two seeds, and a corrupt file that is to be skipped, in one run.
+
+
+def test_seeds_are_averaged_and_a_corrupt_file_is_skipped(
+    folder_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    corrupt(folder_config, tmp_path / "data")
+    folder_config.data.skip_corrupt = True
+    folder_config.num_seeds = 2
+    workdir = tmp_path / "w"
+    run.train_and_evaluate(folder_config, workdir)
+
+    assert "im07.png" in caplog.text
+    reports = [json.loads((workdir / f"seed_{seed}" / "report.json").read_text()) for seed in (0, 1)]
+    assert [report["provenance"]["seed"] for report in reports] == [0, 1]
+    assert reports[0]["provenance"]["counts"] == {"train": 17, "calibration": 6, "test": 8}
+    summary = json.loads((workdir / "report.json").read_text())
+    key = "test/mine/image_auroc"
+    one, two = (report["metrics"][key] for report in reports)
+    assert summary["values"][key] == [one, two]
+    assert summary["metrics"][key] == pytest.approx((one + two) / 2)
+    assert summary["std"][key] == pytest.approx(abs(one - two) / np.sqrt(2))  # n - 1 in the denominator
+    # The seeds give different networks; the floors do not depend on them.
+    scores = [(workdir / f"seed_{seed}" / "predictions.csv").read_text() for seed in (0, 1)]
+    assert scores[0] != scores[1]
+    floors = [name for name in summary["std"] if "/floor/" in name]
+    assert floors
+    assert all(summary["std"][name] == 0 for name in floors)
+    assert "mean and standard deviation over 2 seeds" in capsys.readouterr().out
