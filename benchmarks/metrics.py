@@ -7,25 +7,21 @@ Axes: N images, H W map.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from benchmarks.record import write_record
 from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, pixel_metrics
 
 SIZE = 240
-RESULTS = Path(__file__).parent / "results" / "metrics_cpu.json"
 # (contender, images, regions per anomalous image, repeats). Brute PRO is measured on 20 images: one ROC a region.
 RUNS = [
     ("ours", 640, 2, 5),
@@ -119,14 +115,6 @@ def measure(contender: str, num_images: int, num_regions: int, repeats: int) -> 
     }
 
 
-def hardware() -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "system": platform.system()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", nargs=4, help="contender, images, regions per image, repeats: one process's work")
@@ -146,17 +134,7 @@ def main() -> None:
             f" {row['peak_gb']:>8.2f} {row['before_gb']:>9.2f} {row['load_average']:>5.2f}",
             flush=True,
         )
-    packages = ("numpy", "scipy", "scikit-learn")
-    result = {
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.metrics",
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+    write_record("metrics_cpu", "python -m benchmarks.metrics", rows, ("numpy", "scipy", "scikit-learn"))
 
 
 if __name__ == "__main__":

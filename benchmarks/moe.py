@@ -8,24 +8,18 @@ Axes: N tokens, D width, F hidden width of one expert, E experts.
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.metrics import hardware
+from benchmarks.record import write_record
 from mtl_moe import moe, routing
 
-RESULTS = Path(__file__).parent / "results" / "moe_cpu.json"
 TOP_K = 2
 # (N, D, F, E, contenders besides dense). F = 2D: two active experts are the usual MLP of 4D.
 QUICK = [(1024, 192, 384, 8, ("tiles", "ragged"))]
@@ -124,17 +118,7 @@ def main() -> None:
         )
     if quick:
         return
-    packages = ("jax", "jaxlib", "numpy")
-    result = {
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.moe",
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+    write_record("moe_cpu", "python -m benchmarks.moe", rows, ("jax", "jaxlib", "numpy"))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
             clean_share=0.15,
             radius_min=0.05,
             radius_max=0.25,
+            clean_weight=5.0,
         ),
         jigsaw=dict(weight=1.0, augment="light", tiles=tiles),
         transform=dict(weight=1.0, augment="none"),
@@ -79,7 +80,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         cluster=dict(weight=1.0, augment="none", num_clusters=32, ratio=0.5),
         self_distill=dict(weight=1.0, augment="none", ratio=0.5),
     )
-    config.optim = dict(learning_rate=1e-3, warmup_steps=100, weight_decay=0.05, b2=0.95, clip_norm=1.0)
+    config.optim = dict(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, b2=0.95, clip_norm=1.0)
     config.train = dict(
         batch_size=16,
         num_steps=3000,

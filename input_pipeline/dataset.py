@@ -184,7 +184,9 @@ def _decode(
     image = np.empty((n if in_memory else 0, files.image_size, files.image_size, files.channels), np.uint8)
     mask = np.empty((n if in_memory and has_masks else 0, files.mask_size, files.mask_size, 1), np.uint8)
     stream = files.stream(lambda: range(n), n, has_masks)
-    for row, (one, its_mask, error) in enumerate(tqdm(stream, title, n, unit="image", delay=2, file=sys.stderr)):
+    interval = 0.5 if sys.stderr.isatty() else 60.0  # a log file gets a line a minute
+    progress = tqdm(stream, title, n, unit=" images", delay=2, mininterval=interval)
+    for row, (one, its_mask, error) in enumerate(progress):
         if error and not skip_corrupt:
             raise DataError(error)
         if error:

@@ -132,9 +132,10 @@ def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str
     """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls."""
     tasks: Sequence[Any] = system.tasks
     floats = images.astype(np.float32) / 255.0
+    model = system.model.clone(mesh=None)  # on a mesh the number of views would have to divide over the devices
 
     def stats(params: Any) -> Any:
-        _, aux = system.model.apply({"params": params}, {t.name: t.views(floats) for t in tasks}, train=False)
+        _, aux = model.apply({"params": params}, {t.name: t.views(floats) for t in tasks}, train=False)
         return {name: block["utilisation"] for name, block in aux.items()}
 
     return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params).items()}

@@ -30,7 +30,7 @@ from mtl_moe.tasks.base import EPS, body_mask, mean_where
 from mtl_moe.teacher import make_teacher, needs_teacher
 
 FUSIONS = ("tail", "robust_z", "max", "mean")
-TOP_SHARE = 0.05
+TOP_SHARE = 0.01  # of the body's pixels
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 # One evidence may not outvote the others in the fused map: calibrated values are cut here, ten times the distance
 # from the normals' median to their 95th percentile.
@@ -67,13 +67,21 @@ def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, j
 
 
 def _reduce(maps: jax.Array, body: jax.Array, reduction: str) -> jax.Array:
+    """Maps and body [B, H, W] -> raw scores [B]; see `mtl_moe.tasks.base.Task.reductions`."""
     if reduction == "mean":
         return mean_where(maps, body)
+    smooth = jnp.asarray(_smoothing(np.eye(maps.shape[1])))
+    maps = jnp.einsum("mh,bhw,nw->bmn", smooth, maps, smooth, precision="highest")
     flat, inside = maps.reshape(maps.shape[0], -1), body.reshape(maps.shape[0], -1)
     ranked = -jnp.sort(-jnp.where(inside > 0, flat, 0.0), axis=-1)
     count = jnp.ceil(TOP_SHARE * inside.sum(-1, keepdims=True))
     chosen = (jnp.arange(ranked.shape[1])[None] < count).astype(jnp.float32)
     return jnp.log((ranked * chosen).sum(-1) / count[:, 0] + EPS)
+
+
+def _smoothing(rows: np.ndarray) -> np.ndarray:
+    """The matrix that smooths maps along one axis, times `rows` [M, H]: float32 [M, H]."""
+    return ndimage.gaussian_filter1d(rows, SMOOTHING * len(rows), axis=0).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +231,7 @@ def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[
     Bilinear resizing and Gaussian smoothing are both linear in rows and columns: one [M, H] matrix from each side.
     """
     bilinear = np.asarray(jax.image.resize(jnp.eye(size), (map_size, size), "bilinear"))
-    smooth = jnp.asarray(ndimage.gaussian_filter1d(bilinear, SMOOTHING * map_size, axis=0), jnp.float32)
+    smooth = jnp.asarray(_smoothing(bilinear))
     low = jnp.asarray(calibration.map_low, jnp.float32)[None, :, None, None]
     scale = jnp.asarray(calibration.map_scale, jnp.float32)[None, :, None, None]
 

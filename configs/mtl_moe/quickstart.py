@@ -11,7 +11,8 @@ def get_config(arg=None):
     common.parse_arg(arg)
     config = common.detector("tiny")
     config.data.name = "phantom"
-    config.train.num_steps = 400
-    config.train.refresh_step = 150
-    config.train.save_every = 200
+    config.data.mask_size = config.data.image_size  # phantoms are drawn at this size too: most of the time at 224
+    config.train.num_steps = 300
+    config.train.refresh_step = 100
+    config.train.save_every = 100
     return config

@@ -69,7 +69,8 @@ class Task(Protocol):
     def reductions(self) -> Mapping[str, str]:
         """How each map of `evidence` becomes an image score, by name; the first is called as the task.
 
-        "mean" over the body; or "contrast": the logarithm of the mean of the body's top 5 %, less its linear fit on the
+        "mean" over the body, for tasks that fail on an image as a whole. "top": logarithm of the mean of the smoothed
+        map's top 1 % inside the body, for tasks that fail in one place. "contrast": the same less its linear fit on the
         image's log mean gradient, because a smooth image is easy to reconstruct whatever it shows.
         """
 
@@ -109,6 +110,12 @@ def random_cells(key: jax.Array, batch: int, grid: int, fraction: float) -> jax.
     noise = jax.random.uniform(key, (batch, cells))
     rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
     return (rank < round(fraction * cells)).reshape(batch, grid, grid)
+
+
+def hide_random(key: jax.Array, images: jax.Array, patch_size: int, ratio: float) -> tuple[jax.Array, jax.Array]:
+    """Hides a share `ratio` of each image's patches: (input [B, H, W, C + 1], hidden cells, boolean [B, h, w])."""
+    cells = random_cells(key, images.shape[0], images.shape[1] // patch_size, ratio)
+    return with_plane(images, enlarge(cells[..., None], patch_size).astype(images.dtype)), cells
 
 
 def fixed_cells(grid: int) -> jax.Array:

@@ -35,9 +35,8 @@ class Cluster:
         return {self.name: "mean"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
-        cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
-        hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
-        return base.with_plane(images, hidden), (teacher.clusters, cells)
+        view, cells = base.hide_random(key, images, self.geometry.patch_size, self.ratio)
+        return view, (teacher.clusters, cells)
 
     def loss(self, output: jax.Array, target: Any) -> jax.Array:
         labels, cells = target

@@ -34,9 +34,8 @@ class SelfDistill:
         return {self.name: "mean"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
-        cells = base.random_cells(key, images.shape[0], self.geometry.grid, self.ratio)
-        hidden = base.enlarge(cells[..., None], self.geometry.patch_size).astype(images.dtype)
-        return base.with_plane(images, hidden), teacher.tokens
+        view, _ = base.hide_random(key, images, self.geometry.patch_size, self.ratio)
+        return view, teacher.tokens
 
     def loss(self, output: jax.Array, target: Any) -> jax.Array:
         return _cosine_distance(output, target).mean((1, 2))

@@ -1,7 +1,7 @@
 """Pseudo-anomaly segmentation: find and remove a defect painted into a normal image.
 
 Each training image gets one defect of a random family inside a random blob on the body (a share stays clean). The model
-predicts the blob (binary cross-entropy + Dice) and the image without it (L1). At inference the two evidences are the
+predicts the blob (balanced cross-entropy + Dice) and the image without it (L1). At inference the two evidences are the
 predicted defect probability and the reconstruction error. Families after FPI (Tan et al. 2020), NSA (Schluter et al.,
 ECCV 2022), CutPaste (Li et al., CVPR 2021), DRAEM (Zavrtanik et al., ICCV 2021); haze and deformation are ours.
 """
@@ -24,6 +24,7 @@ class Synthetic:
       families: names out of FAMILIES.
       clean_share: share of training images left without a defect.
       radius_min, radius_max: blob radius as a share of the image side.
+      clean_weight: weight of the L1 error, which is a tenth of the segmentation's losses.
     """
 
     geometry: base.Geometry
@@ -31,6 +32,7 @@ class Synthetic:
     clean_share: float = 0.15
     radius_min: float = 0.05
     radius_max: float = 0.25
+    clean_weight: float = 5.0
     name: str = "synthetic"
     use_position: bool = True
     needs_teacher: bool = False
@@ -46,7 +48,7 @@ class Synthetic:
 
     @property
     def reductions(self) -> Mapping[str, str]:
-        return {self.name: "mean", f"{self.name}_clean": "contrast"}
+        return {self.name: "top", f"{self.name}_clean": "contrast"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_blob, key_family, key_clean, *keys = jax.random.split(key, 3 + len(self.families))
@@ -69,12 +71,13 @@ class Synthetic:
         images, defect = target
         output = output.astype(jnp.float32)
         logits, clean = output[..., :1], output[..., 1:]
-        bce = (jax.nn.softplus(logits) - logits * defect).mean((1, 2, 3))
+        # Defects cover a few percent of the pixels: each side is averaged by itself, or "nowhere" would be learned.
+        bce = jax.nn.softplus(logits) - logits * defect
+        balanced = 0.5 * (base.mean_where(bce, defect) + base.mean_where(bce, 1 - defect))
         p = jax.nn.sigmoid(logits)
         overlap, total = (p * defect).sum((1, 2, 3)), (p + defect).sum((1, 2, 3))
-        has_defect = defect.max((1, 2, 3))
-        dice = has_defect * (1 - (2 * overlap + 1) / (total + 1))
-        return bce + 0.5 * dice + 2.0 * base.absolute_error(clean, images).mean((1, 2))
+        dice = defect.max((1, 2, 3)) * (1 - (2 * overlap + 1) / (total + 1))
+        return balanced + 0.5 * dice + self.clean_weight * base.absolute_error(clean, images).mean((1, 2))
 
     def views(self, images: jax.Array) -> jax.Array:
         return base.with_plane(images)[None]
