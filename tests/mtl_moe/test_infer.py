@@ -1,0 +1,169 @@
+"""Inference: an image's score is its own, on any number of devices; one training step on eight devices as on one.
+
+Axes: N images, S evidences, H W map.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from core.checkpoint import CheckpointError
+from core.mesh import shard_batch
+from core.optim import build_optimizer
+from core.step import make_train_step_fn
+from input_pipeline.dataset import load_dataset
+from mtl_moe.floors import log_mean_gradient
+from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
+from mtl_moe.losses import make_loss_fn
+from mtl_moe.scoring import TOP_SHARE, evidence_names, make_map_fn
+from mtl_moe.system import build_system
+
+# Float32 sums in another order: rows of an image lie in other tiles of the expert matmul in another batch.
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return restore(tiny_run.system, tiny_run.workdir)
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_run, trained):
+    return Scorer(tiny_run.system, trained)
+
+
+@pytest.fixture(scope="module")
+def images(tiny_run):
+    test, train = tiny_run.dataset.splits["test"], tiny_run.dataset.splits["train"]
+    return np.concatenate([test.images(np.arange(8)), train.images(np.arange(5))])
+
+
+@pytest.fixture(scope="module")
+def together(scorer, images):
+    """All 13 images in two batches of eight, the second padded."""
+    return scorer.images(images)
+
+
+def test_results_have_the_shapes_described(tiny_run, together):
+    num = len(evidence_names(tiny_run.system.tasks))
+    assert num == len(tiny_run.system.tasks) + 1
+    assert {k: v.shape for k, v in together.items()} == {
+        "raw": (13, num), "maps": (13, num, 32, 32), "body": (13, 32, 32)
+    }  # fmt: skip
+    for values in together.values():
+        assert np.isfinite(values).all()
+    assert np.all(together["raw"].std(axis=0) > 0), "an evidence says the same of every image"
+
+
+@pytest.mark.parametrize("row", [0, 3, 12])
+def test_score_of_an_image_alone_is_its_score_in_any_batch(scorer, images, together, row):
+    alone = scorer.images(images[row : row + 1])
+    strangers = np.random.default_rng(row).integers(0, 256, images.shape, np.uint8)
+    strangers[6] = images[row]  # another place, other mates
+    moved = {name: values[6:7] for name, values in scorer.images(strangers).items()}
+    for name, values in together.items():
+        np.testing.assert_allclose(alone[name], values[row : row + 1], **TOLERANCE)
+        np.testing.assert_allclose(moved[name], values[row : row + 1], **TOLERANCE)
+
+
+def test_one_device_scores_as_eight_do(tiny_run, trained, together, images, on_one_device):
+    single = on_one_device(tiny_run.system)
+    values = jax.device_get((trained.params, trained.extra))
+    params, extra = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), values)
+    found = Scorer(single, dataclasses.replace(trained, params=params, extra=extra)).images(images)
+    assert tiny_run.system.mesh.size == 8
+    for name, expected in together.items():
+        np.testing.assert_allclose(found[name], expected, **TOLERANCE)
+
+
+def test_raw_scores_are_what_the_reductions_say(tiny_run, together):
+    reductions = [r for task in tiny_run.system.tasks for r in task.reductions.values()]
+    assert {"mean", "contrast"} == set(reductions)
+    for n, body in enumerate(together["body"] > 0):
+        for s, reduction in enumerate(reductions):
+            inside = np.sort(together["maps"][n, s][body])
+            top = inside[-int(np.ceil(TOP_SHARE * len(inside))) :]
+            wanted = inside.mean() if reduction == "mean" else np.log(top.mean() + 1e-6)
+            np.testing.assert_allclose(together["raw"][n, s], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_is_scored_once_in_order(tiny_run, scorer):
+    split = tiny_run.dataset.splits["train"]  # 18 images: the last batch is padded
+    scored = scorer.split(split, "test", lambda maps: maps.mean(axis=1))
+    wanted = scorer.images(split.images(np.arange(len(split))))
+    np.testing.assert_allclose(scored.raw, wanted["raw"], **TOLERANCE)
+    np.testing.assert_allclose(scored.maps, wanted["maps"].mean(axis=1), **TOLERANCE)
+    np.testing.assert_allclose(scored.log_gradient, log_mean_gradient(split.images(np.arange(18))), rtol=1e-6)
+    assert scorer.split(split.take(np.arange(3)), "test").maps is None
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_run, scorer):
+    return calibrate(tiny_run.system, scorer, tiny_run.dataset.splits["calibration"])
+
+
+def test_calibrated_maps_have_the_normals_median_at_zero_and_their_tail_at_one(tiny_run, scorer, calibration):
+    normals = scorer.images(tiny_run.dataset.splits["calibration"].images(np.arange(6)))
+    finished = np.asarray(make_map_fn(calibration, 32, 32)(normals["maps"]))
+    np.testing.assert_allclose(np.quantile(finished, (0.5, 0.95)), (0, 1), atol=1e-4)
+    by_name = evidence_maps(tiny_run.system, calibration, normals["maps"])
+    assert [list(maps) for maps in by_name] == [list(calibration.names)] * 6
+    for name in calibration.names:
+        inside = np.stack([maps[name] for maps in by_name])[normals["body"] > 0]
+        np.testing.assert_allclose(np.quantile(inside, (0.5, 0.95)), (0, 1), atol=1e-3)
+
+
+def test_calibration_sees_normals_only(tiny_run, scorer):
+    with pytest.raises(ValueError, match="calibration split holds abnormal images"):
+        calibrate(tiny_run.system, scorer, tiny_run.dataset.splits["test"])
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_router_use_is_a_share_for_any_number_of_images(tiny_run, trained, images, count):
+    use = router_use(tiny_run.system, trained, images[:count])
+    assert set(use) == {"expert_00", "neck_00"}
+    for shares in use.values():
+        assert shares.shape == (len(tiny_run.system.tasks), 4)
+        np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
+
+
+def test_batch_size_is_rounded_up_to_the_devices(tiny_config, tiny_run, trained):
+    config = tiny_config()
+    config.score.batch_size = 9
+    system = dataclasses.replace(tiny_run.system, config=config)
+    assert Scorer(system, trained).batch_size == 16
+
+
+def test_no_checkpoint_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        restore(tiny_run.system, tmp_path)
+
+
+def test_one_training_step_on_eight_devices_is_one_on_one(tiny_config, on_one_device):
+    """Loss, every gradient (AdamW's first moment) and statistics; parameters follow from them.
+
+    AdamW's first step is lr * sign(gradient): where a gradient is rounding noise (keys' biases), so is its step.
+    """
+    config = tiny_config()
+    config.tasks.names = ("masked", "cluster")
+    config.model.num_experts = 4
+    config.tasks.cluster.augment = "light"
+    dataset, eight = load_dataset(config.data), build_system(config)
+    batch = {"image": dataset.splits["train"].images(np.arange(16))}
+    results = []
+    for system in (eight, on_one_device(eight)):
+        tx = build_optimizer(config.optim, config.train.num_steps)
+        state = system.init_state(tx, dataset)
+        step_fn = make_train_step_fn(make_loss_fn(system.model, config, system.tasks), tx, ema_decay=0.9)
+        results.append(jax.device_get(step_fn(state, shard_batch(batch, system.mesh), jax.random.key(1))))
+    (state, metrics), (state_1, metrics_1) = results
+    assert metrics.keys() == metrics_1.keys()
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], metrics_1[name], rtol=1e-4, err_msg=name)
+    moments, moments_1 = (s.opt_state[1][0].mu for s in (state, state_1))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moments))
+    assert largest > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), moments, moments_1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.extra, state_1.extra)
