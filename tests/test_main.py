@@ -27,7 +27,7 @@ QUICKSTART = f"--config={ROOT / 'configs' / 'mtl_moe' / 'quickstart.py'}"
 
 def call(*arguments: str, options: tuple[str, ...] = (), cwd: Path | None = None) -> subprocess.CompletedProcess:
     argv = [sys.executable, *options, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=1200, check=False, cwd=cwd)
 
 
 @pytest.fixture(scope="module", autouse=True)
