@@ -25,6 +25,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has compiled, another of the same session reads from disk."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[[], ConfigDict]:
     """Factory of the smallest useful detector config on phantoms: `tiny_config()` is a fresh ConfigDict each time."""

@@ -23,7 +23,7 @@ from mtl_moe.scoring import (
 from mtl_moe.tasks import TASKS, Geometry
 
 GEOMETRY = Geometry(16, 8, 1, 16)
-# masked: contrast; synthetic: mean, and contrast for its second evidence; transform: mean.
+# masked: contrast; synthetic: top, and contrast for its second evidence; transform: mean.
 TASK_SET = tuple(TASKS[name](geometry=GEOMETRY) for name in ("masked", "synthetic", "transform"))
 NAMES = ("masked", "synthetic", "synthetic_clean", "transform")
 CONTRAST = np.array([True, False, True, False])
