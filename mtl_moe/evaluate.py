@@ -147,7 +147,8 @@ class Results:
 
     def add_untrained(self, system: System, dataset: Dataset) -> None:
         """The same network before its first update, calibrated and fused in the same way."""
-        params, extra = system.init_fn(system.patch_centers(dataset))(jax.random.key(system.config.seed))
+        init = jax.jit(system.init_fn(system.patch_centers(dataset)))
+        params, extra = init(jax.random.key(system.config.seed))
         scorer = Scorer(system, Trained(system.place(params), system.place(extra), 0))
         calibration = calibrate(system, scorer, dataset.splits["calibration"])
         size, mask_size = dataset.image_size, dataset.mask_size
