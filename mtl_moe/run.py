@@ -47,6 +47,8 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         one = config.copy_and_resolve_references()
         one.update(seed=seed, num_seeds=1)
         reports.append(_train_one(one, workdir / f"seed_{seed}"))
+    if jax.process_count() > 1:
+        return
     summary = summarise(reports)
     write_json(workdir / "report.json", summary)
     print(f"\nmean and standard deviation over {config.num_seeds} seeds")

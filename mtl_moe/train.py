@@ -24,6 +24,12 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
       The last state, saved.
     """
     config = system.config
+    shards, accumulation = system.mesh.shape["data"], config.train.accumulation
+    if config.train.batch_size % (shards * accumulation):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} does not divide by the {shards} devices that split the batch "
+            f"times train.accumulation={accumulation}: choose a multiple of {shards * accumulation}"
+        )
     tx = build_optimizer(config.optim, config.train.num_steps)
     state = system.init_state(tx, dataset)
     checkpointer = Checkpointer(workdir)
