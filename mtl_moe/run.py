@@ -20,8 +20,10 @@ from mtl_moe.scoring import check_calibration
 from mtl_moe.system import build_system
 from mtl_moe.train import train
 
-# Fields that may differ between a work directory's config and the one it is run with: none changes the training.
+# Fields that may differ between a work directory's config and the one it is run with: none changes the training done
+# so far. A larger train.num_steps trains on, by the rest of the longer schedule.
 FREE_FIELDS = (
+    "train.num_steps",
     "data.root",
     "data.cache",
     "data.memory_limit_gb",
@@ -119,9 +121,8 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
     print(f"{dataset.name}: {dataset.layout}")
     check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
     # Only now: a folder must not be bound to a config that cannot be trained.
-    if not (workdir / "config.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", _plain(config))
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", _plain(config))
     train(system, dataset, workdir)
     if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction
         print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")

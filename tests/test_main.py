@@ -217,7 +217,7 @@ def test_a_work_directory_of_another_config_is_refused(folder_config: ConfigDict
         run.train_and_evaluate(other, tmp_path)
     text = str(caught.value)
     assert "model.width: there 16, now 32" in text
-    assert "optim.learning_rate: there 0.001, now 0.5" in text
+    assert f"optim.learning_rate: there {folder_config.optim.learning_rate}, now 0.5" in text
     assert "data.root" not in text
     for command in (run.evaluate, lambda *a: run.predict(*a, str(tmp_path), "")):
         with pytest.raises(ValueError, match=r"model\.width"):
