@@ -124,6 +124,23 @@ def test_pareto_moments_recover_a_known_tail(shape, tolerance):
     np.testing.assert_allclose(tail[1], 2.0 + shape * threshold, rtol=tolerance)
 
 
+def test_pareto_moments_of_a_small_sample_are_hosking_and_wallis():
+    raw, log_gradient = make_data(60, seed=4)
+    calibration = fit(np.exp(raw), log_gradient)  # a heavy tail: a shape above 0
+    count, unclipped = 12, 0
+    for reference, tail in zip(calibration.reference.T, calibration.tail, strict=True):
+        excess = reference[-count:] - reference[-count - 1]
+        a0 = sum(excess) / count
+        a1 = sum((1 - (j - 0.35) / count) * x for j, x in enumerate(excess, 1)) / count
+        k = a0 / (a0 - 2 * a1) - 2  # their shape is minus ours
+        if 0 <= -k <= 0.5:
+            unclipped += 1
+            np.testing.assert_allclose(tail, [reference[-count - 1], 2 * a0 * a1 / (a0 - 2 * a1), -k], rtol=1e-9)
+        else:
+            np.testing.assert_allclose(tail[1:], [a0 * (1 - np.clip(-k, 0, 0.5)), np.clip(-k, 0, 0.5)], rtol=1e-9)
+    assert unclipped, "no sample tests the unclipped formula: choose another seed"
+
+
 def test_contrast_evidences_lose_what_contrast_explains_and_others_keep_it():
     raw, log_gradient = make_data(4000, contrast=(-2.0, 1.5, 3.0, 0.0))
     calibration = fit(raw, log_gradient)
