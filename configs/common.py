@@ -52,7 +52,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         skip_corrupt=False,
         memory_limit_gb=8.0,  # decoded sets below it are held in memory, larger ones are streamed
         cache="",  # .npz written by --mode=prepare, read instead of the files
-        phantom=dict(num_train=640, num_valid=32, num_test=160, seed=0),
+        phantom=dict(num_train=640, num_valid=32, num_test=160, seed=0, anatomies=("head", "chest", "abdomen")),
     )
     config.model = sizes | dict(
         mlp="moe",  # moe | dense_active (equal active FLOPs) | dense_params (equal parameters)
@@ -82,17 +82,17 @@ def detector(preset: str = "tiny") -> ConfigDict:
     )
     config.optim = dict(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, b2=0.95, clip_norm=1.0)
     config.train = dict(
-        batch_size=16,
-        num_steps=3000,
+        batch_size=8,
+        num_steps=6000,
         accumulation=1,
         ema_decay=0.998,
         dtype="float32",  # of the computation: float32 | bfloat16
         balance_weight=0.01,
         z_weight=0.001,
         scale_steps=100,  # warm-up over which the tasks' loss scales are measured
-        refresh_step=1000,  # pseudo-labels move from pixels to the averaged encoder after this update
+        refresh_step=2000,  # pseudo-labels move from pixels to the averaged encoder after this update
         log_every=50,
-        save_every=500,
+        save_every=1000,
         tensorboard=True,
     )
     config.score = dict(

@@ -345,7 +345,13 @@ def make_slice(
 
 
 def make_dataset(
-    image_size: int, mask_size: int, num_train: int, num_valid: int, num_test: int, seed: int
+    image_size: int,
+    mask_size: int,
+    num_train: int,
+    num_valid: int,
+    num_test: int,
+    seed: int,
+    anatomies: tuple[str, ...] = ANATOMIES,
 ) -> dict[str, dict]:
     """All splits. Training slices are normal; half of the subjects of `valid` and `test` have a lesion.
 
@@ -356,6 +362,7 @@ def make_dataset(
       num_valid: number of validation slices, a multiple of 4 (two subjects of two slices, one normal, one not).
       num_test: number of test slices, a multiple of 4.
       seed: any non-negative integer; the slices of a subject depend on it and on nothing else.
+      anatomies: which organs, taking turns.
 
     Returns:
       {"train" | "valid" | "test": {"image": uint8 [N, image_size, image_size, 1], "mask": uint8 {0, 1} [N, mask_size,
@@ -366,16 +373,19 @@ def make_dataset(
     """
     if min(image_size, mask_size) < 32:
         raise ValueError(f"phantoms need image_size and mask_size of at least 32, got {image_size} and {mask_size}")
+    if not anatomies or set(anatomies) - set(ANATOMIES):
+        raise ValueError(f"phantom anatomies: expected some of {ANATOMIES}, found {tuple(anatomies)}")
     counts = {"train": num_train, "valid": num_valid, "test": num_test}
     for split, count in counts.items():
         if not 0 <= count <= SLICES_PER_SUBJECT * SUBJECT_OFFSET["valid"]:
             raise ValueError(f"num_{split} must be in [0, {SLICES_PER_SUBJECT * SUBJECT_OFFSET['valid']}], got {count}")
         if split != "train" and count % 4:
             raise ValueError(f"num_{split} must be a multiple of 4 (half normal, two slices a subject), got {count}")
-    return {split: _make_split(split, count, image_size, mask_size, seed) for split, count in counts.items()}
+    sizes = (image_size, mask_size, seed, tuple(anatomies))
+    return {split: _make_split(split, count, *sizes) for split, count in counts.items()}
 
 
-def _make_split(split: str, count: int, image_size: int, mask_size: int, seed: int) -> dict:
+def _make_split(split: str, count: int, image_size: int, mask_size: int, seed: int, anatomies: tuple[str, ...]) -> dict:
     images = np.zeros((count, image_size, image_size, 1), np.uint8)
     masks = np.zeros((count, mask_size, mask_size, 1), np.uint8)
     labels, names, groups = np.zeros(count, np.int32), [], []
@@ -384,8 +394,8 @@ def _make_split(split: str, count: int, image_size: int, mask_size: int, seed: i
         # Normal and abnormal subjects take turns, then anatomies, then kinds of lesion: any count is mixed evenly.
         abnormal = split != "train" and i % 2 == 1
         turn = i if split == "train" else i // 2
-        anatomy = ANATOMIES[turn % len(ANATOMIES)]
-        kind = LESIONS[turn // len(ANATOMIES) % len(LESIONS)] if abnormal else None
+        anatomy = anatomies[turn % len(anatomies)]
+        kind = LESIONS[turn // len(anatomies) % len(LESIONS)] if abnormal else None
         subject = SUBJECT_OFFSET[split] + i
         images[n], masks[n] = make_slice(image_size, mask_size, seed, subject, anatomy, z, kind)
         labels[n] = abnormal

@@ -170,3 +170,11 @@ def test_bad_arguments_are_refused(arguments, message):
     good = {"image_size": 64, "mask_size": 64, "num_train": 2, "num_valid": 4, "num_test": 4, "seed": 0}
     with pytest.raises(ValueError, match=message):
         phantom.make_dataset(**(good | arguments))
+
+
+def test_anatomies_can_be_chosen():
+    sizes = {"image_size": 32, "mask_size": 32, "num_train": 4, "num_valid": 0, "num_test": 4, "seed": 0}
+    splits = phantom.make_dataset(**sizes, anatomies=("chest",))
+    assert all(group.startswith("chest") for split in splits.values() for group in split["group"])
+    with pytest.raises(ValueError, match=r"expected some of .*found \('lung',\)"):
+        phantom.make_dataset(**sizes, anatomies=("lung",))
