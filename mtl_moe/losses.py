@@ -31,6 +31,10 @@ def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callabl
 
     `batch` holds uint8 `image` [B, H, W, C]. Metrics: loss/<task> unscaled, router/<block>/{balance, entropy/<task>}.
     """
+    if config.train.scale_steps < 1:
+        raise ValueError(
+            f"train.scale_steps={config.train.scale_steps}: expected at least 1 update to measure scales on"
+        )
     weights = jnp.array([config.tasks.get(task.name, {}).get("weight", 1.0) for task in tasks], jnp.float32)
     augments = [config.tasks.get(task.name, {}).get("augment", "none") for task in tasks]
 

@@ -27,6 +27,11 @@ def predict(system: System, workdir: Path, source: Path, output: Path) -> np.nda
     config = system.config
     trained = restore(system, workdir)
     calibration = load_calibration(workdir / "calibration.npz", evidence_names(system.tasks), trained.step)
+    if calibration.fusion != config.score.fusion:
+        raise ValueError(
+            f"score.fusion={config.score.fusion!r}, but the calibration was made for {calibration.fusion!r}: run "
+            "--mode=evaluate with the same --config.score.fusion first"
+        )
     split = load_images(source, config.data, min_size=config.model.patch_size)
     scorer = Scorer(system, trained)
     scored = scorer.split(split, "score")

@@ -1,5 +1,6 @@
 """Proxy tasks, one file each. A new one is a file here and a line in TASKS (see docs/extending.md)."""
 
+import dataclasses
 from typing import Any
 
 from mtl_moe.tasks.base import Geometry, Head, Task, Teacher
@@ -30,14 +31,18 @@ def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:
     """Tasks named in `config.names`, in that order, each with its options `config.<name>`.
 
     Raises:
-      ValueError: for an unknown or repeated name, or none.
+      ValueError: for an unknown or repeated name, or none, or an option the task does not have.
     """
     names = tuple(config.names)
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names or len(set(names)) != len(names):
         raise ValueError(f"tasks.names: expected some of {list(TASKS)}, each once; found {list(names)}")
-    options = {name: dict(config.get(name, {})) for name in names}
-    weights = ("weight", "augment")  # read by the training loss, not by the task
-    return tuple(
-        TASKS[name](geometry=geometry, **{k: v for k, v in options[name].items() if k not in weights}) for name in names
-    )
+    built = []
+    for name in names:
+        # weight and augment are read by the training loss, not by the task.
+        options = {key: value for key, value in config.get(name, {}).items() if key not in ("weight", "augment")}
+        known = {field.name for field in dataclasses.fields(TASKS[name])}
+        if set(options) - known:
+            raise ValueError(f"tasks.{name}: unknown options {sorted(set(options) - known)}, known: {sorted(known)}")
+        built.append(TASKS[name](geometry=geometry, **options))
+    return tuple(built)
