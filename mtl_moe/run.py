@@ -95,6 +95,8 @@ def check_config(config: Any, workdir: Path) -> None:
         return
     old, new = _flat(json.loads(path.read_text())), _flat(_plain(config))
     names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(FREE_FIELDS)})
+    if int(new["train.num_steps"]) < int(old["train.num_steps"]):  # what is trained cannot be taken back
+        names.append("train.num_steps")
     if names:
         lines = [f"  {name}: there {old.get(name)}, now {new.get(name)}" for name in names]
         raise ValueError(

@@ -210,7 +210,11 @@ def test_a_work_directory_of_another_config_is_refused(folder_config: ConfigDict
     other = folder_config.copy_and_resolve_references()
     other.data.root = "elsewhere"
     other.score.gallery = 2
-    run.check_config(other, tmp_path)  # neither changes the training
+    other.train.num_steps += 1  # trains on
+    run.check_config(other, tmp_path)  # none changes the training done so far
+    other.train.num_steps -= 2
+    with pytest.raises(ValueError, match=r"train\.num_steps: there 2, now 1"):
+        run.check_config(other, tmp_path)
     other.model.width = 32
     other.optim.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"another config") as caught:
