@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 # What of ours each package may import beside itself.
 DIRECTION = {
-    "main": {"mtl_moe"},
+    "main": {"mtl_moe", "vit_distill"},
     "configs": set(),
     "core": set(),
     "input_pipeline": set(),
     "mtl_moe": {"core"},
+    "vit_distill": {"core"},
 }
 # Modules that run the system: the only ones of mtl_moe that see data sets. The rest is functions over arrays.
 RUN_THE_SYSTEM = {
