@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from core.bootstrap import bootstrap_interval, pixel_intervals
+from core.files import write_json
 from core.logs import read_history
 from core.metrics import (
     auroc,
@@ -25,7 +26,7 @@ from core.metrics import (
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
 from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, restore, router_use
-from mtl_moe.outputs import write_json, write_predictions
+from mtl_moe.outputs import write_predictions
 from mtl_moe.provenance import provenance
 from mtl_moe.report import Case, ReportData, select_cases, write_report
 from mtl_moe.scoring import Calibration, make_map_fn, task_evidences

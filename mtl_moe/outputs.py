@@ -1,11 +1,8 @@
-"""Files written for other programs: predictions.csv and JSON, each beside and then renamed."""
+"""predictions.csv, written beside and renamed."""
 
 import csv
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,20 +22,3 @@ def write_predictions(
             values = [scores[i], p_values[i], *(column[i] for column in evidence.values())]
             writer.writerow([name, label if label >= 0 else "", *(f"{value:.6g}" for value in values)])
     temporary.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Strict JSON: infinite and undefined numbers become null."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

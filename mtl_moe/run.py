@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from core.compilation import enable_compilation_cache
+from core.files import write_json
 from input_pipeline.dataset import load_dataset
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
 from mtl_moe import evaluate as evaluation
 from mtl_moe import predict as prediction
-from mtl_moe.outputs import write_json
 from mtl_moe.scoring import check_calibration
 from mtl_moe.system import build_system
 from mtl_moe.train import train

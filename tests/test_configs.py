@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from configs import common, workdir
 from configs.mtl_moe import bmad, folder, quickstart
+from core.files import write_json
 from core.optim import build_optimizer
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
 from mtl_moe.losses import make_loss_fn
-from mtl_moe.outputs import write_json
 from mtl_moe.run import FREE_FIELDS
 from mtl_moe.system import build_system
 

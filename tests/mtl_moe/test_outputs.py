@@ -1,13 +1,11 @@
-"""predictions.csv and strict JSON."""
+"""predictions.csv."""
 
 import csv
-import json
 
 import numpy as np
-import pytest
 
 from input_pipeline.split import ArrayPixels, Split
-from mtl_moe.outputs import write_json, write_predictions
+from mtl_moe.outputs import write_predictions
 
 
 def make_split(names, labels):
@@ -28,36 +26,3 @@ def test_predictions_hold_every_image_with_its_scores(tmp_path):
     for key, values in {"score": scores, **evidence}.items():
         np.testing.assert_allclose([float(row[key]) for row in rows], values, rtol=1e-5)  # six digits are written
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
-
-
-def test_json_is_strict_and_plain(tmp_path):
-    content = {
-        "nan": float("nan"),
-        "inf": [np.float32("inf"), -np.inf],
-        "number": np.float32(0.5),
-        "count": np.int64(3),
-        "flag": np.bool_(True),
-        "pair": (1, 2.5),
-        3: "key",
-    }
-    write_json(tmp_path / "report.json", content)
-
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
-    expected = {"nan": None, "inf": [None, None], "number": 0.5, "count": 3, "flag": True, "pair": [1, 2.5], "3": "key"}
-    assert found == expected
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "report.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"new": object()})
-    assert json.loads(path.read_text()) == {"old": 1}
-    predictions = tmp_path / "predictions.csv"
-    predictions.write_text("old")
-    with pytest.raises(IndexError):
-        write_predictions(predictions, make_split(["a", "b"], [0, 0]), np.zeros(1), np.ones(2), {})
-    assert predictions.read_text() == "old"
