@@ -34,8 +34,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
-    predictions = tmp_path / "predictions.csv"
-    predictions.write_text("old")
-    with pytest.raises(IndexError):
-        write_predictions(predictions, make_split(["a", "b"], [0, 0]), np.zeros(1), np.ones(2), {})
-    assert predictions.read_text() == "old"

@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pytest
 
 from input_pipeline.split import ArrayPixels, Split
 from mtl_moe.outputs import write_predictions
@@ -26,3 +27,11 @@ def test_predictions_hold_every_image_with_its_scores(tmp_path):
     for key, values in {"score": scores, **evidence}.items():
         np.testing.assert_allclose([float(row[key]) for row in rows], values, rtol=1e-5)  # six digits are written
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    predictions = tmp_path / "predictions.csv"
+    predictions.write_text("old")
+    with pytest.raises(IndexError):
+        write_predictions(predictions, make_split(["a", "b"], [0, 0]), np.zeros(1), np.ones(2), {})
+    assert predictions.read_text() == "old"
