@@ -12,6 +12,10 @@ INSTALL_REQUIRES = [
     "ml-collections>=1.1",  # typed config overrides from the command line
     "einops>=0.8",
     "absl-py>=2.1",
+    "ml-dtypes>=0.5",  # bfloat16 in safetensors
+    "safetensors>=0.5",  # reads and writes weight files without running code from them
+    "huggingface-hub>=1.0",  # teachers by name: hf-hub:ORGANISATION/NAME
+    "scikit-learn>=1.5",  # logistic regression and k-NN probes; its digits are the embedded data of the distiller
     "scipy>=1.14",  # connected regions, generalised Pareto fit, k-means
     "pillow>=11",  # reads every image format but DICOM and NIfTI
     "matplotlib>=3.9",  # figures of the report
@@ -30,7 +34,11 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "scikit-learn>=1.5"],
+    "torch": ["torch>=2.4"],  # reads .pth files, through weights_only=True
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15"],
+    # Independent references. Tests that need them are skipped without; stored outputs of theirs are always compared.
+    "parity": ["torch>=2.4", "timm>=1.0.12", "transformers>=5", "onnx>=1.17", "onnxruntime>=1.20"],
 }
 
 setup(

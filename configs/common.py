@@ -1,4 +1,4 @@
-"""Every default of the detector lives here, and the parser of `--config=FILE:ARGUMENT`.
+"""Every default of both systems lives here, and the parser of `--config=FILE:ARGUMENT`.
 
 A config is a ConfigDict; any field can be changed on the command line (`--config.train.num_steps=500`), and an unknown
 field is an error.
@@ -7,6 +7,7 @@ field is an error.
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 TASKS = ("masked", "denoise", "synthetic", "jigsaw", "transform", "intensity", "cluster", "self_distill")
 
@@ -104,6 +105,88 @@ def detector(preset: str = "tiny") -> ConfigDict:
         untrained=True,  # also score with the untrained network of the same architecture
     )
     config.mesh = dict(expert=1)  # devices that share the experts; all others split the batch
+    return config
+
+
+def distiller() -> ConfigDict:
+    """Defaults of `vit_distill`: the paper's recipe but for what docs/differences.md names."""
+    config = ConfigDict()
+    config.system = "vit_distill"
+    config.command = "distill"  # distill | probe | segment | teacher | table
+    config.seed = 0
+    config.teacher = dict(
+        checkpoint="",  # file, folder, "hf-hub:ORGANISATION/NAME" or "random:TIMM_NAME"
+        allow_missing=(),  # names of tensors that may be missing from the file, or
+        allow_unused=(),  # left unused in it
+        dtype="float32",  # of its forward pass: float32 | bfloat16
+        # What is read from the file or the config beside it, unless it is set here.
+        overrides=dict(
+            image_size=placeholder(int),
+            num_heads=placeholder(int),
+            norm_eps=placeholder(float),
+            activation=placeholder(str),
+            pool=placeholder(str),
+            mean=placeholder(tuple),
+            std=placeholder(tuple),
+            interpolation=placeholder(str),
+            crop_fraction=placeholder(float),
+        ),
+    )
+    config.data = dict(
+        kind="folder",  # see docs/distill_data.md
+        name="",
+        root="",
+        split="train",  # the images to distil on; labels are used by few_shot and probes only
+        channels=3,
+        valid_fraction=0.1,  # of train, where the source has no validation split
+        seed=0,  # of that split
+        skip_corrupt=False,
+        memory_limit_gb=8.0,
+    )
+    config.few_shot = dict(
+        ratio=1.0,  # share of each class (of all images, where there are no labels)
+        per_class=0,  # or so many images a class
+        seed=0,
+        manifest="",  # or the images that this manifest of an earlier run names
+    )
+    config.student = dict(
+        reduction=2,  # r: one block in r is kept
+        blocks="first",  # first | last | even | truncate | calibrated, or a list: "0,2,5"
+        method="lora",  # lora | full (all weights of the copy train) | scratch (the same from random weights) | copy
+    )
+    config.lora = dict(
+        preset="enhanced",  # enhanced: all six layers of a block | plain: query and value
+        targets=(),  # or some of query, key, value, out, fc1, fc2
+        rank=128,
+        ranks=dict(query=0, key=0, value=0, out=0, fc1=0, fc2=0),  # 0: rank
+        scaling="one",  # one | alpha (alpha / rank) | rank_stabilised (alpha / sqrt(rank))
+        alpha=1.0,
+        dora=False,
+        train_norms=False,
+        train_biases=False,
+        warm_start=False,  # closed-form start from the few-shot images
+    )
+    config.loss = dict(
+        kind="l1",  # l1 | mse | smooth_l1 | cosine | l1_kld
+        target="pre_norm",  # pre_norm | post_norm
+        blocks="last",  # last | aligned (every student block against the end of its group)
+        cls_weight=0.0,  # share of the loss that looks at the cls token alone; 0: as any other token
+        kld_weight=1.0,  # of the divergence in l1_kld
+    )
+    config.augment = dict(scale_min=0.2, flip=True)  # RandomResizedCrop's smallest share of the area
+    config.optim = dict(learning_rate=1e-3, warmup_steps=20, weight_decay=0.05, b2=0.95, clip_norm=1.0)
+    config.train = dict(
+        batch_size=128,
+        num_steps=300,
+        accumulation=1,
+        ema_decay=0.0,  # 0: the last weights
+        dtype="float32",  # of the student's computation: float32 | bfloat16
+        cached_views=0,  # teacher features of so many fixed views an image are computed once; 0: fresh crops
+        log_every=10,
+        save_every=100,
+        tensorboard=True,
+    )
+    config.calibration = dict(num_images=128)  # for calibrated blocks, the warm start and the diagnostics
     return config
 
 

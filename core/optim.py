@@ -27,7 +27,7 @@ def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
 
 
 def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-    """AdamW; weight decay on kernels and expert matrices only, never on biases, norms or embeddings."""
+    """AdamW; weight decay on kernels, expert matrices and adapter factors only, never on biases, norms or embeddings."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -35,6 +35,6 @@ def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation
             b1=0.9,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: tree.mask(params, r".*/(kernel|w1|w2)"),
+            mask=lambda params: tree.mask(params, r".*/(kernel|w1|w2|a|b)"),
         ),
     )

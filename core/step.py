@@ -9,14 +9,16 @@ import optax
 
 from core.state import TrainState
 
-# loss_fn(params, extra, batch, key, step) -> (loss, (metrics, extra))
+# loss_fn(params, extra, batch, key, step, *frozen) -> (loss, (metrics, extra))
 LossFn = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
 
 
 def make_train_step_fn(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: float, accumulation: int = 1
-) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiled update: (state, batch, run key) -> (state, metrics). The state's buffers are donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiled update: (state, batch, run key, *frozen) -> (state, metrics). The state's buffers are donated.
+
+    What is passed as `frozen` reaches the loss function as it is: weights that neither train nor are saved.
 
     Args:
       loss_fn: mean loss over the batch it is given.
@@ -24,11 +26,13 @@ def make_train_step_fn(
       accumulation: micro-batches per update. Gradients are averaged over them; the batch must divide by it.
     """
 
-    def grads_of(params, extra, batch, key, step):
-        (loss, (metrics, extra)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, extra, batch, key, step)
+    def grads_of(params, extra, batch, key, step, *frozen):
+        (loss, (metrics, extra)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, extra, batch, key, step, *frozen
+        )
         return grads, extra, metrics | {"loss": loss}
 
-    def accumulated(params, extra, batch, key, step):
+    def accumulated(params, extra, batch, key, step, *frozen):
         size = jax.tree.leaves(batch)[0].shape[0]
         if size % accumulation:
             raise ValueError(f"batch size {size} does not divide by train.accumulation {accumulation}")
@@ -38,17 +42,19 @@ def make_train_step_fn(
         def body(carry, inputs):
             grads, extra = carry
             index, rows = inputs
-            new, extra, metrics = grads_of(params, extra, rows, jax.random.fold_in(key, index), step)
+            new, extra, metrics = grads_of(params, extra, rows, jax.random.fold_in(key, index), step, *frozen)
             return (jax.tree.map(jnp.add, grads, new), extra), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         (grads, extra), metrics = jax.lax.scan(body, (zeros, extra), (jnp.arange(accumulation), micro))
         return jax.tree.map(lambda g: g / accumulation, grads), extra, jax.tree.map(lambda m: m.mean(0), metrics)
 
-    def train_step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Any, key: jax.Array, *frozen: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         compute = grads_of if accumulation == 1 else accumulated
-        grads, extra, metrics = compute(state.params, state.extra, batch, key, state.step)
+        grads, extra, metrics = compute(state.params, state.extra, batch, key, state.step, *frozen)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
