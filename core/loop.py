@@ -34,8 +34,8 @@ def train_loop(
     key: jax.Array,
     num_steps: int,
     mesh: Mesh,
-    logger: MetricLogger,
-    checkpointer: Checkpointer,
+    logger: MetricLogger | None,
+    checkpointer: Checkpointer | None,
     log_every: int,
     save_every: int,
     images_per_step: int,
@@ -45,6 +45,7 @@ def train_loop(
 
     Args:
       batches: host batches of this process from `state.step` on; their leaves are [B_local, ...].
+      logger, checkpointer: None for a run that leaves nothing on disk.
       images_per_step: global batch size, for the rate the progress bar shows.
       events: what to do once, after the given step (say, refreshing pseudo-labels); before that step's save, so a
         resumed run has it done or does it itself.
@@ -75,11 +76,13 @@ def train_loop(
                         "lower optim.learning_rate or look at the images of this step."
                     )
                 if due(step, log_every, num_steps):
-                    logger.log(step, values)
+                    if logger:
+                        logger.log(step, values)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             if step in events:
                 state = events[step](state)
-            if due(step, save_every, num_steps):
+            if checkpointer and due(step, save_every, num_steps):
                 checkpointer.save(state)
-    checkpointer.wait()
+    if checkpointer:
+        checkpointer.wait()
     return state
