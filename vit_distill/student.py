@@ -22,6 +22,7 @@ class Student:
       adapters: tree of vit_distill.lora, None without.
       facts: plain JSON for reports and model cards: teacher (name, sha256, licence, format, depth), rank, targets,
         few-shot manifest hash, seed, metrics.
+      lora: vit_distill.lora.LoraConfig of the adapters, None without: exporting adapters alone needs it.
     """
 
     config: VitConfig
@@ -32,3 +33,4 @@ class Student:
     base: Any
     adapters: Any
     facts: Mapping[str, Any]
+    lora: Any = None
