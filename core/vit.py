@@ -2,8 +2,8 @@
 
 Axes: B batch, H W C image, P patch side, N tokens, D width, K heads, L layers. The MLP of a block is injected, so that
 a system can put its own kind (Mixture-of-Experts) into the same block. Tokens are flattened to [B*N, D] before every
-dense layer: XLA's CPU backend multiplies 2-D matrices up to twice as fast as 3-D ones. After Dosovitskiy et al., arXiv
-2010.11929.
+dense layer: XLA's CPU backend multiplies 2-D matrices up to twice as fast as 3-D ones. What out and fc2 read is sown as
+"intermediates": "heads" [B, N, K, Dh] and "hidden" [B, N, mlp_dim]. After Dosovitskiy et al., arXiv 2010.11929.
 """
 
 import dataclasses
@@ -97,6 +97,7 @@ class SelfAttention(nn.Module):
             return out.reshape(batch, tokens, self.num_heads, head_dim)
 
         out = attend(heads("query"), heads("key"), heads("value"))
+        self.sow("intermediates", "heads", out)
         out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(
             out.reshape(-1, self.num_heads, head_dim)
         )
@@ -117,8 +118,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
-        hidden = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(flat)
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](hidden))
+        hidden = ACTIVATIONS[self.activation](nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(flat))
+        self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
+        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -136,7 +138,9 @@ class SwiGlu(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
         gate, value = jnp.split(nn.Dense(2 * self.hidden_dim, dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(jax.nn.silu(gate) * value)
+        hidden = jax.nn.silu(gate) * value
+        self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
+        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -257,12 +261,14 @@ class VitOutput(NamedTuple):
       tokens: [B, N, D]: the last of them after the final norm (the same with final_norm="pooled").
       pooled: [B, D]: the image's feature after pooling and norm, what a head or a probe sees.
       logits: [B, num_classes], None without a head.
+      embedded: [B, N, D]: what the first block takes.
     """
 
     blocks: tuple[jax.Array, ...]
     tokens: jax.Array
     pooled: jax.Array
     logits: jax.Array | None
+    embedded: jax.Array
 
 
 class VisionTransformer(nn.Module):
@@ -285,18 +291,9 @@ class VisionTransformer(nn.Module):
         x = self._embed(images)
         if cfg.pre_norm:
             x = norm(name="norm_pre")(x)
-        blocks = []
+        embedded, blocks = x, []
         for i in range(cfg.depth):
-            block = EncoderBlock(
-                cfg.num_heads,
-                functools.partial(_build_mlp, cfg, self.dtype),
-                norm_eps=cfg.norm_eps,
-                qkv_bias=cfg.qkv_bias,
-                layer_scale=cfg.layer_scale,
-                dtype=self.dtype,
-                name=f"block_{i:02d}",
-            )
-            x, _ = block(x)
+            x, _ = build_block(cfg, self.dtype, name=block_name(i))(x)
             blocks.append(x)
         final = norm(name="norm")
         tokens = final(x) if cfg.final_norm == "tokens" else x
@@ -306,7 +303,7 @@ class VisionTransformer(nn.Module):
         logits = None
         if cfg.num_classes:
             logits = nn.Dense(cfg.num_classes, use_bias=cfg.head_bias, dtype=self.dtype, name="head")(pooled)
-        return VitOutput(tuple(blocks), tokens, pooled, logits)
+        return VitOutput(tuple(blocks), tokens, pooled, logits, embedded)
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """Patch tokens behind cls and register tokens, positions added; [B, N, D]."""
@@ -323,6 +320,24 @@ class VisionTransformer(nn.Module):
         if cfg.position_on_prefix:
             return jnp.concatenate([*prefix, x], axis=1) + position
         return jnp.concatenate([*prefix, x + position], axis=1)
+
+
+def block_name(index: int) -> str:
+    """Where block `index` keeps its parameters: "block_00", ..."""
+    return f"block_{index:02d}"
+
+
+def build_block(config: VitConfig, dtype: Dtype = jnp.float32, name: str | None = None) -> EncoderBlock:
+    """One block of a VisionTransformer; on its own, it applies to one block's parameters and tokens [B, N, D]."""
+    return EncoderBlock(
+        config.num_heads,
+        functools.partial(_build_mlp, config, dtype),
+        norm_eps=config.norm_eps,
+        qkv_bias=config.qkv_bias,
+        layer_scale=config.layer_scale,
+        dtype=dtype,
+        name=name,
+    )
 
 
 def _build_mlp(cfg: VitConfig, dtype: Dtype, name: str) -> nn.Module:

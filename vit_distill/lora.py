@@ -1,0 +1,250 @@
+"""Low-rank adapters as a parameter transform: merge(params, adapters) is what trains, is evaluated and is exported.
+
+Axes: D width, K heads, R rank, L layers. The adapters of a layer lie under the layer's own path, beside where its
+kernel lies in the parameters: block_00/attn/query/{a [in..., R], b [R, out...]}, and "magnitude" [out...] with DoRA.
+Trained norms and biases are whole leaves that replace those of the parameters. After Hu et al. (LoRA, arXiv
+2106.09685); A ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)) and B = 0 as in WeCoLoRA (arXiv 2404.09326).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core import tree
+
+# Where each target lies in a block, and how many input axes its kernel has: q, k, v (D, K, Dh), out (K, Dh, D).
+TARGETS: Mapping[str, tuple[str, int]] = {
+    "query": ("attn", 1),
+    "key": ("attn", 1),
+    "value": ("attn", 1),
+    "out": ("attn", 2),
+    "fc1": ("mlp", 1),
+    "fc2": ("mlp", 1),
+}
+PRESETS = {"enhanced": tuple(TARGETS), "plain": ("query", "value")}
+SCALINGS = ("one", "alpha", "rank_stabilised")
+
+Adapters = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What is trained beside the frozen copy.
+
+    Attributes:
+      ranks: (target, rank) pairs, targets of TARGETS.
+      scaling: factor of the product AB: "one": 1; "alpha": alpha / R; "rank_stabilised": alpha / sqrt(R)
+        (Kalajdzievski, arXiv 2312.03732).
+      dora: magnitude and direction of every output apart (Liu et al., arXiv 2402.09353).
+      train_norms: norm1 and norm2 of every block train too; the final norm stays the teacher's.
+      train_biases: the biases of every dense layer of every block train too.
+    """
+
+    ranks: tuple[tuple[str, int], ...]
+    scaling: str = "one"
+    alpha: float = 1.0
+    dora: bool = False
+    train_norms: bool = False
+    train_biases: bool = False
+
+    def __post_init__(self):
+        for target, rank in self.ranks:
+            if target not in TARGETS:
+                raise ValueError(f"lora.targets: expected some of {tuple(TARGETS)}, found {target!r}")
+            if rank < 1:
+                raise ValueError(f"lora rank of {target}: expected at least 1, found {rank}")
+        if not self.ranks or len(dict(self.ranks)) != len(self.ranks):
+            raise ValueError(f"lora.targets: expected each target once and at least one, found {self.ranks}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"lora.scaling: expected one of {SCALINGS}, found {self.scaling!r}")
+
+    def scale(self, rank: int) -> float:
+        """Factor of a product AB of this rank."""
+        return {"one": 1.0, "alpha": self.alpha / rank, "rank_stabilised": self.alpha / math.sqrt(rank)}[self.scaling]
+
+
+def build_lora_config(config: Any) -> LoraConfig:
+    """From config.lora: `targets` goes before `preset`, a rank in `ranks` above 0 before `rank`.
+
+    Raises:
+      ValueError: for an unknown preset or target, and for a rank of a target that is not adapted.
+    """
+    if config.preset not in PRESETS:
+        raise ValueError(f"lora.preset: expected one of {tuple(PRESETS)}, found {config.preset!r}")
+    targets = tuple(config.targets) or PRESETS[config.preset]
+    ranks = {target: rank for target, rank in config.ranks.items() if rank}
+    if unused := sorted(set(ranks) - set(targets)):
+        raise ValueError(f"lora.ranks: {unused} are not adapted (targets are {targets}): leave their ranks at 0")
+    return LoraConfig(
+        ranks=tuple((target, ranks.get(target, config.rank)) for target in targets),
+        scaling=config.scaling,
+        alpha=config.alpha,
+        dora=config.dora,
+        train_norms=config.train_norms,
+        train_biases=config.train_biases,
+    )
+
+
+def init_adapters(key: jax.Array, params: Mapping[str, Any], lora: LoraConfig) -> Adapters:
+    """Adapters of every block in `params`, float32; merging them changes nothing yet.
+
+    Raises:
+      ValueError: naming the target whose rank is above what its kernel can have.
+    """
+    adapters: dict[str, Any] = {}
+    for name in sorted(name for name in params if name.startswith("block_")):
+        block = adapters[name] = {"attn": {}, "mlp": {}}
+        for target, rank in lora.ranks:
+            part, num_in = TARGETS[target]
+            key, layer_key = jax.random.split(key)
+            block[part][target] = _init_layer(layer_key, f"{name}/{part}/{target}", params, num_in, rank, lora.dora)
+        if lora.train_biases:
+            for part in ("attn", "mlp"):
+                biases = {layer: leaves["bias"] for layer, leaves in params[name][part].items() if "bias" in leaves}
+                for layer, bias in biases.items():
+                    block[part].setdefault(layer, {})["bias"] = _own(bias)
+        if lora.train_norms:
+            block |= {norm: jax.tree.map(_own, params[name][norm]) for norm in ("norm1", "norm2")}
+        adapters[name] = {part: leaves for part, leaves in block.items() if leaves}
+    if not adapters:
+        raise ValueError(f"adapters: expected parameters of a vision transformer's blocks, found {sorted(params)}")
+    return adapters
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+    """A copy: trained leaves are donated to the update, the base's must not be."""
+    return jnp.array(leaf, jnp.float32, copy=True)
+
+
+def _init_layer(key: jax.Array, path: str, params: Any, num_in: int, rank: int, dora: bool) -> dict[str, jax.Array]:
+    name, part, target = path.split("/")
+    kernel = params[name][part][target]["kernel"]
+    inputs, outputs = kernel.shape[:num_in], kernel.shape[num_in:]
+    fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+    if rank > min(fan_in, fan_out):
+        limit = f"{min(fan_in, fan_out)} ({path} is {fan_in} x {fan_out})"
+        raise ValueError(f"lora rank of {target}: expected at most {limit}, found {rank}")
+    bound = 1 / math.sqrt(fan_in)
+    layer = {
+        "a": jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound),
+        "b": jnp.zeros((rank, *outputs)),
+    }
+    if dora:
+        layer["magnitude"] = _norm(jnp.asarray(kernel, jnp.float32), num_in).reshape(outputs)
+    return layer
+
+
+def _norm(kernel: jax.Array, num_in: int) -> jax.Array:
+    """Euclidean norm of each output's weights; input axes stay as 1."""
+    return jnp.sqrt(jnp.square(kernel).sum(range(num_in), keepdims=True))
+
+
+def merge(params: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> dict[str, Any]:
+    """Parameters with the adapters in: kernel + scale * AB, float32; the frozen leaves are passed on as they are.
+
+    With DoRA: magnitude * (kernel + scale * AB) / norm, the norm of each output a constant in the gradient (section 4.3
+    of the paper). Without training the kernels come back exactly (DoRA: within float32 rounding).
+
+    Raises:
+      ValueError: for adapters of layers that the parameters do not have.
+    """
+    return _merge(params, adapters, lora, 1.0, "")
+
+
+def unmerge(merged: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> dict[str, Any]:
+    """Inverse of `merge` up to float32 rounding: 1 unit in the last place of the larger of W and scale * AB.
+
+    Raises:
+      ValueError: where merging replaced leaves (DoRA, trained norms or biases): only the base itself has them.
+    """
+    if lora.dora or lora.train_norms or lora.train_biases:
+        raise ValueError(
+            "unmerge: expected adapters that were added; DoRA, train_norms and train_biases replace leaves of the base:"
+            " keep the base's parameters instead"
+        )
+    return _merge(merged, adapters, lora, -1.0, "")
+
+
+def _merge(params: Any, adapters: Any, lora: LoraConfig, sign: float, path: str) -> dict[str, Any]:
+    updated = dict(params)
+    for name, update in adapters.items():
+        if name in ("a", "b", "magnitude"):
+            continue
+        if name not in params:
+            raise ValueError(f"adapters do not fit these parameters: {path}{name} expected, found {sorted(params)}")
+        updated[name] = (
+            _merge(params[name], update, lora, sign, f"{path}{name}/") if isinstance(update, Mapping) else update
+        )
+    if "a" in adapters:
+        updated["kernel"] = _adapted(params["kernel"], adapters, sign * lora.scale(adapters["b"].shape[0]), path)
+    return updated
+
+
+def _adapted(kernel: jax.Array, layer: Mapping[str, jax.Array], scale: float, path: str) -> jax.Array:
+    a, b = layer["a"], layer["b"]
+    if (*a.shape[:-1], *b.shape[1:]) != kernel.shape:
+        raise ValueError(f"adapters do not fit {path}kernel {kernel.shape}: found {a.shape} and {b.shape}")
+    product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+    kernel = jnp.asarray(kernel, jnp.float32) + scale * product
+    if "magnitude" not in layer:
+        return kernel
+    norm = jax.lax.stop_gradient(_norm(kernel, a.ndim - 1))
+    # An output whose weights are all 0 has no direction: it stays 0.
+    gain = layer["magnitude"].reshape(norm.shape) / jnp.where(norm == 0, 1.0, norm)
+    return kernel * gain
+
+
+def truncate(adapters: Adapters, rank: int, lora: LoraConfig) -> tuple[Adapters, LoraConfig]:
+    """Every product AB replaced by the closest one (Frobenius norm) of at most `rank`, its factors balanced.
+
+    Returns:
+      The adapters and the config with the new ranks; the products keep their scale whatever the scaling.
+    """
+    ranks = tuple((target, min(old, rank)) for target, old in lora.ranks)
+    smaller = dataclasses.replace(lora, ranks=ranks)
+
+    def shrink(layer: Any) -> Any:
+        if not isinstance(layer, Mapping):
+            return layer
+        if "a" not in layer:
+            return {name: shrink(value) for name, value in layer.items()}
+        a, b = layer["a"], layer["b"]
+        keep = min(a.shape[-1], rank)
+        left, values, right = _svd(a, b)
+        root = np.sqrt(values[:keep] * lora.scale(a.shape[-1]) / lora.scale(keep))
+        return dict(layer) | {
+            "a": jnp.asarray((left[:, :keep] * root[None]).reshape(*a.shape[:-1], keep), jnp.float32),
+            "b": jnp.asarray((right[:keep] * root[:, None]).reshape(keep, *b.shape[1:]), jnp.float32),
+        }
+
+    return shrink(adapters), smaller
+
+
+def singular_values(adapters: Adapters) -> dict[str, np.ndarray]:
+    """Singular values of every product AB (without its scale), descending, R of them: {"block_00/attn/query": [R]}."""
+    leaves = tree.paths(adapters)
+    layers = [path.removesuffix("/a") for path in leaves if path.endswith("/a")]
+    return {layer: _svd(leaves[f"{layer}/a"], leaves[f"{layer}/b"])[1] for layer in layers}
+
+
+def suggested_rank(values: Mapping[str, np.ndarray], energy: float = 0.95) -> dict[str, int]:
+    """Of `singular_values`: for each layer the smallest rank, 1 at least, that keeps this share of the squared sum."""
+    ranks = {}
+    for layer, singular in values.items():
+        squares = np.square(singular)
+        ranks[layer] = 1 + int((np.cumsum(squares) < energy * squares.sum()).sum())
+    return ranks
+
+
+def _svd(a: jax.Array, b: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin SVD of the product of a [in..., R] and b [R, out...] in float64, without forming it."""
+    rank = b.shape[0]
+    left, upper = np.linalg.qr(np.asarray(a, np.float64).reshape(-1, rank))
+    right, lower = np.linalg.qr(np.asarray(b, np.float64).reshape(rank, -1).T)
+    u, values, vt = np.linalg.svd(upper @ lower.T)
+    return left @ u, values, vt @ right.T
