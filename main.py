@@ -4,10 +4,14 @@
   python main.py --mode=evaluate --workdir=W            restores the newest checkpoint and evaluates
   python main.py --mode=predict --workdir=W --input=DIR scores any folder of images
   python main.py --mode=prepare --config=... --output=CACHE.npz   checks a data folder and writes a decoded cache
+  python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T --config.data.root=D --workdir=W
+  python main.py --mode=plan --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T   what it will cost
+  python main.py --mode=export --workdir=W --export=timm   writes the merged student for other tools
 
 Any config field can be changed on the command line: --config.train.num_steps=500.
 """
 
+import importlib
 import os
 import platform
 import sys
@@ -17,12 +21,28 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 NO_CONFIG = "--config is missing, and --workdir holds no config.json of an earlier run"
-MODES = ("train", "evaluate", "predict", "prepare")
+# What each system offers; functions of the same name in its run.py.
+MODES = {
+    "mtl_moe": ("train", "evaluate", "predict", "prepare"),
+    "vit_distill": ("train", "evaluate", "plan", "export"),
+}
+WITHOUT_WORKDIR = ("prepare", "plan")
+EXPORTS = ("timm", "huggingface", "adapters", "stablehlo", "onnx")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; without it, the one of --workdir.")
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates at its end.")
+MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    list(dict.fromkeys(mode for modes in MODES.values() for mode in modes)),
+    "What to do; train also evaluates at its end.",
+)
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: config, checkpoints, metrics, report.")
 INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict.")
-OUTPUT = flags.DEFINE_string("output", "", "Where --mode=predict writes (default WORKDIR/predict), or prepare's .npz.")
+EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes.")
+OUTPUT = flags.DEFINE_string(
+    "output",
+    "",
+    "Where predict writes (default WORKDIR/predict), prepare its .npz, export its folder (WORKDIR/export/KIND).",
+)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise jax.distributed first.")
 
 
@@ -33,19 +53,24 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if config is None:
         raise app.UsageError(NO_CONFIG)
-    if not WORKDIR.value and MODE.value != "prepare":
+    mode, system = MODE.value, config.get("system", "nothing")
+    if mode not in MODES.get(system, ()):
+        known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in MODES.items())
+        raise app.UsageError(f"--mode={mode} for config.system={system!r}: expected one of {known}")
+    if not WORKDIR.value and mode not in WITHOUT_WORKDIR:
         raise app.UsageError("--workdir is missing: the folder where checkpoints, metrics and the report go")
-    from mtl_moe import run  # imports JAX: seconds, so that --help need not wait
-
+    run = importlib.import_module(f"{system}.run")  # imports JAX: seconds, so that --help need not wait
     workdir = Path(WORKDIR.value)
     commands = {
         "train": lambda: run.train_and_evaluate(config, workdir, DISTRIBUTED.value),
         "evaluate": lambda: run.evaluate(config, workdir),
         "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value),
         "prepare": lambda: run.prepare(config, OUTPUT.value),
+        "plan": lambda: run.plan(config, workdir if WORKDIR.value else None),
+        "export": lambda: run.export(config, workdir, EXPORT.value, OUTPUT.value),
     }
     try:
-        commands[MODE.value]()
+        commands[mode]()
     except (ValueError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         print(f"error: {error}", file=sys.stderr)

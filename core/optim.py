@@ -27,7 +27,7 @@ def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
 
 
 def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-    """AdamW; weight decay on kernels, expert matrices and adapter factors only, never on biases, norms or embeddings."""
+    """AdamW; weight decay on kernels, expert matrices and adapters, never on biases, norms or embeddings."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

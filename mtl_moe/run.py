@@ -1,6 +1,5 @@
 """The commands of the detector, as main.py calls them: train and evaluate, evaluate, predict, prepare."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
+from core.workdir import check_config, save_config
 from input_pipeline.dataset import load_dataset
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
@@ -62,7 +62,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
 def evaluate(config: Any, workdir: Path) -> None:
     """Restores the newest checkpoint and evaluates; needs nothing but the work directory and the data."""
     enable_compilation_cache()
-    check_config(config, workdir)
+    check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     _print_report(evaluation.evaluate(system, dataset, workdir), workdir)
@@ -73,7 +73,7 @@ def predict(config: Any, workdir: Path, source: str, output: str) -> None:
     if not source:
         raise ValueError("--input is missing: the folder of images to score")
     enable_compilation_cache()
-    check_config(config, workdir)
+    check_config(config, workdir, FREE_FIELDS)
     folder = Path(output) if output else workdir / "predict"
     prediction.predict(build_system(config), workdir, Path(source), folder)
     print(f"scores: {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
@@ -82,26 +82,6 @@ def predict(config: Any, workdir: Path, source: str, output: str) -> None:
 def prepare(config: Any, output: str) -> None:
     """Checks a data folder and, with `output`, writes the decoded cache."""
     print(format_report(prepare_data(config.data, output, min_size=config.model.patch_size)))
-
-
-def check_config(config: Any, workdir: Path) -> None:
-    """Compares with `workdir/config.json` if there is one.
-
-    Raises:
-      ValueError: naming the fields that differ, if the work directory was made with another config.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    old, new = _flat(json.loads(path.read_text())), _flat(_plain(config))
-    names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(FREE_FIELDS)})
-    if int(new["train.num_steps"]) < int(old["train.num_steps"]):  # what is trained cannot be taken back
-        names.append("train.num_steps")
-    if names:
-        lines = [f"  {name}: there {old.get(name)}, now {new.get(name)}" for name in names]
-        raise ValueError(
-            f"{workdir} was made with another config; use another --workdir, or the same fields:\n" + "\n".join(lines)
-        )
 
 
 def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,14 +97,13 @@ def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
-    check_config(config, workdir)
+    check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     print(f"{dataset.name}: {dataset.layout}")
     check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
     # Only now: a folder must not be bound to a config that cannot be trained.
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", _plain(config))
+    save_config(config, workdir)
     train(system, dataset, workdir)
     if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction
         print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")
@@ -148,18 +127,3 @@ def _print_report(report: Mapping[str, Any], workdir: Path) -> None:
         interval = report["intervals"].get(key)
         print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
     print(f"report: {os.path.join(workdir, 'report.html')}")
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """The config as JSON has it: lists for tuples."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.dumps(value)
-    return flat

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import workdir as saved
+from core.workdir import check_config
 from mtl_moe import run
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_help_comes_without_jax():
     """Importing JAX takes seconds; nothing that only parses flags waits for it."""
     done = call("--help", options=("-X", "importtime"))
     assert "--workdir" in done.stdout
-    assert "--mode: <train|evaluate|predict|prepare>" in done.stdout
+    assert "--mode: <train|evaluate|predict|prepare|plan|export>" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "ml_collections" in imported  # the list is that of the program itself
     assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
@@ -60,7 +61,7 @@ def test_help_comes_without_jax():
         (["--workdir"], ["Missing value for flag --workdir"]),
         ([QUICKSTART], ["--workdir is missing"]),
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
-        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare>"]),
+        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|plan|export>"]),
         ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
         ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
         ([QUICKSTART, "--workdir=w", "--config.train.num_steps=many"], ["config.train.num_steps=many", "int"]),
@@ -206,15 +207,15 @@ def test_an_error_is_one_line_to_the_user(folder_config: ConfigDict, tmp_path: P
 
 def test_a_work_directory_of_another_config_is_refused(folder_config: ConfigDict, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(folder_config.to_dict()))
-    run.check_config(saved.get_config(str(tmp_path)), tmp_path)
+    check_config(saved.get_config(str(tmp_path)), tmp_path, run.FREE_FIELDS)
     other = folder_config.copy_and_resolve_references()
     other.data.root = "elsewhere"
     other.score.gallery = 2
     other.train.num_steps += 1  # trains on
-    run.check_config(other, tmp_path)  # none changes the training done so far
+    check_config(other, tmp_path, run.FREE_FIELDS)  # none changes the training done so far
     other.train.num_steps -= 2
     with pytest.raises(ValueError, match=r"train\.num_steps: there 2, now 1"):
-        run.check_config(other, tmp_path)
+        check_config(other, tmp_path, run.FREE_FIELDS)
     other.model.width = 32
     other.optim.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"another config") as caught:

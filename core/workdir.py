@@ -1,0 +1,54 @@
+"""The config of a work directory: written once, compared ever after."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.files import write_json
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def save_config(config: Any, workdir: Path) -> None:
+    """Writes `workdir/config.json`, making the folder."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", plain(config))
+
+
+def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None:
+    """Compares with `workdir/config.json` if there is one.
+
+    Args:
+      free_fields: starts of the names of fields that may differ. train.num_steps must be among them to grow; it never
+        shrinks, since what is trained cannot be taken back.
+
+    Raises:
+      ValueError: naming the fields that differ, if the work directory was made with another config.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    old, new = _flat(json.loads(path.read_text())), _flat(plain(config))
+    names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(tuple(free_fields))})
+    steps = "train.num_steps"
+    if steps in old and steps in new and int(new[steps]) < int(old[steps]):
+        names.append(steps)
+    if names:
+        lines = [f"  {name}: there {old.get(name)}, now {new.get(name)}" for name in names]
+        raise ValueError(
+            f"{workdir} was made with another config; use another --workdir, or the same fields:\n" + "\n".join(lines)
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat
