@@ -1,0 +1,197 @@
+"""Probes against numpy in float64, scikit-learn and values by hand; the test set is scored once.
+
+Axes: N images, D feature width, F classes or findings, G learning rates.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from vit_distill import probe as module
+from vit_distill.linear_probe import train_linear
+from vit_distill.probe import HYPER_PARAMETERS, Labelled, ProbeOptions, probe, score_metrics
+
+WIDTH, CLASSES = 6, 3
+OPTIONS = ProbeOptions(
+    epochs=40, warmup_epochs=2, batch_size=32, learning_rates=(3.0, 30.0), c_values=(0.01, 1.0), neighbours=(1, 5)
+)
+
+
+def make_set(num: int, seed: int, multi: bool = False, noise: float = 1.0) -> Labelled:
+    """Three Gaussian clusters with an offset and unequal scales; with `multi`, three findings from the features."""
+    rng = np.random.default_rng(seed)
+    centres = 2.0 * np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
+    labels = np.arange(num) % CLASSES
+    x = centres[labels] + noise * rng.normal(size=(num, WIDTH))
+    if multi:
+        labels = (x[:, :CLASSES] + 0.3 * rng.normal(size=(num, CLASSES)) > 0).astype(np.float32)
+    return Labelled((5.0 + x * np.geomspace(0.1, 10.0, WIDTH)).astype(np.float32), labels)
+
+
+SETS = make_set(120, 0), make_set(60, 1), make_set(90, 2)
+
+
+def reference_lars(data: Labelled, kernel: np.ndarray, orders: list[np.ndarray], peak: float, schedule: Any) -> tuple:
+    """MAE's linear probe in float64: batch norm, gradient by hand, LARS; (kernel, bias, mean, variance)."""
+    x, y = data.features.astype(np.float64), data.labels
+    target = y if y.ndim == 2 else np.eye(kernel.shape[1])[y]
+    kernel, bias = kernel.astype(np.float64), np.zeros(kernel.shape[1])
+    speed_kernel, speed_bias = np.zeros_like(kernel), np.zeros_like(bias)
+    for step, rows in enumerate(orders):
+        batch = x[rows]
+        normed = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + 1e-6)
+        logits = normed @ kernel + bias
+        if y.ndim == 2:
+            error = (1 / (1 + np.exp(-logits)) - target[rows]) / target[rows].size
+        else:
+            weights = np.exp(logits)
+            error = (weights / weights.sum(1, keepdims=True) - target[rows]) / len(rows)
+        grad = normed.T @ error
+        rate = peak * schedule(step)
+        speed_kernel = 0.9 * speed_kernel + rate * 0.001 * np.linalg.norm(kernel) / np.linalg.norm(grad) * grad
+        speed_bias = 0.9 * speed_bias + rate * error.sum(0)
+        kernel, bias = kernel - speed_kernel, bias - speed_bias
+    return kernel, bias, x.mean(0), x.var(0)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_linear_probe_equals_lars_in_numpy(multi: bool):
+    """70 images at batch 32: three batches of 23, one image sits out each epoch."""
+    data, rates, epochs, warmup, seed = make_set(70, 0, multi), (1.0, 30.0), 5, 2, 3
+    key_init, key_order = jax.random.split(jax.random.key(seed))
+    kernel = 0.01 * np.asarray(jax.random.normal(key_init, (1, WIDTH, CLASSES)))[0]
+    orders = [np.asarray(jax.random.permutation(jax.random.fold_in(key_order, e), 70)) for e in range(epochs)]
+    batches = [order[start : start + 23] for order in orders for start in (0, 23, 46)]
+
+    def schedule(step: int) -> float:
+        """Linear to 1 at update 6, then half a cosine to 0 at update 16, one after the last."""
+        t = step + 1
+        return t / 6 if t <= 6 else 0.5 * (1 + np.cos(np.pi * (t - 6) / (16 - 6)))
+
+    heads = train_linear(
+        *data, CLASSES, learning_rates=rates, epochs=epochs, warmup_epochs=warmup, batch_size=32, seed=seed
+    )
+    for i, rate in enumerate(rates):
+        expected = reference_lars(data, kernel, batches, rate * 23 / 256, schedule)
+        found = heads.kernel[i], heads.bias[i], heads.mean, heads.variance
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    x = data.features[:4].astype(np.float64)
+    logits = (x - expected[2]) / np.sqrt(expected[3] + 1e-6) @ expected[0] + expected[1]
+    np.testing.assert_allclose(heads.scores(data.features[:4], 1), logits, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", module.KINDS)
+@pytest.mark.parametrize("multi", [False, True])
+def test_every_probe_learns_and_repeats(kind: str, multi: bool):
+    sets = [make_set(120, 0, multi), make_set(60, 1, multi), make_set(90, 2, multi)]
+    found = probe(*sets, kind, options=OPTIONS)
+    assert found["mean_auc" if multi else "top1"] > (0.75 if multi else 0.85)
+    assert found[HYPER_PARAMETERS[kind]] in (1.0, 5.0, 0.01, 30.0)
+    assert found == probe(*sets, kind, options=OPTIONS)
+
+
+def test_logistic_probe_equals_scikit_learn():
+    train, valid, test = (make_set(n, s, noise=3.0) for n, s in ((60, 0), (60, 1), (90, 2)))
+    mean, std = train.features.mean(0), train.features.std(0)
+    scores = {}
+    for c in OPTIONS.c_values:
+        model = LogisticRegression(C=c, max_iter=1000).fit((train.features - mean) / std, train.labels)
+        scores[c] = [model.score((s.features - mean) / std, s.labels) for s in (valid, test)]
+    best = max(scores, key=lambda c: scores[c][0])
+    found = probe(train, valid, test, "logistic", options=OPTIONS)
+    assert found["c"] == best
+    assert [found["valid_top1"], found["top1"]] == pytest.approx(scores[best])
+    assert found["top1"] < 0.95  # hard enough to tell right from wrong
+
+
+def test_knn_equals_scikit_learn_and_its_votes_are_weighted():
+    train, valid, test = (make_set(n, s, noise=3.0) for n, s in ((60, 0), (60, 1), (90, 2)))
+    model = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    model.fit(*train)
+    found = probe(train, valid, test, "knn", options=ProbeOptions(neighbours=(5,)))
+    assert found["top1"] == pytest.approx(model.score(*test))
+    assert found["valid_top1"] == pytest.approx(model.score(*valid))
+    assert found["at_grid_edge"] == 0.0  # a fixed value is no edge
+    fit = module._fit_knn(train, CLASSES, ProbeOptions(neighbours=(5, 500)), ())
+    assert list(fit) == [5.0, 60.0]  # no more neighbours than images
+    votes = fit[5.0][0](test.features)
+    np.testing.assert_allclose(
+        votes / votes.sum(1, keepdims=True), model.predict_proba(test.features), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_valid_chooses_and_test_is_scored_once(monkeypatch: pytest.MonkeyPatch):
+    train, valid, test = SETS
+    seen = []
+
+    def counted(scores: np.ndarray, labels: np.ndarray, classes: Any) -> dict[str, float]:
+        seen.append(len(labels))
+        return score_metrics(scores, labels, classes)
+
+    monkeypatch.setattr(module, "score_metrics", counted)
+    first = probe(train, valid, test, "linear", seeds=(0, 1), options=OPTIONS)
+    assert seen.count(len(test.labels)) == 2  # once a seed
+    assert seen[-2:] == [len(test.labels)] * 2  # after every choice
+    wrong = Labelled(test.features, (test.labels + 1) % CLASSES)
+    second = probe(train, valid, wrong, "linear", seeds=(0, 1), options=OPTIONS)
+    assert second["learning_rate"] == first["learning_rate"]
+    assert second["valid_top1"] == first["valid_top1"]
+    assert second["top1"] < 0.2 < first["top1"]
+
+
+def test_seeds_give_mean_and_deviation():
+    options = ProbeOptions(epochs=2, warmup_epochs=1, batch_size=32, learning_rates=(3.0,))
+    single = [probe(*SETS, "linear", seeds=(s,), options=options)["top1"] for s in (0, 1, 2)]
+    found = probe(*SETS, "linear", seeds=(0, 1, 2), options=options)
+    assert len(set(single)) > 1
+    assert found["top1"] == pytest.approx(np.mean(single))
+    assert found["top1_std"] == pytest.approx(np.std(single, ddof=1))
+    assert found["num_seeds"] == 3
+
+
+def test_metrics_by_hand():
+    scores = np.array([[0.1, 0.7, 0.2, 0, 0, 0], [6, 5, 4, 3, 2, 1], [1, 1, 0, 0, 0, 0]], np.float32)
+    found = score_metrics(scores, np.array([1, 5, 1]), list("abcdef"))
+    # Right; last of six; equal to class 0, which goes first.
+    assert found == pytest.approx({"top1": 1 / 3, "top5": 2 / 3})
+    found = score_metrics(np.array([[0, 0.1], [0, 0.4], [0, 0.3], [0, 0.8]]), np.array([0, 0, 1, 1]), ["no", "yes"])
+    assert found == pytest.approx({"top1": 0.5, "auc": 0.75})
+    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]], np.float32)
+    found = score_metrics(np.array([[2, 1, 0], [1, 1, 0], [0, 0, 0.0]]), labels, ["x", "y", "z"])
+    assert found == pytest.approx({"mean_auc": 0.625, "auc/x": 0.5, "auc/y": 0.75, "auc/z": np.nan}, nan_ok=True)
+    with pytest.raises(ValueError, match="no finding"):
+        score_metrics(np.zeros((2, 3)), np.zeros((2, 3)), ["x", "y", "z"])
+
+
+@pytest.mark.parametrize("kind", module.KINDS)
+def test_a_class_that_train_lacks_is_never_the_answer(kind: str):
+    """Two of three classes in train: the third is wrong, the other two are told apart."""
+    train, valid, test = SETS
+    kept = train.labels != 1
+    found = probe(Labelled(train.features[kept], train.labels[kept]), valid, test, kind, options=OPTIONS)
+    assert 0.5 < found["top1"] <= 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(kind="svm"), "probe kind: expected one of .*'knn'.*found 'svm'"),
+        (dict(valid=Labelled(np.zeros((0, WIDTH)), np.zeros(0))), "valid: no images.*data.valid_fraction"),
+        (dict(test=Labelled(np.zeros((2, 5)), np.zeros(2))), r"test: expected features \[N, 6\].*found \[2, 5\]"),
+        (dict(train=Labelled(SETS[0].features, SETS[0].labels - 1)), "train: 40 of 120 images have no label"),
+        (dict(train=Labelled(SETS[0].features, 0 * SETS[0].labels)), "two classes"),
+        (dict(classes=("a", "b")), "expected labels of 2 classes, found 3"),
+        (dict(train=make_set(9, 0, multi=True)), r"valid: .*labels \[N, F\]"),
+        (dict(options=ProbeOptions(epochs=0)), "epochs 0"),
+        (dict(options=ProbeOptions(batch_size=1)), "two images a batch"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict, message: str):
+    arguments = dict(zip(("train", "valid", "test"), SETS, strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        probe(**arguments)

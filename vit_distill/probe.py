@@ -1,0 +1,247 @@
+"""Probes of frozen features: how well simple classifiers read labels out of them.
+
+Axes: N images, D feature width, F classes or findings, G values of the hyper-parameter, B batch. Labels are class ids
+int32 [N], or {0, 1} float32 [N, F] for several findings an image. Every probe fits one classifier for each value of its
+hyper-parameter on `train`; `valid` chooses the value; `test` is scored once, at the end.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core.metrics import auroc
+from vit_distill.linear_probe import train_linear
+
+KINDS = ("linear", "logistic", "knn")
+HYPER_PARAMETERS = {"linear": "learning_rate", "logistic": "c", "knn": "neighbours"}
+TEMPERATURE = 0.07  # of the votes of k-NN: Caron et al., DINO, arXiv 2104.14294
+
+Predict = Callable[[np.ndarray], np.ndarray]  # features [n, D] -> scores [n, F]
+
+
+class Labelled(NamedTuple):
+    """Features float32 [N, D] and their labels; a plain pair serves as well."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeOptions:
+    """Budgets and grids; the grids are ascending, so that of equals the more regular classifier is chosen.
+
+    Attributes:
+      epochs, warmup_epochs, batch_size: of the linear probe.
+      learning_rates: of the linear probe, for 256 images a batch (scaled with the batch). WeCoLoRA's is 0.1; small sets
+        see few updates and want more (sklearn's digits: 3 at 1000 images, 30 at 100).
+      c_values: inverse strength of the L2 penalty of the logistic regression.
+      max_iterations: of the logistic regression's solver.
+      neighbours: of k-NN.
+    """
+
+    epochs: int = 90
+    warmup_epochs: int = 10
+    batch_size: int = 512
+    learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    c_values: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    max_iterations: int = 1000
+    neighbours: tuple[int, ...] = (1, 5, 10, 20, 50)
+
+
+def probe(
+    train: Labelled,
+    valid: Labelled,
+    test: Labelled,
+    kind: str = "linear",
+    *,
+    classes: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    options: ProbeOptions | None = None,
+) -> dict[str, float]:
+    """Fits on `train`, chooses on `valid`, scores `test` once.
+
+    Args:
+      kind: "linear" (batch norm and LARS: the protocol of MAE and WeCoLoRA), "logistic" (regression on standardised
+        features), "knn" (cosine, votes weighted as DINO's).
+      classes: names of the F classes; without them ids are counted from the labels.
+      seeds: of initial weights and order, one run each; logistic regression and k-NN have neither and run once.
+
+    Returns:
+      Flat: the metrics of `score_metrics` on test (mean over seeds), each also with "_std" where there are several
+      seeds; the chosen hyper-parameter under its name (HYPER_PARAMETERS); "valid_top1" or "valid_mean_auc" behind the
+      choice; "at_grid_edge" 1.0 if a wider grid might do better; "num_seeds".
+
+    Raises:
+      ValueError: for another kind, or sets that do not fit together.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"probe kind: expected one of {KINDS}, found {kind!r}")
+    options, names = options or ProbeOptions(), list(classes)
+    train, valid, test = (Labelled(np.asarray(x, np.float32), np.asarray(y)) for x, y in (train, valid, test))
+    num_classes = _check({"train": train, "valid": valid, "test": test}, names)
+    names = names or [str(i) for i in range(num_classes)]
+    fit = {"linear": _fit_linear, "logistic": _fit_logistic, "knn": _fit_knn}[kind]
+    runs = fit(train, num_classes, options, tuple(seeds))
+    wanted = "top1" if valid.labels.ndim == 1 else "mean_auc"
+    on_valid = {
+        value: float(np.mean([score_metrics(predict(valid.features), valid.labels, names)[wanted] for predict in fits]))
+        for value, fits in runs.items()
+    }
+    chosen = max(on_valid, key=on_valid.get)
+    on_test = [score_metrics(predict(test.features), test.labels, names) for predict in runs[chosen]]
+    result = {key: float(np.mean([metrics[key] for metrics in on_test])) for key in on_test[0]}
+    if len(on_test) > 1:
+        result |= {f"{key}_std": float(np.std([m[key] for m in on_test], ddof=1)) for key in on_test[0]}
+    grid = list(runs)
+    ends = {grid[-1]} if kind == "knn" else {grid[0], grid[-1]}  # fewer than one neighbour there is not
+    return result | {
+        HYPER_PARAMETERS[kind]: float(chosen),
+        f"valid_{wanted}": on_valid[chosen],
+        "at_grid_edge": float(len(grid) > 1 and chosen in ends),
+        "num_seeds": float(len(on_test)),
+    }
+
+
+def score_metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Metrics of scores [N, F] (higher: more likely).
+
+    Class ids: "top1"; "top5" with more than five classes; "auc" of the second of two. Equal scores are ranked by class
+    id. Several findings: "auc/<name>" for each and "mean_auc" over those that are defined (NaN where all or no image
+    has the finding).
+
+    Raises:
+      ValueError: if no finding has both kinds of images.
+    """
+    if labels.ndim == 1:
+        own = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
+        earlier = np.arange(scores.shape[1])[None] < labels[:, None]
+        rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+        metrics = {"top1": float(np.mean(rank < 1))}
+        if scores.shape[1] > 5:
+            metrics["top5"] = float(np.mean(rank < 5))
+        if scores.shape[1] == 2 and 0 < labels.sum() < len(labels):
+            metrics["auc"] = auroc(scores[:, 1] - scores[:, 0], labels)
+        return metrics
+    defined = (labels > 0.5).any(0) & (labels <= 0.5).any(0)
+    if not defined.any():
+        raise ValueError(f"no finding has images with and without it among {len(labels)}: AUC is not defined")
+    values = [auroc(scores[:, f], labels[:, f] > 0.5) if defined[f] else float("nan") for f in range(labels.shape[1])]
+    return {"mean_auc": float(np.nanmean(values))} | {f"auc/{n}": v for n, v in zip(classes, values, strict=True)}
+
+
+def _check(sets: Mapping[str, Labelled], classes: Sequence[str]) -> int:
+    """The number of classes; raises ValueError on sets that do not fit together."""
+    width, multi = sets["train"].features.shape[-1], sets["train"].labels.ndim == 2
+    for name, (x, y) in sets.items():
+        if len(x) == 0:
+            raise ValueError(
+                f"{name}: no images; a probe needs train, valid and test (data.valid_fraction makes valid)"
+            )
+        if x.ndim != 2 or x.shape[1] != width or len(y) != len(x) or y.ndim != (2 if multi else 1):
+            raise ValueError(
+                f"{name}: expected features [N, {width}] and labels {'[N, F]' if multi else '[N]'}, "
+                f"found {list(x.shape)} and {list(y.shape)}"
+            )
+        if multi and (y.shape[1] != sets["train"].labels.shape[1] or not np.isin(y, (0, 1)).all()):
+            raise ValueError(
+                f"{name}: expected labels 0 or 1 for the {sets['train'].labels.shape[1]} findings of train"
+            )
+        if not multi and y.min() < 0:
+            raise ValueError(f"{name}: {(y < 0).sum()} of {len(y)} images have no label; a probe needs labels")
+    if not multi and len(np.unique(sets["train"].labels)) < 2:
+        raise ValueError("train: expected images of two classes at least, found one class")
+    found = sets["train"].labels.shape[1] if multi else max(int(y.max()) for _, y in sets.values()) + 1
+    if classes and (found > len(classes) or (multi and found != len(classes))):
+        raise ValueError(f"expected labels of {len(classes)} classes, found {found}")
+    return max(found, len(classes))
+
+
+def _fit_linear(
+    train: Labelled, num_classes: int, options: ProbeOptions, seeds: Sequence[int]
+) -> dict[float, list[Predict]]:
+    fits = [
+        train_linear(
+            *train,
+            num_classes,
+            learning_rates=options.learning_rates,
+            epochs=options.epochs,
+            warmup_epochs=options.warmup_epochs,
+            batch_size=options.batch_size,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    return {
+        rate: [functools.partial(head.scores, index=i) for head in fits]
+        for i, rate in enumerate(options.learning_rates)
+    }
+
+
+def _fit_logistic(
+    train: Labelled, num_classes: int, options: ProbeOptions, seeds: Sequence[int]
+) -> dict[float, list[Predict]]:
+    from sklearn.linear_model import LogisticRegression
+
+    del seeds  # a convex problem
+    mean, std = train.features.mean(0, dtype=np.float64), train.features.std(0, dtype=np.float64)
+    std = np.where(std > 0, std, 1.0)
+    standardise = lambda x: (x - mean[None]) / std[None]  # noqa: E731
+    x, findings = standardise(train.features), np.asarray(train.labels)
+    # One problem for class ids, one a finding otherwise; each warm-started along the grid.
+    targets = [findings] if findings.ndim == 1 else [findings[:, f] for f in range(num_classes)]
+    solvers = [LogisticRegression(max_iter=options.max_iterations, warm_start=True) for _ in targets]
+
+    def fit(value: float) -> Predict:
+        parts = []
+        for column, (solver, y) in enumerate(zip(solvers, targets, strict=True)):
+            seen = np.unique(y).astype(np.int64)
+            if len(seen) < 2:  # nothing to separate: no score tells images apart
+                continue
+            solver.set_params(C=value).fit(x, y)
+            columns = [column] if findings.ndim == 2 else seen if len(seen) > 2 else seen[1:]
+            parts.append((columns, seen, solver.coef_.T.copy(), solver.intercept_.copy()))
+
+        def predict(features: np.ndarray) -> np.ndarray:
+            # Classes never seen in training come last; the first of two has the logit 0.
+            scores = np.full((len(features), num_classes), 0.0 if findings.ndim == 2 else -np.inf)
+            for columns, seen, kernel, bias in parts:
+                if findings.ndim == 1:
+                    scores[:, seen[0]] = 0.0
+                scores[:, columns] = standardise(features) @ kernel + bias[None]
+            return scores
+
+        return predict
+
+    return {value: [fit(value)] for value in options.c_values}
+
+
+def _fit_knn(
+    train: Labelled, num_classes: int, options: ProbeOptions, seeds: Sequence[int]
+) -> dict[float, list[Predict]]:
+    del seeds  # nothing is random
+    bank, labels = jnp.asarray(train.features), jnp.asarray(train.labels)
+    chunk = int(np.clip(2**27 // len(train.features), 1, 4096))
+
+    def predict(features: np.ndarray, k: int) -> np.ndarray:
+        parts = (features[i : i + chunk] for i in range(0, len(features), chunk))
+        return np.concatenate([np.asarray(_votes(jnp.asarray(part), bank, labels, k, num_classes)) for part in parts])
+
+    sizes = sorted({min(k, len(train.features)) for k in options.neighbours})
+    return {float(k): [functools.partial(predict, k=k)] for k in sizes}
+
+
+@functools.partial(jax.jit, static_argnames=("k", "num_classes"))
+def _votes(queries: jax.Array, bank: jax.Array, labels: jax.Array, k: int, num_classes: int) -> jax.Array:
+    """Weighted votes [n, F] of the k nearest by cosine."""
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
+    similarity, nearest = jax.lax.top_k(unit(queries) @ unit(bank).T, k)
+    weights = jnp.exp((similarity - 1.0) / TEMPERATURE)
+    if labels.ndim == 2:
+        return jnp.einsum("nk,nkf->nf", weights, labels[nearest].astype(weights.dtype))
+    rows = jnp.arange(len(queries))[:, None]
+    return jnp.zeros((len(queries), num_classes)).at[rows, labels[nearest]].add(weights)
