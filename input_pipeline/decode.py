@@ -5,6 +5,7 @@ Axis alphabet: H W C image, M mask side.
 
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,41 @@ from input_pipeline.index import DataError, Example
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "nearest")}
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a picture becomes a square.
+
+    Attributes:
+      crop: False stretches it (the BMAD protocol); True resizes the short side and cuts out the middle, as Resize and
+        CenterCrop of torchvision do (long side rounded down, offsets rounded half to even).
+      interpolation: of images, one of INTERPOLATIONS; all but nearest are antialiased. Masks take the nearest pixel.
+    """
+
+    crop: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, found '{self.interpolation}'"
+            )
+
+    def square(self, image: Image.Image, size: int, nearest: bool = False) -> Image.Image:
+        """`image` as size x size pixels."""
+        width, height = (size, size)
+        if self.crop:
+            short = min(image.size)
+            width, height = (int(size * side / short) for side in image.size)
+        how = Image.Resampling.NEAREST if nearest else INTERPOLATIONS[self.interpolation]
+        image = image if image.size == (width, height) else image.resize((width, height), how)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return image if (width, height) == (size, size) else image.crop((left, top, left + size, top + size))
+
+
+STRETCH = Resize()
 
 
 def _open(path: Path, load: bool = True) -> Image.Image:
@@ -104,8 +140,13 @@ def _read(path: Path, channels: int, min_size: int) -> Image.Image:
     return _to_8_or_float(image, path, channels)
 
 
-def read_image(path: Path, size: int, channels: int, min_size: int = 1) -> np.ndarray:
-    """One image, stretched to a square by antialiased bilinear resampling (the BMAD protocol).
+def resize_array(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]: what `read_image` does to a file of these pixels."""
+    return np.asarray(resize.square(Image.fromarray(image), size))
+
+
+def read_image(path: Path, size: int, channels: int, min_size: int = 1, resize: Resize = STRETCH) -> np.ndarray:
+    """One image as a square, by default stretched with antialiased bilinear resampling (the BMAD protocol).
 
     Args:
       path: PNG, JPEG, TIFF or BMP; 1, 8 or 16-bit grey, RGB, RGBA or palette. Colour becomes luminance (ITU-R 601) for
@@ -115,6 +156,7 @@ def read_image(path: Path, size: int, channels: int, min_size: int = 1) -> np.nd
       size: side of the result in pixels.
       channels: 1 or 3.
       min_size: smallest side accepted, the model's patch size.
+      resize: how the picture becomes a square.
 
     Returns:
       uint8 [size, size, channels].
@@ -123,7 +165,7 @@ def read_image(path: Path, size: int, channels: int, min_size: int = 1) -> np.nd
       DataError: missing, empty, truncated, undecodable, huge or too small a file, naming it.
     """
     image = _read(path, channels, min_size)
-    return _to_array(image.resize((size, size), Image.Resampling.BILINEAR), channels)
+    return _to_array(resize.square(image, size), channels)
 
 
 def _foreground(image: Image.Image) -> np.ndarray:
@@ -141,10 +183,10 @@ def read_native_mask(path: Path) -> np.ndarray:
     return _foreground(_open(path)).astype(np.uint8)[..., None]
 
 
-def read_mask(path: Path, size: int) -> np.ndarray:
+def read_mask(path: Path, size: int, resize: Resize = STRETCH) -> np.ndarray:
     """One mask: uint8 {0, 1} [size, size, 1], resized to the nearest pixel; foreground is every value above zero."""
     mask = Image.fromarray(read_native_mask(path)[..., 0])
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))[..., None]
+    return np.asarray(resize.square(mask, size, nearest=True))[..., None]
 
 
 def check_mask_size(example: Example) -> None:
@@ -157,10 +199,12 @@ def check_mask_size(example: Example) -> None:
         )
 
 
-def read_example(example: Example, size: int, mask_size: int, channels: int, min_size: int) -> tuple:
+def read_example(
+    example: Example, size: int, mask_size: int, channels: int, min_size: int, resize: Resize = STRETCH
+) -> tuple:
     """(image uint8 [size, size, channels], mask uint8 [M, M, 1], zeros if it has none); errors as `read_image`."""
-    image = read_image(example.image, size, channels, min_size)
+    image = read_image(example.image, size, channels, min_size, resize)
     if example.mask is None:
         return image, np.zeros((mask_size, mask_size, 1), np.uint8)
     check_mask_size(example)
-    return image, read_mask(example.mask, mask_size)
+    return image, read_mask(example.mask, mask_size, resize)

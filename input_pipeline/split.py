@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from input_pipeline.decode import read_example, read_image
+from input_pipeline.decode import STRETCH, Resize, read_example, read_image
 from input_pipeline.index import DataError, Example
 from input_pipeline.reader import Decoded, choose_reader, decode_in_order
 
@@ -69,6 +69,7 @@ class FilePixels:
     channels: int
     min_size: int
     reader: str = "auto"
+    resize: Resize = STRETCH
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -78,8 +79,9 @@ class FilePixels:
         example, no_mask = self.examples[row], np.zeros(0, np.uint8)
         try:
             if with_masks:
-                return *read_example(example, self.image_size, self.mask_size, self.channels, self.min_size), ""
-            image = read_image(example.image, self.image_size, self.channels, self.min_size)
+                sizes = (self.image_size, self.mask_size, self.channels, self.min_size)
+                return *read_example(example, *sizes, self.resize), ""
+            image = read_image(example.image, self.image_size, self.channels, self.min_size, self.resize)
             return image, no_mask, ""
         except DataError as error:
             image = np.zeros((self.image_size, self.image_size, self.channels), np.uint8)

@@ -22,8 +22,8 @@ from input_pipeline.index import DataError, Example, Index, group_of, split_cali
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
-_SPLITS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
-_SPLITS |= {"test": "test", "testing": "test"}
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
+SPLIT_WORDS |= {"test": "test", "testing": "test"}
 _NORMAL = ("good", "normal", "healthy")
 _ABNORMAL = ("ungood", "abnormal", "anomaly", "bad")
 _IMAGES = ("img", "image", "images", "data")
@@ -49,7 +49,7 @@ class _Place:
 def _split_and_mask(word: str) -> tuple[str | None, bool]:
     """(split, is a mask folder) of a lower-case folder name: `val` -> (valid, no), `val_label` -> (valid, yes)."""
     split, _, tail = word.partition("_")
-    return _SPLITS.get(split if tail in _MASKS else word), tail in _MASKS and split in _SPLITS
+    return SPLIT_WORDS.get(split if tail in _MASKS else word), tail in _MASKS and split in SPLIT_WORDS
 
 
 def _place(folder: PurePosixPath, defects: set[str], root: Path) -> _Place:

@@ -1,0 +1,151 @@
+"""From `config.data` to one split of a labelled (or unlabelled) image set, for distillation, probing and teachers.
+
+Axis alphabet: N images, H W C image, S image side, F findings.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from input_pipeline.decode import Resize
+from input_pipeline.index import DataError
+from input_pipeline.sources import LabelledSet, Sizes
+from input_pipeline.sources_arrays import read_digits, read_npz
+from input_pipeline.sources_folder import read_bmad, read_folder
+from input_pipeline.split import FilePixels
+
+Source = Callable[[ConfigDict, Sizes], dict[str, LabelledSet]]
+
+SOURCES: dict[str, Source] = {
+    "folder": lambda data, sizes: read_folder(data.root, data.name, sizes),
+    "bmad": lambda data, sizes: read_bmad(data.root, data.name, sizes),
+    "npz": lambda data, sizes: read_npz(data.root, data.name, sizes),
+    "digits": lambda data, sizes: read_digits(sizes),
+}
+
+__all__ = ["SOURCES", "LabelledSet", "carve", "load_labelled"]
+
+
+def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: str = "bicubic") -> LabelledSet:
+    """Loads one split; images are decoded when they are first asked for.
+
+    Where the source holds no split of that name:
+      test: its valid split, if it has one (valid then comes from train; ImageNet, iNaturalist); else `test_fraction` of
+        train, if train is labelled. A BMAD set has no labelled train: half of its test split becomes train.
+      valid: `valid_fraction` of train.
+    Parts of train are drawn by class and whole groups, from `seed` and the names alone, and train is what they leave.
+
+    Args:
+      data: kind (a key of SOURCES), name, root, skip_corrupt, memory_limit_gb (decoded images below it stay in memory),
+        valid_fraction, test_fraction, seed.
+      split: "train", "valid" or "test".
+      image_size: S. The short side is resized to it, then the middle square is cut out.
+      interpolation: "bicubic", "bilinear" or "nearest".
+
+    Returns:
+      A set with images uint8 [n, S, S, 3] (grey is repeated).
+
+    Raises:
+      ValueError: an unknown kind, split or interpolation, an impossible size.
+      DataError: data that is missing or not as it has to be, or a split that cannot be had from it.
+    """
+    if data.kind not in SOURCES:
+        raise ValueError(f"unknown data.kind '{data.kind}': expected one of {', '.join(sorted(SOURCES))}")
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"split: expected train, valid or test, found '{split}'")
+    if image_size < 1:
+        raise ValueError(f"image_size: expected a positive number of pixels, found {image_size}")
+    sizes = Sizes(image_size, image_size, Resize(crop=True, interpolation=interpolation))
+    sets = _split_up(SOURCES[data.kind](data, sizes), data)
+    if split not in sets:
+        raise DataError(
+            f"data '{data.kind}' {data.root}: no {split} split (found {', '.join(sets)}); "
+            f"set data.{split}_fraction above 0 to take it from train"
+        )
+    found = sets[split]
+    if data.skip_corrupt and isinstance(found.pixels, FilePixels):
+        found = _without_corrupt(found, split)
+    logging.info("%s %s: %d images; %s", found.name, split, len(found), found.layout)
+    return LabelledSet(**{**_fields(found), "memory_limit": data.memory_limit_gb * 2**30})
+
+
+def _fields(found: LabelledSet) -> dict:
+    keys = ("name", "layout", "classes", "names", "groups", "labels", "pixels", "has_masks")
+    return {key: getattr(found, key) for key in keys}
+
+
+def _split_up(sets: dict[str, LabelledSet], data: ConfigDict) -> dict[str, LabelledSet]:
+    """Adds the splits that the source lacks; see `load_labelled`."""
+    sets = dict(sets)
+    if "train" not in sets:
+        _take_from(sets, "test", "train", 0.5, data.seed)
+    if "test" not in sets and "valid" in sets:
+        sets["test"] = sets.pop("valid")
+    if "test" not in sets and sets["train"].labelled:
+        _take_from(sets, "train", "test", data.test_fraction, data.seed + 1)
+    if "valid" not in sets:
+        _take_from(sets, "train", "valid", data.valid_fraction, data.seed)
+    return sets
+
+
+def _take_from(sets: dict[str, LabelledSet], source: str, split: str, fraction: float, seed: int) -> None:
+    taken = carve(sets[source], fraction, seed)
+    if taken.any():
+        sets[split], sets[source] = (sets[source].take(np.flatnonzero(rows)) for rows in (taken, ~taken))
+
+
+def name_order(names: Sequence[str], seed: int) -> np.ndarray:
+    """int64 [N]: rows in a shuffled order that depends on each name and the seed alone.
+
+    Sorting by a hash needs no random generator, so the order is the same with every version of every library, and
+    images added to a set leave the order of the others as it is.
+    """
+    keys = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
+    return np.asarray(sorted(range(len(names)), key=lambda row: (keys[row], names[row])), np.int64)
+
+
+def carve(found: LabelledSet, fraction: float, seed: int) -> np.ndarray:
+    """Rows to set apart: of each class about `fraction` of its images, whole groups.
+
+    A group belongs to the class of its first image; all images of multi-label sets are of one class here. Of each class
+    at least one group is taken and at least one left, where it has two.
+
+    Returns:
+      bool [N], nowhere true for fraction 0.
+
+    Raises:
+      ValueError: a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"valid_fraction and test_fraction must be in [0, 1), found {fraction}")
+    if fraction == 0:
+        return np.zeros(len(found), bool)
+    groups, first, inverse, counts = np.unique(
+        np.asarray(found.groups), return_index=True, return_inverse=True, return_counts=True
+    )
+    labels = np.zeros(len(groups), np.int64) if found.multi_label else found.labels[first]
+    order, chosen = name_order([str(g) for g in groups], seed), np.zeros(len(groups), bool)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        target, taken = max(1, round(fraction * counts[members].sum())), 0
+        for group in members[:-1]:
+            if taken >= target:
+                break
+            chosen[group] = True
+            taken += counts[group]
+    return chosen[inverse]
+
+
+def _without_corrupt(found: LabelledSet, split: str) -> LabelledSet:
+    """The set without the files that cannot be decoded, each logged."""
+    title = f"{found.name} {split}"
+    decoded = found.pixels.stream(lambda: range(len(found)), len(found), with_masks=found.has_masks)
+    bad = {row: error for row, (_, _, error) in enumerate(decoded) if error}
+    for error in bad.values():
+        logging.warning("skipped: %s", error)
+    if len(bad) == len(found):
+        raise DataError(f"{title}: none of its {len(found)} images can be decoded; check data.root and the files")
+    return found.take([row for row in range(len(found)) if row not in bad])
