@@ -1,1 +1,1 @@
-"""One file per checkpoint format; all give and take the parameter tree of core.vit.VisionTransformer."""
+"""Checkpoint formats: each reader translates its names and layouts into timm's, `canonical` takes them from there."""

@@ -1,0 +1,66 @@
+"""Sizes of ViTs by their timm names, and what a name alone tells: heads, activation, epsilon of the norms."""
+
+import re
+from typing import Any
+
+from core.vit import VitConfig
+
+# depth, width, heads, MLP width. Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877; Zhai et al. 2106.04560.
+_SIZES = {
+    "tiny": (12, 192, 3, 768),
+    "small": (12, 384, 6, 1536),
+    "medium": (12, 512, 8, 2048),
+    "base": (12, 768, 12, 3072),
+    "large": (24, 1024, 16, 4096),
+    "huge": (32, 1280, 16, 5120),
+    "giant": (40, 1408, 16, 6144),
+    "gigantic": (48, 1664, 16, 8192),
+}
+_DINOV2_GIANT = (40, 1536, 24, 4096)
+# Widths whose heads are not 64 wide in the published models.
+_HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+_NAME = re.compile(r"(?P<family>vit|deit|deit3)_(?P<size>[a-z]+)_patch(?P<patch>\d+)(?P<rest>(?:_[a-z0-9]+)*)")
+_PART = re.compile(r"\d+|clip|quickgelu|dinov2|reg\d+")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+def architecture_config(name: str) -> VitConfig:
+    """VitConfig of a timm architecture such as "vit_base_patch16_224" or "vit_small_patch14_reg4_dinov2".
+
+    Raises:
+      ValueError: for a name outside the families vit, deit, deit3 (plain, clip, dinov2, reg).
+    """
+    match = _NAME.fullmatch(name.split(".")[0])
+    parts = match["rest"].split("_")[1:] if match else []
+    if match is None or match["size"] not in _SIZES or not all(_PART.fullmatch(part) for part in parts):
+        raise ValueError(
+            "architecture: expected a name like vit_base_patch16_224, deit3_small_patch16_224, "
+            f"vit_base_patch16_clip_224 or vit_small_patch14_reg4_dinov2, of size {', '.join(_SIZES)}; found {name!r}"
+        )
+    dinov2, clip = "dinov2" in parts, "clip" in parts
+    swiglu = dinov2 and match["size"] == "giant"
+    depth, width, heads, mlp_dim = _DINOV2_GIANT if swiglu else _SIZES[match["size"]]
+    registers = next((int(part[3:]) for part in parts if re.fullmatch(r"reg\d+", part)), 0)
+    size = next((int(part) for part in parts if part.isdigit()), 518 if dinov2 else 224)
+    deit3 = match["family"] == "deit3"
+    return VitConfig(
+        depth=depth, width=width, num_heads=heads, mlp_dim=mlp_dim, patch_size=int(match["patch"]), image_size=size,
+        mlp="swiglu" if swiglu else "mlp", num_registers=registers, position_on_prefix=not (registers or deit3),
+        pre_norm=clip, patch_bias=not clip, layer_scale=dinov2 or deit3, **named_settings(name),
+    )  # fmt: skip
+
+
+def named_settings(name: str) -> dict[str, Any]:
+    """What shapes cannot tell and a timm name does: norm_eps and activation."""
+    parts = name.split(".")[0].split("_")
+    quick = "quickgelu" in parts
+    return {"norm_eps": 1e-5 if "clip" in parts else 1e-6, "activation": "quick_gelu" if quick else "gelu"}
+
+
+def standard_heads(width: int) -> int | None:
+    """Heads that published ViTs of this width have (64 wide but for the huge ones); None where there is no custom."""
+    if width in _HEADS_BY_WIDTH:
+        return _HEADS_BY_WIDTH[width]
+    return None if width % 64 else width // 64

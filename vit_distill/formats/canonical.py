@@ -1,0 +1,311 @@
+"""The exchange form of all formats and its strict two-sided mapping to the parameters of core.vit.
+
+Canonical state: timm's names and torch's layouts (Linear [out, in], convolution [D, C, P, P]), except that query, key
+and value stand apart ("blocks.0.attn.q.weight"). A format's reader translates into it, a writer out of it.
+
+Axes: D width, K heads, P patch side, C channels, L layers.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import numpy as np
+
+from core import tree
+from core.vit import VisionTransformer, VitConfig
+
+State = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a format's reader found.
+
+    Attributes:
+      format: for example "timm".
+      state: canonical state; names that are no part of a ViT stay in it and are reported as unused.
+      source_name: canonical name -> name(s) in the file, also for tensors that are missing.
+      unused: names in the file that could not be translated.
+      ignored: names in the file left out on purpose, with the reason.
+      settings: fields of VitConfig that the file's config or the family gives.
+      preprocessing: fields of Preprocessing likewise.
+      facts: plain JSON about the origin: architecture, licence, name.
+      notes: assumptions for the report.
+    """
+
+    format: str
+    state: State
+    source_name: Callable[[str], str] = lambda name: name
+    unused: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What lies beside a weight file: its config.json and preprocessor_config.json, None where absent."""
+
+    config: Mapping[str, Any] | None = None
+    preprocessor: Mapping[str, Any] | None = None
+    is_torch_file: bool = False
+
+
+class Entry(NamedTuple):
+    """A tensor: canonical name, path of the parameter, how its layout changes (a key of _LAYOUTS)."""
+
+    name: str
+    path: str
+    layout: str = "same"
+
+
+# Each: (canonical -> parameter, parameter -> canonical), both given the VitConfig.
+_LAYOUTS: Mapping[str, tuple[Callable, Callable]] = {
+    "same": (lambda a, c: a, lambda a, c: a),
+    "linear": (lambda a, c: a.T, lambda a, c: a.T),
+    "patch": (
+        lambda a, c: einops.rearrange(a, "d c p q -> (p q c) d"),
+        lambda a, c: einops.rearrange(a, "(p q c) d -> d c p q", p=c.patch_size, q=c.patch_size),
+    ),
+    "heads": (
+        lambda a, c: einops.rearrange(a, "(k h) d -> d k h", k=c.num_heads),
+        lambda a, c: einops.rearrange(a, "d k h -> (k h) d"),
+    ),
+    "heads_bias": (
+        lambda a, c: einops.rearrange(a, "(k h) -> k h", k=c.num_heads),
+        lambda a, c: einops.rearrange(a, "k h -> (k h)"),
+    ),
+    "out": (
+        lambda a, c: einops.rearrange(a, "d (k h) -> k h d", k=c.num_heads),
+        lambda a, c: einops.rearrange(a, "k h d -> d (k h)"),
+    ),
+    "gamma": (lambda a, c: einops.rearrange(a, "d -> 1 1 d"), lambda a, c: einops.rearrange(a, "1 1 d -> d")),
+}
+
+
+def entries(config: VitConfig) -> list[Entry]:
+    """Every tensor of the architecture, in order."""
+    found = [Entry("patch_embed.proj.weight", "embed/proj/kernel", "patch")]
+    if config.patch_bias:
+        found.append(Entry("patch_embed.proj.bias", "embed/proj/bias"))
+    if config.class_token:
+        found.append(Entry("cls_token", "cls_token"))
+    if config.num_registers:
+        found.append(Entry("reg_token", "reg_tokens"))
+    found.append(Entry("pos_embed", "pos_embedding"))
+    if config.pre_norm:
+        found += _norm("norm_pre", "norm_pre")
+    for i in range(config.depth):
+        found += _block(config, f"blocks.{i}", f"block_{i:02d}")
+    found += _norm("norm" if config.final_norm == "tokens" else "fc_norm", "norm")
+    if config.num_classes:
+        found += _linear("head", "head", config.head_bias)
+    return found
+
+
+def _norm(name: str, path: str) -> list[Entry]:
+    return [Entry(f"{name}.weight", f"{path}/scale"), Entry(f"{name}.bias", f"{path}/bias")]
+
+
+def _linear(name: str, path: str, bias: bool = True, layout: str = "linear") -> list[Entry]:
+    weight = Entry(f"{name}.weight", f"{path}/kernel", layout)
+    return [weight, Entry(f"{name}.bias", f"{path}/bias", "heads_bias" if layout == "heads" else "same")][: 1 + bias]
+
+
+def _block(config: VitConfig, name: str, path: str) -> list[Entry]:
+    found = _norm(f"{name}.norm1", f"{path}/norm1")
+    for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
+        found += _linear(f"{name}.attn.{short}", f"{path}/attn/{long}", config.qkv_bias, "heads")
+    found += _linear(f"{name}.attn.proj", f"{path}/attn/out", layout="out")
+    found += _norm(f"{name}.norm2", f"{path}/norm2")
+    for layer in ("fc1", "fc2"):
+        found += _linear(f"{name}.mlp.{layer}", f"{path}/mlp/{layer}")
+    if config.layer_scale:
+        found += [Entry(f"{name}.{scale}.gamma", f"{path}/{scale}", "gamma") for scale in ("ls1", "ls2")]
+    return found
+
+
+def expected_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by path of every parameter of the architecture."""
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), np.float32)
+    abstract = jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), images)["params"]
+    return {path: leaf.shape for path, leaf in tree.paths(abstract).items()}
+
+
+def to_params(
+    config: VitConfig, state: State, source_name: Callable[[str], str], allow_missing: Sequence[str] = ()
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """Canonical state -> (params, matched names, missing names); missing ones get the model's seeded initial value.
+
+    Args:
+      allow_missing: patterns (fnmatch) of names in the file, or of parameter paths, that may be absent.
+
+    Raises:
+      ValueError: for a tensor that is absent or has another shape.
+    """
+    shapes = expected_shapes(config)
+    flat: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for entry in entries(config):
+        if entry.name in state:
+            flat[entry.path] = _convert(entry, state[entry.name], config, shapes[entry.path], source_name)
+        else:
+            missing[entry.path] = source_name(entry.name)
+    refused = [
+        name for path, name in missing.items() if not (matches(name, allow_missing) or matches(path, allow_missing))
+    ]
+    if refused:
+        raise ValueError(
+            f"{len(refused)} of {len(shapes)} tensors are missing: {shorten(refused)}. Expected a whole ViT of depth "
+            f"{config.depth}; name in allow_missing what may keep its initial value"
+        )
+    if missing:
+        images = np.zeros((1, config.image_size, config.image_size, config.in_channels), np.float32)
+        initial = tree.paths(jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"])
+        flat |= {path: np.asarray(initial[path]) for path in missing}
+    matched = dict.fromkeys(source_name(entry.name) for entry in entries(config) if entry.name in state)
+    return _nest(flat), tuple(matched), tuple(dict.fromkeys(missing.values()))
+
+
+def from_params(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
+    """Parameters -> canonical state, contiguous float32.
+
+    Raises:
+      ValueError: if the parameters are not those of the architecture.
+    """
+    flat = tree.paths(params)
+    found, shapes = {path: leaf.shape for path, leaf in flat.items()}, expected_shapes(config)
+    difference = tree.spec_difference({k: list(v) for k, v in shapes.items()}, {k: list(v) for k, v in found.items()})
+    if difference:
+        raise ValueError(f"parameters are not those of the architecture:\n{difference}")
+    return {
+        entry.name: np.ascontiguousarray(_LAYOUTS[entry.layout][1](np.asarray(flat[entry.path], np.float32), config))
+        for entry in entries(config)
+    }
+
+
+def _convert(
+    entry: Entry, array: np.ndarray, config: VitConfig, shape: tuple[int, ...], source_name: Callable[[str], str]
+) -> np.ndarray:
+    back = _LAYOUTS[entry.layout][1]
+    expected = back(np.broadcast_to(np.float32(0), shape), config).shape
+    if array.shape != expected:
+        raise ValueError(
+            f"tensor {source_name(entry.name)!r}: expected shape {list(expected)} for {entry.path}, found "
+            f"{list(array.shape)}"
+        )
+    return np.ascontiguousarray(_LAYOUTS[entry.layout][0](array, config), dtype=np.float32)
+
+
+def infer_config(
+    state: State, source_name: Callable[[str], str], position_on_prefix: bool | None = None
+) -> dict[str, Any]:
+    """Every field of VitConfig that names and shapes tell: all but num_heads, norm_eps, activation.
+
+    Args:
+      position_on_prefix: None: whichever gives a square grid, the prefix left out if both do.
+
+    Raises:
+      ValueError: for states that no plain ViT has.
+    """
+    patch = _require(state, "patch_embed.proj.weight", source_name, 4)
+    width, channels, patch_size, other_side = patch.shape
+    if patch_size != other_side:
+        raise ValueError(f"patches: expected square ones, found {patch_size}x{other_side}")
+    fc1 = _require(state, "blocks.0.mlp.fc1.weight", source_name, 2).shape[0]
+    fc2 = _require(state, "blocks.0.mlp.fc2.weight", source_name, 2).shape[1]
+    if fc1 not in (fc2, 2 * fc2):
+        raise ValueError(
+            f"{source_name('blocks.0.mlp.fc1.weight')!r} gives {fc1} values: expected {fc2} (MLP) or {2 * fc2} (SwiGLU)"
+        )
+    class_token = "cls_token" in state
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    count = _require(state, "pos_embed", source_name, 3).shape[1]
+    prefix = class_token + registers
+    # A grid of patches alone first: timm's register models leave the prefix out.
+    on_prefix = prefix > 0 and math.isqrt(count) ** 2 != count if position_on_prefix is None else position_on_prefix
+    grid = math.isqrt(max(count - prefix * on_prefix, 0))
+    if grid * grid + prefix * on_prefix != count:
+        raise ValueError(
+            f"{source_name('pos_embed')!r}: expected a square grid of patches, alone or with {prefix} tokens before "
+            f"it, found {count} positions"
+        )
+    head = state.get("head.weight")
+    return {
+        "depth": _depth(state, source_name),
+        "width": width,
+        "mlp_dim": fc2,
+        "patch_size": patch_size,
+        "image_size": grid * patch_size,
+        "in_channels": channels,
+        "num_classes": 0 if head is None else head.shape[0],
+        "mlp": "mlp" if fc1 == fc2 else "swiglu",
+        "qkv_bias": "blocks.0.attn.q.bias" in state,
+        "patch_bias": "patch_embed.proj.bias" in state,
+        "head_bias": head is None or "head.bias" in state,
+        "class_token": class_token,
+        "num_registers": registers,
+        "position_on_prefix": on_prefix,
+        "pre_norm": "norm_pre.weight" in state,
+        "layer_scale": "blocks.0.ls1.gamma" in state,
+        "final_norm": "pooled" if "fc_norm.weight" in state else "tokens",
+        "pool": "token" if class_token and "fc_norm.weight" not in state else "mean",
+    }
+
+
+def fold_prefix_positions(state: dict[str, np.ndarray], num_prefix: int) -> None:
+    """Adds the positions of the prefix to its tokens and leaves those of the patches; changes `state`."""
+    position = state["pos_embed"]
+    state["cls_token"] = state["cls_token"] + position[:, :1]
+    if "reg_token" in state and num_prefix > 1:
+        state["reg_token"] = state["reg_token"] + position[:, 1:num_prefix]
+    state["pos_embed"] = position[:, num_prefix:]
+
+
+def _depth(state: State, source_name: Callable[[str], str]) -> int:
+    indices = sorted({int(m.group(1)) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))})
+    if indices != list(range(len(indices))):
+        raise ValueError(
+            f"blocks (like {source_name('blocks.0.norm1.weight')!r}): expected indices 0..{len(indices) - 1} without a "
+            f"gap, found {indices}"
+        )
+    return len(indices)
+
+
+def _require(state: State, name: str, source_name: Callable[[str], str], rank: int) -> np.ndarray:
+    if name not in state:
+        _depth(state, source_name)  # a gap at block 0 has a clearer message
+        raise ValueError(f"tensor {source_name(name)!r} is missing: expected in every ViT of this format")
+    if state[name].ndim != rank:
+        raise ValueError(f"tensor {source_name(name)!r}: expected {rank} axes, found shape {list(state[name].shape)}")
+    return state[name]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name equals or fits (fnmatch: * and ?) one of the patterns."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def shorten(names: Sequence[str], most: int = 6) -> str:
+    """Names for a message, `most` of them at the most."""
+    more = f", ... and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested

@@ -1,0 +1,281 @@
+"""timm's format, which is also that of the original DeiT, MAE, DINO and DINOv2 files (timm is not imported).
+
+`read` understands their dialects; `to_timm` and `write_timm_folder` are the inverse for today's timm, whose
+`create_model("local-dir:FOLDER", pretrained=True)` loads the folder strictly.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.files import write_json
+from core.vit import VitConfig
+from vit_distill.formats import architectures, canonical
+from vit_distill.formats.canonical import Beside, Checkpoint
+from vit_distill.formats.tensors import write_tensors
+from vit_distill.preprocessing import Preprocessing
+
+ANCHOR = "patch_embed.proj.weight"
+OWN_SECTION = "vit_distill"  # of config.json: what timm's own fields cannot say exactly
+
+IGNORED = {
+    "mask_token": "used in masked pre-training only",
+    "decoder_*": "MAE's decoder",
+    "head.mlp.*": "DINO's projection head",
+    "head.last_layer*": "DINO's projection head",
+    "dino_head.*": "DINO's projection head",
+    "ibot_head.*": "iBOT's projection head",
+    "text.*": "CLIP's text tower",
+    "logit_scale": "CLIP's temperature",
+    "logit_bias": "CLIP's temperature",
+}
+UNSUPPORTED = {
+    "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
+    "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
+    "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's",
+    "rope*": "rotary positions (EVA, DINOv3) are not a plain ViT's",
+    "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
+    "*relative_position*": "relative positions (BEiT) are not a plain ViT's",
+}
+# Old and original dialects -> timm's names of today.
+_DIALECTS = (
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),  # DINOv2 trained in chunks; the second index counts on
+    (re.compile(r"^register_tokens$"), "reg_token"),
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+    (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),  # DeiT III
+)
+# What a config tells and tensors do not.
+_TOLD = ("num_heads", "norm_eps", "activation", "pool", "position_on_prefix")
+_QKV = re.compile(r"(blocks\.\d+\.attn)\.qkv\.(weight|bias)")
+_SPLIT = re.compile(r"(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)")
+
+
+def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
+    """Translates timm, DeiT, MAE, DINO or DINOv2 tensors, names already without prefix.
+
+    Args:
+      beside: its config is timm's or ours. A torch file without one is an original of DeiT, MAE, DINO or DINOv2,
+        which all expect ImageNet's mean and std.
+
+    Raises:
+      ValueError: for a variant that is not a plain ViT.
+    """
+    state: dict[str, np.ndarray] = {}
+    sources: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    for source, array in tensors.items():
+        if refusal := _lookup(source, UNSUPPORTED):
+            raise ValueError(f"tensor {source!r}: {refusal}")
+        if reason := _lookup(source, IGNORED):
+            ignored[source] = reason
+            continue
+        name = source
+        for pattern, replacement in _DIALECTS:
+            name = pattern.sub(replacement, name)
+        sources[name] = source
+        if match := _QKV.fullmatch(name):
+            if len(array) % 3:
+                raise ValueError(f"tensor {source!r}: expected rows of query, key, value, found {len(array)}")
+            for short, part in zip("qkv", np.split(array, 3), strict=True):
+                state[f"{match[1]}.{short}.{match[2]}"] = part
+        else:
+            state[name] = array
+
+    notes = _fold_dinov2(state, "register_tokens" in tensors)
+
+    def source_name(name: str) -> str:
+        name = _SPLIT.sub(r"\1.qkv.\2", name)
+        return sources.get(name, name)
+
+    settings, preprocessing, facts = _from_config(beside.config) if beside.config else ({}, {}, {})
+    if not beside.config:
+        # A norm before the blocks is CLIP's, which torch's default epsilon came with.
+        clip = "norm_pre.weight" in state
+        settings = {"norm_eps": 1e-5 if clip else 1e-6, "activation": "gelu"}
+        notes += (f"norm_eps {settings['norm_eps']} and exact GELU assumed: no config.json beside the file",)
+        if beside.is_torch_file and not clip:
+            preprocessing = dict(architectures.IMAGENET)
+            notes += ("ImageNet's mean and std assumed, as DeiT, MAE, DINO and DINOv2 expect",)
+    return Checkpoint(
+        "timm",
+        state,
+        source_name,
+        ignored=ignored,
+        settings=settings,
+        preprocessing=preprocessing,
+        facts=facts,
+        notes=notes,
+    )
+
+
+def _lookup(name: str, table: Mapping[str, str]) -> str | None:
+    return next((reason for pattern, reason in table.items() if canonical.matches(name, [pattern])), None)
+
+
+def _fold_dinov2(state: dict[str, np.ndarray], original_registers: bool) -> tuple[str, ...]:
+    """The original adds positions to cls and patches, then inserts registers: cls takes its position, as in timm."""
+    if not original_registers or "pos_embed" not in state or "cls_token" not in state:
+        return ()
+    canonical.fold_prefix_positions(state, 1)
+    return ("position of the class token folded into it (registers have none)",)
+
+
+def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(settings, preprocessing, facts) of a config.json of timm's or ours."""
+    own = content.get(OWN_SECTION, {})
+    if own:
+        facts = {"architecture": content.get("architecture"), **own.get("facts", {})}
+        return {key: own["config"][key] for key in _TOLD}, dict(own["preprocessing"]), facts
+    # Old files have the pretrained_cfg's fields at the top.
+    pretrained = content.get("pretrained_cfg", content)
+    name, args = str(content.get("architecture", "")), dict(content.get("model_args") or {})
+    settings = architectures.named_settings(name)
+    heads = args.get("num_heads") or _named_heads(name)
+    if heads:
+        settings["num_heads"] = heads
+    if isinstance(args.get("act_layer"), str):
+        settings["activation"] = args["act_layer"]
+    if "no_embed_class" in args:
+        settings["position_on_prefix"] = not args["no_embed_class"]
+    pool = args.get("global_pool", content.get("global_pool"))
+    if pool:
+        if pool not in ("token", "avg"):
+            raise ValueError(f"config.json: global_pool: expected 'token' or 'avg', found {pool!r}")
+        settings["pool"] = "token" if pool == "token" else "mean"
+    preprocessing = {key: tuple(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
+    if pretrained.get("interpolation"):
+        preprocessing["interpolation"] = pretrained["interpolation"]
+    if pretrained.get("crop_pct"):
+        preprocessing["crop_fraction"] = pretrained["crop_pct"]
+    tag = pretrained.get("tag")
+    facts = {
+        "architecture": name or None,
+        "name": f"{name}.{tag}" if name and tag else name or None,
+        "licence": pretrained.get("license"),
+    }
+    return settings, preprocessing, facts
+
+
+def _named_heads(name: str) -> int | None:
+    try:
+        return architectures.architecture_config(name).num_heads
+    except ValueError:
+        return None
+
+
+def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
+    """Parameters -> timm's state_dict, float32.
+
+    Raises:
+      ValueError: if timm's VisionTransformer has no such layer.
+    """
+    if config.pre_norm and config.patch_bias:
+        raise ValueError("timm has no bias in the patch embedding of a model with a norm before the blocks")
+    state = canonical.from_params(config, params)
+    joined: dict[str, np.ndarray] = {}
+    for name, array in state.items():
+        match = _SPLIT.fullmatch(name)
+        if match is None:
+            joined[name] = array
+            continue
+        whole = f"{match[1]}.qkv.{match[2]}"
+        joined[whole] = np.concatenate([joined[whole], array]) if whole in joined else array
+    # timm always has these biases; zero is the same function.
+    if not config.patch_bias and not config.pre_norm:
+        joined["patch_embed.proj.bias"] = np.zeros(config.width, np.float32)
+    if config.num_classes and not config.head_bias:
+        joined["head.bias"] = np.zeros(config.num_classes, np.float32)
+    return joined
+
+
+def timm_model(config: VitConfig) -> tuple[str, dict[str, Any]]:
+    """(architecture, model_args) with which timm builds this VitConfig.
+
+    The architecture only gives what JSON cannot say: the norms' epsilon and SwiGLU; the arguments say the rest.
+
+    Raises:
+      ValueError: for an epsilon that no architecture of timm has.
+    """
+    if config.mlp == "swiglu":
+        if config.norm_eps > 3e-6:
+            raise ValueError(f"timm has no SwiGLU model with norm_eps {config.norm_eps}: expected 1e-6")
+        name = "vit_giant_patch14_dinov2"
+    else:
+        name = "vit_base_patch16_clip_224" if config.norm_eps > 3e-6 else "vit_base_patch16_224"
+    if config.norm_eps > 3e-5:
+        raise ValueError(f"timm has no ViT with norm_eps {config.norm_eps}: expected 1e-6 or 1e-5")
+    hidden = config.mlp_dim * (2 if config.mlp == "swiglu" else 1)
+    ratio = hidden / config.width
+    args = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_channels,
+        "num_classes": config.num_classes,
+        "global_pool": "token" if config.pool == "token" else "avg",
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        # timm takes int(width * ratio): half a unit more where the division rounds down.
+        "mlp_ratio": ratio if int(config.width * ratio) == hidden else (hidden + 0.5) / config.width,
+        "qkv_bias": config.qkv_bias,
+        "init_values": 1e-5 if config.layer_scale else None,
+        "class_token": config.class_token,
+        "no_embed_class": not config.position_on_prefix,
+        "reg_tokens": config.num_registers,
+        "pre_norm": config.pre_norm,
+        "fc_norm": config.final_norm == "pooled",
+    }
+    if config.mlp == "mlp":
+        args["act_layer"] = config.activation
+    return name, args
+
+
+def write_timm_folder(
+    folder: Path, config: VitConfig, params: Any, preprocessing: Preprocessing, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Writes model.safetensors and config.json, for timm's local-dir loading and for `load_teacher`.
+
+    Args:
+      facts: plain JSON for our own reader: name, licence and so on.
+
+    Raises:
+      ValueError: as `to_timm` and `timm_model`.
+    """
+    facts = dict(facts or {})
+    tensors, (name, args) = to_timm(config, params), timm_model(config)
+    channels, size = config.in_channels, config.image_size
+    content = {
+        "architecture": name,
+        "num_classes": config.num_classes,
+        "num_features": config.width,
+        "global_pool": args["global_pool"],
+        "model_args": {key: value for key, value in args.items() if value is not None},
+        "pretrained_cfg": {
+            "tag": "vit_distill",
+            "custom_load": False,
+            "input_size": [channels, size, size],
+            "fixed_input_size": True,
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.crop_fraction,
+            "crop_mode": "center",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "num_classes": config.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": facts.get("licence", "unknown"),
+        },
+        OWN_SECTION: {
+            "config": dataclasses.asdict(config),
+            "preprocessing": dataclasses.asdict(preprocessing),
+            "facts": facts,
+        },
+    }
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", content)

@@ -1,0 +1,282 @@
+"""Pretrained vision transformers from files, folders, the hub, or at random: weights, architecture, preprocessing.
+
+Architecture comes from names and shapes of the tensors; what they cannot tell (heads, epsilon, GELU, mean and std) from
+the config beside the file, the architecture's name or the family's custom. What was assumed is said in the report.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core import tree
+from core.vit import VisionTransformer, VitConfig
+from vit_distill import positions
+from vit_distill.formats import architectures, canonical, hub, timm
+from vit_distill.formats.canonical import Beside, Checkpoint
+from vit_distill.formats.tensors import SUFFIXES, read_config_json, read_tensors
+from vit_distill.preprocessing import Preprocessing
+
+FORMATS = (timm,)
+_CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(VitConfig))
+_PREPROCESSING_FIELDS = ("mean", "std", "interpolation", "crop_fraction")
+OVERRIDES = (*_CONFIG_FIELDS, *_PREPROCESSING_FIELDS, "position_resize")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a weight file.
+
+    Attributes:
+      matched, missing: names in the file; the missing were allowed and have their initial value.
+      unused: names left out, allowed or known to be no part of the encoder, each with the reason.
+      reshaped: tensors that were changed to fit, with both sizes.
+      sha256: of the file; of the parameters for a random teacher.
+      format: for example "timm".
+      notes: assumptions.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    sha256: str
+    format: str
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """A short table, one line a fact."""
+        rows = [f"format    {self.format}", f"sha256    {self.sha256}", f"matched   {len(self.matched)} tensors"]
+        for label in ("missing", "unused", "reshaped", "notes"):
+            values = getattr(self, label)
+            rows += [f"{label:9} {value}" for value in values[:8]]
+            if len(values) > 8:
+                rows.append(f"{label:9} ... and {len(values) - 8} more")
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A pretrained model as data.
+
+    Attributes:
+      name: architecture and tag where known, else the file's name.
+      config: architecture.
+      params: float32 parameters of core.vit.VisionTransformer(config).
+      preprocessing: what it expects of its images.
+      source: plain JSON: format, file, sha256, licence, architecture.
+      report: what became of the file's tensors.
+    """
+
+    name: str
+    config: VitConfig
+    params: Any
+    preprocessing: Preprocessing
+    source: Mapping[str, Any]
+    report: LoadReport
+
+
+def load_teacher(
+    checkpoint: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unused: Sequence[str] = (),
+) -> Teacher:
+    """Loads a pretrained ViT, strictly: every tensor has its counterpart or is allowed by name.
+
+    Args:
+      checkpoint: a weight file (.safetensors, .npz, .pth), a folder with one and its config, "hf-hub:ORG/NAME", or
+        "random:ARCHITECTURE" (timm's name, seeded weights).
+      overrides: any of OVERRIDES; None keeps what the file says. `image_size` resizes the position embedding by the
+        variant `position_resize` (vit_distill.positions).
+      allow_missing: patterns (* and ?) of tensors that may keep their initial value.
+      allow_unused: patterns of tensors in the file to leave out.
+
+    Raises:
+      ValueError: for a file that is damaged, pickled, of an unknown format, or that does not fit; the message names
+        the tensor, key or file.
+    """
+    overrides = _checked_overrides(overrides or {})
+    if checkpoint.startswith("random:"):
+        return _random_teacher(checkpoint.removeprefix("random:"), overrides)
+    if checkpoint.startswith("hf-hub:"):
+        name = checkpoint.removeprefix("hf-hub:")
+        return _load(_weight_file(hub.download(name)), overrides, allow_missing, allow_unused, name)
+    path = Path(checkpoint).expanduser()
+    if not path.exists():
+        raise ValueError(f"teacher checkpoint {checkpoint}: no such file or folder (nor hf-hub:... or random:...)")
+    return _load(_weight_file(path), overrides, allow_missing, allow_unused)
+
+
+def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(overrides) - set(OVERRIDES))
+    if unknown:
+        raise ValueError(f"overrides: expected some of {', '.join(OVERRIDES)}; found {', '.join(unknown)}")
+    return {key: value for key, value in overrides.items() if value is not None}
+
+
+def _weight_file(path: Path) -> Path:
+    """The weight file itself, or the one of a folder."""
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"{path}: expected model.safetensors or a single weight file, found {names}: name the file")
+    return found[0]
+
+
+def _load(
+    path: Path, overrides: dict[str, Any], allow_missing: Sequence[str], allow_unused: Sequence[str], name: str = ""
+) -> Teacher:
+    file = read_tensors(path)
+    beside = Beside(
+        read_config_json(path.parent / "config.json"),
+        read_config_json(path.parent / "preprocessor_config.json"),
+        path.suffix in (".pth", ".pt", ".bin"),
+    )
+    left_out = [tensor for tensor in file.tensors if canonical.matches(tensor, allow_unused)]
+    kept = {tensor: array for tensor, array in file.tensors.items() if tensor not in left_out}
+    try:
+        found = _read_format(kept, beside)
+        config, notes = _build_config(found, overrides)
+        state, reshaped = _resized(found, config, overrides)
+        params, matched, missing = canonical.to_params(config, state, found.source_name, allow_missing)
+        preprocessing = _build_preprocessing(found, config, overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    unused = (*(f"{tensor} (allowed)" for tensor in left_out), *(f"{k} ({v})" for k, v in found.ignored.items()))
+    report = LoadReport(
+        matched, missing, unused, reshaped, file.sha256, found.format, (*file.notes, *found.notes, *notes)
+    )
+    facts = {key: value for key, value in found.facts.items() if value is not None}
+    source = {
+        **facts,
+        "format": found.format,
+        "file": path.name,
+        "sha256": file.sha256,
+        "licence": facts.get("licence") or _readme_licence(path.parent / "README.md") or "unknown",
+    }
+    return Teacher(name or facts.get("name") or path.stem, config, params, preprocessing, source, report)
+
+
+def _read_format(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
+    """Recognises the format by a name that each has, takes prefixes such as "module." off, and reads.
+
+    Raises:
+      ValueError: for an unknown format, several models in one file, or tensors that are no part of a ViT.
+    """
+    for reader in FORMATS:
+        prefixes = sorted({n[: -len(reader.ANCHOR)] for n in tensors if n.endswith(reader.ANCHOR)})
+        prefixes = [prefix for prefix in prefixes if not prefix or prefix[-1] in "./"]
+        if prefixes:
+            break
+    else:
+        raise ValueError(
+            f"not a vision transformer of a known format: expected a tensor named like "
+            f"{', '.join(reader.ANCHOR for reader in FORMATS)}; found {canonical.shorten(sorted(tensors))}"
+        )
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"expected one model, found {len(prefixes)} with prefixes {prefixes}: leave out all but one by allow_unused"
+        )
+    prefix = prefixes[0]
+    full_names = {name.removeprefix(prefix): name for name in tensors}
+    if len(full_names) != len(tensors):
+        twice = [name for name in tensors if full_names[name.removeprefix(prefix)] != name]
+        raise ValueError(f"tensors both with and without the prefix {prefix!r}: {canonical.shorten(twice)}")
+    found = reader.read({short: tensors[name] for short, name in full_names.items()}, beside)
+
+    def source_name(name: str) -> str:
+        short = found.source_name(name)
+        return full_names.get(short, prefix + short)
+
+    return dataclasses.replace(
+        found,
+        source_name=source_name,
+        unused=tuple(full_names[name] for name in found.unused),
+        ignored={full_names[name]: reason for name, reason in found.ignored.items()},
+    )
+
+
+def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitConfig, tuple[str, ...]]:
+    """Shapes, then the file's config, then overrides; notes on what was assumed."""
+    settings = {**found.settings, **{key: overrides[key] for key in _CONFIG_FIELDS if key in overrides}}
+    fields = canonical.infer_config(found.state, found.source_name, settings.get("position_on_prefix")) | settings
+    notes: tuple[str, ...] = ()
+    if "num_heads" not in fields:
+        heads = architectures.standard_heads(fields["width"])
+        if heads is None:
+            raise ValueError(
+                f"num_heads: no config beside the file names it and width {fields['width']} has no customary one; give "
+                "overrides num_heads"
+            )
+        fields["num_heads"] = heads
+        notes = (f"num_heads {heads} assumed: customary for width {fields['width']}",)
+    config = VitConfig(**fields)
+    known = {entry.name for entry in canonical.entries(config)}
+    unused = [*found.unused, *dict.fromkeys(found.source_name(name) for name in found.state if name not in known)]
+    if unused:
+        raise ValueError(
+            f"{len(unused)} tensors have no place in this architecture: {canonical.shorten(unused)}; if they do not "
+            "matter, name them in allow_unused"
+        )
+    return config, notes
+
+
+def _resized(
+    found: Checkpoint, config: VitConfig, overrides: Mapping[str, Any]
+) -> tuple[canonical.State, tuple[str, ...]]:
+    """State with the position embedding for the config's image size."""
+    variant = overrides.get("position_resize", "timm")
+    old, prefix = found.state["pos_embed"], config.num_prefix * config.position_on_prefix
+    new = positions.resize_positions(old, prefix, config.image_size // config.patch_size, variant)
+    if new is old:
+        return found.state, ()
+    line = f"{found.source_name('pos_embed')} {list(old.shape)} -> {list(new.shape)} ({variant})"
+    return {**found.state, "pos_embed": new}, (line,)
+
+
+def _build_preprocessing(found: Checkpoint, config: VitConfig, overrides: Mapping[str, Any]) -> Preprocessing:
+    fields = {**found.preprocessing, **{key: overrides[key] for key in _PREPROCESSING_FIELDS if key in overrides}}
+    if not {"mean", "std"} <= set(fields):
+        raise ValueError(
+            "mean and std: no config beside the file tells them, and models of this format use different ones "
+            f"(ImageNet's {architectures.IMAGENET['mean']}, {architectures.IMAGENET['std']}, or 0.5 for all); give "
+            "overrides mean and std"
+        )
+    fields |= {key: tuple(float(x) for x in fields[key]) for key in ("mean", "std")}
+    if len(fields["mean"]) != config.in_channels:
+        raise ValueError(f"mean and std: expected {config.in_channels} channels, found {len(fields['mean'])}")
+    return Preprocessing(**{**fields, "image_size": config.image_size})
+
+
+def _readme_licence(path: Path) -> str | None:
+    """The `license:` line of a hub repository's README."""
+    if not path.is_file():
+        return None
+    lines = path.read_text(errors="replace").splitlines()[:40]
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)
+
+
+def _random_teacher(name: str, overrides: Mapping[str, Any]) -> Teacher:
+    """An architecture of timm's with initial weights from a fixed seed: for plans, benchmarks and tests."""
+    fields = {key: overrides[key] for key in _CONFIG_FIELDS if key in overrides}
+    config = dataclasses.replace(architectures.architecture_config(name), **fields)
+    images = np.zeros((1, config.image_size, config.image_size, config.in_channels), np.float32)
+    params = jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"]
+    half = dict.fromkeys(("mean", "std"), (0.5,) * config.in_channels)
+    preprocessing = _build_preprocessing(Checkpoint("random", {}, preprocessing=half), config, overrides)
+    digest = tree.fingerprint(params)
+    report = LoadReport((), tuple(tree.paths(params)), (), (), digest, "random", ("seeded random weights",))
+    source = {"format": "random", "file": name, "sha256": digest, "licence": "none needed", "architecture": name}
+    return Teacher(f"random:{name}", config, params, preprocessing, source, report)
