@@ -30,7 +30,7 @@ def painted(system: System, images: np.ndarray, seed: int) -> dict[str, np.ndarr
     """uint8 images [n, H, W, C] with one defect each, by family."""
     result = {}
     for i, family in enumerate(FAMILIES):
-        task = Synthetic(geometry=system.tasks[0].geometry, families=(family,), clean_share=0.0)
+        task = Synthetic(geometry=system.tasks[0].geometry, families=(family,), clean_share=0.0, max_defects=1)
         key = jax.random.fold_in(jax.random.key(seed), i)
         view, _ = jax.jit(lambda k, x, task=task: task.corrupt(k, x, None))(
             key, jnp.asarray(images / 255.0, jnp.float32)

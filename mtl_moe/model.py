@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh
 
-from core.vit import EncoderBlock, Mlp, PatchEmbed, unpatchify
+from core.vit import EncoderBlock, Mlp, PatchEmbed, patchify, unpatchify
 from mtl_moe.moe import MoeMlp, active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
 
@@ -122,23 +122,33 @@ class Detector(nn.Module):
         x = rearrange(x, "(b v) n d -> v b n d", b=batch)
         outputs, start = {}, 0
         for (_, task), count in zip(tasks, counts, strict=True):
-            outputs[task.name] = self._head(task, x[start : start + count])
+            outputs[task.name] = self._head(task, x[start : start + count], inputs[task.name])
             start += count
         return outputs, aux
 
-    def _head(self, task: Task, x: jax.Array) -> jax.Array:
-        """Layer norm and one linear layer on tokens [V, B, N, D]."""
-        views, batch, tokens, width = x.shape
+    def _head(self, task: Task, x: jax.Array, views: jax.Array) -> jax.Array:
+        """Tokens [V, B, N, D] and the views they were made from to the output: layer norm and one linear layer.
+
+        Heads of pixels have a hidden layer that also reads the patch's own pixels, as the skip connections of a U-Net
+        do: tokens need not carry every detail, and an error is a change the model wants, not what it could not store.
+        Hidden pixels are grey there as in the view.
+        """
+        num_views, batch, tokens, width = x.shape
         patch = self.config.patch_size
-        dim = task.head.dim * (patch**2 if task.head.kind == "pixels" else 1)
+        pixels = task.head.kind == "pixels"
+        dim = task.head.dim * (patch**2 if pixels else 1)
         flat = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{task.name}")(x.reshape(-1, width))
+        if pixels:
+            detail = patchify(2.0 * views.reshape(-1, *views.shape[2:]) - 1.0, patch).astype(self.dtype)
+            flat = jnp.concatenate([flat, detail.reshape(flat.shape[0], -1)], axis=-1)
+            flat = jax.nn.gelu(nn.Dense(2 * width, dtype=self.dtype, name=f"detail_{task.name}")(flat))
         out = nn.Dense(dim, dtype=self.dtype, name=f"head_{task.name}")(flat)
-        out = out.reshape(views * batch, tokens, dim).astype(jnp.float32)
-        if task.head.kind == "pixels":
+        out = out.reshape(num_views * batch, tokens, dim).astype(jnp.float32)
+        if pixels:
             out = unpatchify(out, patch, self.image_size)
         else:
             out = rearrange(out, "r (h w) d -> r h w d", h=self.image_size // patch)
-        return out.reshape(views, batch, *out.shape[1:])
+        return out.reshape(num_views, batch, *out.shape[1:])
 
 
 def _expert_mlp(cfg: ModelConfig, num_tasks: int, dtype: Any, mesh: Mesh | None, name: str) -> nn.Module:

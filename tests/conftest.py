@@ -44,6 +44,7 @@ def tiny_config() -> Callable[[], ConfigDict]:
             width=16, num_heads=2, patch_size=8, num_dense_layers=1, num_moe_layers=1, num_neck_layers=1, mlp_dim=32,
             num_experts=2, expert_dim=16,
         )  # fmt: skip
+        config.tasks.names = common.TASKS
         config.tasks.jigsaw.tiles = 2
         config.tasks.cluster.num_clusters = 4
         config.train.update(

@@ -1,9 +1,10 @@
 """Pseudo-anomaly segmentation: find and remove a defect painted into a normal image.
 
-Each training image gets one defect of a random family inside a random blob on the body (a share stays clean). The model
-predicts the blob (balanced cross-entropy + Dice) and the image without it (L1). At inference the two evidences are the
-predicted defect probability and the reconstruction error. Families after FPI (Tan et al. 2020), NSA (Schluter et al.,
-ECCV 2022), CutPaste (Li et al., CVPR 2021), DRAEM (Zavrtanik et al., ICCV 2021); haze and deformation are ours.
+Each training image gets one to three defects, each of a random family inside a random blob on the body (a share stays
+clean). The model predicts the blobs (balanced cross-entropy + Dice) and the image without them (L1). At inference the
+two evidences are the predicted defect probability and the reconstruction error. Families after FPI (Tan et al. 2020),
+NSA (Schluter et al., ECCV 2022), CutPaste (Li et al., CVPR 2021), DRAEM (Zavrtanik et al., ICCV 2021); haze,
+deformation and mass are ours.
 """
 
 import dataclasses
@@ -24,14 +25,16 @@ class Synthetic:
       families: names out of FAMILIES.
       clean_share: share of training images left without a defect.
       radius_min, radius_max: blob radius as a share of the image side.
+      max_defects: most defects in one image; their number is uniform from 1.
       clean_weight: weight of the L1 error, which is a tenth of the segmentation's losses.
     """
 
     geometry: base.Geometry
-    families: tuple[str, ...] = ("blend", "blob", "texture", "deform", "haze", "cutpaste")
+    families: tuple[str, ...] = ("blend", "blob", "texture", "deform", "haze", "cutpaste", "mass")
     clean_share: float = 0.15
-    radius_min: float = 0.05
-    radius_max: float = 0.25
+    radius_min: float = 0.06
+    radius_max: float = 0.35
+    max_defects: int = 3
     clean_weight: float = 5.0
     name: str = "synthetic"
     use_position: bool = True
@@ -51,21 +54,31 @@ class Synthetic:
         return {self.name: "top", f"{self.name}_clean": "contrast"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
-        key_blob, key_family, key_clean, *keys = jax.random.split(key, 3 + len(self.families))
-        batch = images.shape[0]
+        key_count, key_clean, *keys = jax.random.split(key, 2 + self.max_defects)
         body = base.body_mask(images)
+        count = jax.random.randint(key_count, (images.shape[0], 1, 1, 1), 1, self.max_defects + 1)
+        count = count * (jax.random.uniform(key_clean, count.shape) >= self.clean_share)
+        corrupted, where = images, jnp.zeros_like(body)
+        for i, k in enumerate(keys):  # one over the other, each of a family of its own
+            painted, soft = self._paint(k, corrupted, body)
+            corrupted = jnp.where(i < count, painted, corrupted)
+            where = jnp.where(i < count, jnp.maximum(where, soft), where)
+        # A defect that changes nothing visible is none: blending like with like must not be called an anomaly.
+        change = base.box_filter(jnp.abs(corrupted - images).mean(-1, keepdims=True), 3)
+        defect = ((where > 0.5) & (change > 0.02)).astype(images.dtype)
+        return base.with_plane(corrupted), (images, defect)
+
+    def _paint(self, key: jax.Array, images: jax.Array, body: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One defect in each image: the images with it, and how much it covers of each pixel [B, H, W, 1]."""
+        key_blob, key_family, *keys = jax.random.split(key, 2 + len(self.families))
         soft, centre, radius = _blob(key_blob, body, self.radius_min, self.radius_max)
         every = jnp.stack(
             [FAMILIES[f](k, images, soft, centre, radius) for f, k in zip(self.families, keys, strict=True)]
         )
+        batch = images.shape[0]
         chosen = every[jax.random.randint(key_family, (batch,), 0, len(self.families)), jnp.arange(batch)]
-        keep = jax.random.uniform(key_clean, (batch, 1, 1, 1)) >= self.clean_share
-        soft = soft * body * keep
-        corrupted = jnp.clip(images + soft * (chosen - images), 0.0, 1.0)
-        # A defect that changes nothing visible is none: blending like with like must not be called an anomaly.
-        change = base.box_filter(jnp.abs(corrupted - images).mean(-1, keepdims=True), 3)
-        defect = ((soft > 0.5) & (change > 0.02)).astype(images.dtype)
-        return base.with_plane(corrupted), (images, defect)
+        soft = soft * body
+        return jnp.clip(images + soft * (chosen - images), 0.0, 1.0), soft
 
     def loss(self, output: jax.Array, target: Any) -> jax.Array:
         images, defect = target
@@ -142,7 +155,7 @@ def _blend(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array
 
 def _blob_family(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array, radius: jax.Array) -> jax.Array:
     """Brighter or darker."""
-    return images + _amplitude(key, images.shape[0], 0.08, 0.5)
+    return images + _amplitude(key, images.shape[0], 0.1, 0.6)
 
 
 def _texture(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array, radius: jax.Array) -> jax.Array:
@@ -185,6 +198,15 @@ def _cutpaste(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Ar
     return _displaced(key, images)
 
 
+def _mass(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array, radius: jax.Array) -> jax.Array:
+    """A growth: tissue pushed aside, in its place a smooth level of its own that is brighter or darker, and texture."""
+    key_deform, key_level, key_own, key_texture = jax.random.split(key, 4)
+    pushed = _deform(key_deform, images, soft, centre, radius)
+    level = _mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.1, 0.5)
+    own = jax.random.uniform(key_own, (images.shape[0], 1, 1, 1), minval=0.3)
+    return _texture(key_texture, pushed + own * (level - pushed), soft, centre, radius)
+
+
 FAMILIES = {
     "blend": _blend,
     "blob": _blob_family,
@@ -192,4 +214,5 @@ FAMILIES = {
     "deform": _deform,
     "haze": _haze,
     "cutpaste": _cutpaste,
+    "mass": _mass,
 }

@@ -98,12 +98,30 @@ def test_the_same_view_is_another_input_for_another_task(config, images):
     inputs = views_of(model, images)
     np.testing.assert_array_equal(inputs["denoise"], inputs["intensity"])
     params = jax.jit(lambda key: model.init(key, inputs, train=False)["params"])(jax.random.key(0))
-    params |= {"head_denoise": params["head_intensity"], "norm_denoise": params["norm_intensity"]}
+    params |= {f"{part}_denoise": params[f"{part}_intensity"] for part in ("head", "detail", "norm")}
     outputs = forward(model, params, inputs)[0]
     assert not np.allclose(outputs["denoise"], outputs["intensity"], atol=1e-3)
     assert not np.allclose(outputs["intensity"][:, 0], outputs["intensity"][:, 1], atol=1e-2)
     outputs = forward(model, params | {"task_embedding": 0 * params["task_embedding"]}, inputs)[0]
     np.testing.assert_allclose(outputs["denoise"], outputs["intensity"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_pixel_head_reads_its_own_patch_of_the_view(config, images):
+    """With the tokens' share of the hidden layer at zero an output patch is a function of the same patch seen alone."""
+    config = config.copy_and_resolve_references()
+    config.tasks.names = ("masked",)
+    model = build(config)
+    inputs = views_of(model, images)
+    params = jax.jit(lambda key: model.init(key, inputs, train=False)["params"])(jax.random.key(0))
+    detail, head = params["detail_masked"], params["head_masked"]
+    detail = detail | {"kernel": detail["kernel"].at[: config.model.width].set(0), "bias": detail["bias"] + 0.1}
+    outputs = forward(model, params | {"detail_masked": detail}, inputs)[0]["masked"]
+    view = np.asarray(inputs["masked"])[1, 0]
+    cells = view.reshape(4, 8, 4, 8, 2).transpose(0, 2, 1, 3, 4).reshape(16, 128)
+    hidden = jax.nn.gelu((2 * cells - 1) @ np.asarray(detail["kernel"])[config.model.width :] + 0.1)
+    expected = np.asarray(hidden @ np.asarray(head["kernel"])).reshape(4, 4, 8, 8, 1).transpose(0, 2, 1, 3, 4)
+    np.testing.assert_allclose(outputs[1, 0], expected.reshape(32, 32, 1), rtol=1e-4, atol=1e-5)
+    assert np.all(view[view[..., 1] == 1, 0] == 0.5)  # what is hidden from the tokens is hidden from the head
 
 
 def permuted(images, order, patch=8):

@@ -272,7 +272,9 @@ def test_family_changes_a_blob_on_the_body_only(family):
     images = make_images(batch=8, size=64, dark_half=True)
     body = np.asarray(base.body_mask(images))
     geometry = Geometry(64, 8, 1, WIDTH)
-    task = TASKS["synthetic"](geometry, families=(family,), clean_share=0.0, radius_min=0.09, radius_max=0.1)
+    task = TASKS["synthetic"](
+        geometry, families=(family,), clean_share=0.0, radius_min=0.09, radius_max=0.1, max_defects=1
+    )
     view, (clean, defect) = corrupt(task, images)
     change, defect = np.abs(np.asarray(view[..., :1]) - images), np.asarray(defect)
     np.testing.assert_array_equal(clean, images)
@@ -294,9 +296,21 @@ def test_share_of_clean_images_is_as_asked():
     assert abs(changed.mean() - 0.5) < 0.25  # four standard deviations of a binomial of 64
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_number_of_defects_is_from_one_to_the_stated(most):
+    images = make_images(batch=32, size=128)
+    task = TASKS["synthetic"](
+        Geometry(128, PATCH, CHANNELS, WIDTH), families=("blob",), clean_share=0.0, radius_min=0.03, radius_max=0.031,
+        max_defects=most,
+    )  # fmt: skip
+    _, (_, defect) = corrupt(task, images)
+    counts = {ndimage.label(d[..., 0], np.ones((3, 3)))[1] for d in np.asarray(defect)}  # blobs this small rarely touch
+    assert counts == set(range(1, most + 1))
+
+
 def test_families_are_mixed_within_a_batch():
     images = make_images(batch=16)
-    task = make_task("synthetic", families=("blob", "haze"), clean_share=0.0)
+    task = make_task("synthetic", families=("blob", "haze"), clean_share=0.0, max_defects=1)
     view, _ = corrupt(task, images)
     # "blob" shifts grey values by one number inside the mask, "haze" does not: both must occur.
     change = np.asarray(view[..., 0]) - np.asarray(images[..., 0])
