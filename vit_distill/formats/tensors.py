@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,16 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a whole .npz file; download or write it again")
     tensors: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for name in archive.files:
                 array = archive[name]
                 # numpy has no bfloat16: big_vision's files hold its bytes as void.
                 tensors[name] = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a whole .npz file ({error}); download or write it again") from error
     except ValueError as error:
         raise ValueError(
