@@ -149,11 +149,11 @@ class _Probe:
         block, model = build_block(config), VisionTransformer(config)
         self.apply = jax.jit(lambda p, x: block.apply({"params": p}, x)[0])
         self.l1 = jax.jit(lambda x, y: jnp.abs(x - y).mean())
-        forward = jax.jit(lambda images: model.apply({"params": params}, images))
+        embed = jax.jit(lambda images: model.apply({"params": params}, images).embedded)
         self.batches = []  # (images in it, tokens before the first block, tokens after the last), on the host
         for start in range(0, len(images), batch_size):
-            out = forward(images[start : start + batch_size])
-            self.batches.append((len(out.embedded), np.asarray(out.embedded), np.asarray(out.blocks[-1])))
+            tokens = np.asarray(embed(images[start : start + batch_size]))
+            self.batches.append((len(tokens), tokens, np.asarray(self._run(range(config.depth), tokens)[-1])))
 
     def _run(self, blocks: Sequence[int], tokens: jax.Array) -> list[jax.Array]:
         """Tokens before and after each of the blocks."""
