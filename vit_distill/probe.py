@@ -94,17 +94,22 @@ def probe(
     }
     chosen = max(on_valid, key=on_valid.get)
     on_test = [score_metrics(predict(test.features), test.labels, names) for predict in runs[chosen]]
-    result = {key: float(np.mean([metrics[key] for metrics in on_test])) for key in on_test[0]}
-    if len(on_test) > 1:
-        result |= {f"{key}_std": float(np.std([m[key] for m in on_test], ddof=1)) for key in on_test[0]}
     grid = list(runs)
     ends = {grid[-1]} if kind == "knn" else {grid[0], grid[-1]}  # fewer than one neighbour there is not
-    return result | {
+    return mean_over_seeds(on_test) | {
         HYPER_PARAMETERS[kind]: float(chosen),
         f"valid_{wanted}": on_valid[chosen],
         "at_grid_edge": float(len(grid) > 1 and chosen in ends),
         "num_seeds": float(len(on_test)),
     }
+
+
+def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric and, of several runs, its standard deviation (n - 1) as "<metric>_std"."""
+    result = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
+    if len(runs) > 1:
+        result |= {f"{key}_std": float(np.std([run[key] for run in runs], ddof=1)) for key in runs[0]}
+    return result
 
 
 def score_metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
