@@ -144,7 +144,8 @@ def distiller() -> ConfigDict:
         split="train",  # the images to distil on; labels are used by few_shot and probes only
         channels=3,
         valid_fraction=0.1,  # of train, where the source has no validation split
-        seed=0,  # of that split
+        test_fraction=0.2,  # the same for a labelled source without test and validation
+        seed=0,  # of these splits
         skip_corrupt=False,
         memory_limit_gb=8.0,
     )

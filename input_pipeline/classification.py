@@ -6,6 +6,7 @@ Axis alphabet: N images, H W C image, S image side, F findings.
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -39,14 +40,14 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
     Parts of train are drawn by class and whole groups, from `seed` and the names alone, and train is what they leave.
 
     Args:
-      data: kind (a key of SOURCES), name, root, skip_corrupt, memory_limit_gb (decoded images below it stay in memory),
-        valid_fraction, test_fraction, seed.
+      data: kind (a key of SOURCES), name, root, channels (1: luminance, 3: RGB), skip_corrupt, memory_limit_gb (decoded
+        images below it stay in memory), valid_fraction, test_fraction, seed.
       split: "train", "valid" or "test".
       image_size: S. The short side is resized to it, then the middle square is cut out.
       interpolation: "bicubic", "bilinear" or "nearest".
 
     Returns:
-      A set with images uint8 [n, S, S, 3] (grey is repeated).
+      A set with images uint8 [n, S, S, channels] (grey is repeated for 3).
 
     Raises:
       ValueError: an unknown kind, split or interpolation, an impossible size.
@@ -56,9 +57,11 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
         raise ValueError(f"unknown data.kind '{data.kind}': expected one of {', '.join(sorted(SOURCES))}")
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, found '{split}'")
-    if image_size < 1:
-        raise ValueError(f"image_size: expected a positive number of pixels, found {image_size}")
-    sizes = Sizes(image_size, image_size, Resize(crop=True, interpolation=interpolation))
+    if image_size < 1 or data.channels not in (1, 3):
+        raise ValueError(
+            f"expected an image_size above 0 and data.channels 1 or 3, found {image_size} and {data.channels}"
+        )
+    sizes = Sizes(image_size, image_size, data.channels, Resize(crop=True, interpolation=interpolation))
     sets = _split_up(SOURCES[data.kind](data, sizes), data)
     if split not in sets:
         raise DataError(
@@ -66,15 +69,10 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
             f"set data.{split}_fraction above 0 to take it from train"
         )
     found = sets[split]
-    if data.skip_corrupt and isinstance(found.pixels, FilePixels):
+    if data.skip_corrupt and isinstance(found.pixels.source, FilePixels):
         found = _without_corrupt(found, split)
     logging.info("%s %s: %d images; %s", found.name, split, len(found), found.layout)
-    return LabelledSet(**{**_fields(found), "memory_limit": data.memory_limit_gb * 2**30})
-
-
-def _fields(found: LabelledSet) -> dict:
-    keys = ("name", "layout", "classes", "names", "groups", "labels", "pixels", "has_masks")
-    return {key: getattr(found, key) for key in keys}
+    return replace(found, pixels=replace(found.pixels, memory_limit=data.memory_limit_gb * 2**30))
 
 
 def _split_up(sets: dict[str, LabelledSet], data: ConfigDict) -> dict[str, LabelledSet]:
@@ -142,7 +140,8 @@ def carve(found: LabelledSet, fraction: float, seed: int) -> np.ndarray:
 def _without_corrupt(found: LabelledSet, split: str) -> LabelledSet:
     """The set without the files that cannot be decoded, each logged."""
     title = f"{found.name} {split}"
-    decoded = found.pixels.stream(lambda: range(len(found)), len(found), with_masks=found.has_masks)
+    rows = found.pixels.rows.tolist()
+    decoded = found.pixels.source.stream(lambda: rows, len(rows), found.has_masks)
     bad = {row: error for row, (_, _, error) in enumerate(decoded) if error}
     for error in bad.values():
         logging.warning("skipped: %s", error)

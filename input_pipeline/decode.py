@@ -140,9 +140,10 @@ def _read(path: Path, channels: int, min_size: int) -> Image.Image:
     return _to_8_or_float(image, path, channels)
 
 
-def resize_array(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: what `read_image` does to a file of these pixels."""
-    return np.asarray(resize.square(Image.fromarray(image), size))
+def resize_array(image: np.ndarray, size: int, channels: int, resize: Resize) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [size, size, channels]: what `read_image` does to a file of these pixels."""
+    picture = Image.fromarray(image).convert("L" if channels == 1 else "RGB")
+    return _to_array(resize.square(picture, size), channels)
 
 
 def read_image(path: Path, size: int, channels: int, min_size: int = 1, resize: Resize = STRETCH) -> np.ndarray:

@@ -54,14 +54,12 @@ def select_few_shot(found: LabelledSet, ratio: float = 1.0, per_class: int = 0, 
     return np.unique(np.concatenate(rows))
 
 
-def write_manifest(
-    path: str | Path, found: LabelledSet, rows: np.ndarray, ratio: float = 1.0, per_class: int = 0, seed: int = 0
-) -> dict[str, Any]:
+def write_manifest(path: str | Path, found: LabelledSet, rows: np.ndarray, **selection: Any) -> dict[str, Any]:
     """Writes which images a subset holds, beside and renamed, and returns what was written.
 
     Args:
       found: the whole set that `rows` (int [n]) select from.
-      ratio, per_class, seed: what `select_few_shot` was called with, for the record.
+      selection: how they were chosen, as plain JSON and for the record: ratio, per_class, seed, source and so on.
     """
     path, subset = Path(path), found.take(rows)
     manifest = {
@@ -70,9 +68,7 @@ def write_manifest(
         "dataset": found.name,
         "source_hash": found.manifest_hash(),
         "hash": subset.manifest_hash(),
-        "ratio": float(ratio),
-        "per_class": int(per_class),
-        "seed": int(seed),
+        "selection": selection,
         "num_images": len(subset),
         "names": list(subset.names),
     }

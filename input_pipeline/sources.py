@@ -4,57 +4,101 @@ Axis alphabet: B batch, N images, H W C image, S image side, M mask side, F find
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from input_pipeline.decode import Resize, resize_array
 from input_pipeline.index import DataError, Example
-from input_pipeline.split import FilePixels, Rows
+from input_pipeline.split import FilePixels, Pixels, Rows
+
+_PART = 4096  # rows decoded by one call: bounds the copy beside the array
 
 
-class ImageReader(Protocol):
-    """Where a labelled set's pixels come from: `FilePixels`, `ResizedArrays`."""
+@dataclass(frozen=True)
+class Sizes:
+    """Sides of images and masks in pixels, 1 (luminance) or 3 (RGB) channels, and how pictures become squares."""
 
     image_size: int
-
-    def __len__(self) -> int: ...
-
-    def images(self, rows: Rows) -> np.ndarray:
-        """uint8 [n, S, S, 3] of the given rows."""
-
-    def masks(self, rows: Rows) -> np.ndarray:
-        """uint8 [n, M, M, 1] of the given rows."""
+    mask_size: int
+    channels: int
+    resize: Resize
 
 
 @dataclass
-class ResizedArrays:
+class ArraySource:
     """Images given as arrays, each uint8 [H, W, 3] of any size, resized whenever they are asked for."""
 
     arrays: Sequence[np.ndarray]
-    image_size: int
-    resize: Resize
+    sizes: Sizes
 
     def __len__(self) -> int:
         return len(self.arrays)
 
     def images(self, rows: Rows) -> np.ndarray:
-        squares = [resize_array(self.arrays[int(row)], self.image_size, self.resize) for row in rows]
-        return np.stack(squares) if squares else np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        size, channels, resize = self.sizes.image_size, self.sizes.channels, self.sizes.resize
+        squares = [resize_array(self.arrays[int(row)], size, channels, resize) for row in rows]
+        return np.stack(squares) if squares else np.zeros((0, size, size, channels), np.uint8)
 
     def masks(self, rows: Rows) -> np.ndarray:
-        raise DataError("this data has no masks: use data.kind=segmentation or a BMAD set with masks")
+        raise DataError("this data has no masks: use data.kind=segmentation, or bmad with a set that has masks")
+
+    def batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        for batch in rows():
+            yield self.images(batch), self.masks(batch) if with_masks else None
 
 
 @dataclass
-class _Memory:
-    """Pixels already decoded, by row. The array is allocated as a whole, but its pages are taken as rows are filled."""
+class SelectedPixels:
+    """Some rows of a source of pixels; an image is decoded once only where all of them fit `memory_limit` bytes.
 
-    image: np.ndarray
-    known: np.ndarray
+    The array that holds them is allocated as a whole at the first use; its pages are taken as it is filled.
+    """
+
+    source: Pixels
+    rows: Rows
+    sizes: Sizes
+    memory_limit: float = 0.0
+    _image: np.ndarray | None = field(default=None, repr=False)
+    _known: np.ndarray | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def in_memory(self) -> bool:
+        return len(self) * self.sizes.image_size**2 * self.sizes.channels <= self.memory_limit
+
+    def images(self, rows: Rows) -> np.ndarray:
+        rows = np.asarray(rows, np.int64)
+        if not self.in_memory:
+            return self.source.images(self.rows[rows])
+        if self._image is None:
+            side = self.sizes.image_size
+            self._image = np.empty((len(self), side, side, self.sizes.channels), np.uint8)
+            self._known = np.zeros(len(self), bool)
+        missing = np.unique(rows[~self._known[rows]])
+        for start in range(0, len(missing), _PART):
+            part = missing[start : start + _PART]
+            self._image[part] = self.source.images(self.rows[part])
+            self._known[part] = True
+        return self._image[rows]
+
+    def masks(self, rows: Rows) -> np.ndarray:
+        return self.source.masks(self.rows[np.asarray(rows, np.int64)])
+
+    def batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        if not self.in_memory:  # read ahead
+            yield from self.source.batches(lambda: (self.rows[np.asarray(batch)] for batch in rows()), with_masks)
+            return
+        for batch in rows():
+            yield self.images(batch), self.masks(batch) if with_masks else None
 
 
 @dataclass(frozen=True)
@@ -68,9 +112,8 @@ class LabelledSet:
       names: unique name of each image, sorted.
       groups: patient or near-duplicate group of each image; splits never cut a group.
       labels: int32 [N] (-1: unknown), or float32 [N, F] of 0 and 1 (multi-label).
-      pixels: where images come from.
+      pixels: where images come from; decoded when asked for.
       has_masks: `masks` can be read.
-      memory_limit: bytes; below it every image is decoded once only, at its first use.
     """
 
     name: str
@@ -79,10 +122,8 @@ class LabelledSet:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     labels: np.ndarray
-    pixels: ImageReader
+    pixels: SelectedPixels
     has_masks: bool = False
-    memory_limit: float = 0.0
-    _memory: list[_Memory] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):
         sizes = {len(self.names), len(self.groups), len(self.labels), len(self.pixels)}
@@ -95,10 +136,6 @@ class LabelledSet:
         return len(self.names)
 
     @property
-    def image_size(self) -> int:
-        return self.pixels.image_size
-
-    @property
     def multi_label(self) -> bool:
         return self.labels.ndim == 2
 
@@ -107,35 +144,19 @@ class LabelledSet:
         return self.multi_label or bool((self.labels >= 0).all())
 
     def images(self, rows: Rows) -> np.ndarray:
-        """uint8 [n, S, S, 3] of the given rows (int [n]); DataError for a file that cannot be decoded."""
-        rows = np.asarray(rows, np.int64)
-        num_bytes = len(self) * self.image_size**2 * 3
-        if num_bytes > self.memory_limit:
-            return self.pixels.images(rows)
-        if not self._memory:
-            shape = (len(self), self.image_size, self.image_size, 3)
-            self._memory.append(_Memory(np.empty(shape, np.uint8), np.zeros(len(self), bool)))
-        memory = self._memory[0]
-        missing = np.unique(rows[~memory.known[rows]])
-        for start in range(0, len(missing), 4096):  # bounds the copy beside the array
-            part = missing[start : start + 4096]
-            memory.image[part] = self.pixels.images(part)
-            memory.known[part] = True
-        return memory.image[rows]
+        """uint8 [n, S, S, C] of the given rows (int [n]); DataError for a file that cannot be decoded."""
+        return self.pixels.images(rows)
 
     def masks(self, rows: Rows) -> np.ndarray:
         """uint8 [n, M, M]: class of each pixel (255: not labelled); of BMAD sets 0 and 1, zeros for normal images."""
-        return self.pixels.masks(np.asarray(rows, np.int64))[..., 0]
+        return self.pixels.masks(rows)[..., 0]
 
     def take(self, rows: Rows) -> "LabelledSet":
         """The set of the given rows; its images are decoded anew."""
         rows = np.asarray(rows, np.int64)
-        if isinstance(self.pixels, FilePixels):
-            pixels = replace(self.pixels, examples=tuple(self.pixels.examples[row] for row in rows))
-        else:
-            pixels = replace(self.pixels, arrays=_Taken(self.pixels.arrays, rows))
+        pixels = replace(self.pixels, rows=self.pixels.rows[rows], _image=None, _known=None)
         names, groups = (tuple(values[row] for row in rows) for values in (self.names, self.groups))
-        return replace(self, names=names, groups=groups, labels=self.labels[rows], pixels=pixels, _memory=[])
+        return replace(self, names=names, groups=groups, labels=self.labels[rows], pixels=pixels)
 
     def manifest_hash(self) -> str:
         """sha256 over names, labels and class names: equal for equal sets on every machine and at every image size."""
@@ -145,32 +166,9 @@ class LabelledSet:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """Rows of a sequence, read when asked for."""
-
-    arrays: Sequence[np.ndarray]
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.arrays[int(self.rows[row])]
-
-
 def _repeated(names: Sequence[str]) -> str:
     seen = set()
     return next(name for name in names if name in seen or seen.add(name))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sides of images and masks in pixels, and how pictures become squares."""
-
-    image_size: int
-    mask_size: int
-    resize: Resize
 
 
 def set_of_files(
@@ -191,7 +189,8 @@ def set_of_files(
     labels = np.asarray([e.label for e in examples], np.int32) if labels is None else labels[order]
     names, groups = tuple(e.name for e in examples), tuple(e.group for e in examples)
     # Threads: TensorFlow would be set up anew for every batch of rows that is asked for.
-    pixels = FilePixels(examples, sizes.image_size, sizes.mask_size, 3, 1, "threads", sizes.resize)
+    source = FilePixels(examples, sizes.image_size, sizes.mask_size, sizes.channels, 1, "threads", sizes.resize)
+    pixels = SelectedPixels(source, np.arange(len(examples)), sizes)
     return LabelledSet(name, layout, tuple(classes), names, groups, labels, pixels, any(e.mask for e in examples))
 
 
@@ -206,7 +205,7 @@ def set_of_arrays(
 ) -> LabelledSet:
     """A set of N images held as (or read as) arrays, each uint8 [H, W, 3]; images are named `prefix/0000000`."""
     names = tuple(f"{prefix}/{row:07d}" for row in range(len(arrays)))
-    pixels = ResizedArrays(arrays, sizes.image_size, sizes.resize)
+    pixels = SelectedPixels(ArraySource(arrays, sizes), np.arange(len(arrays)), sizes)
     return LabelledSet(name, layout, tuple(classes), names, names, labels, pixels)
 
 

@@ -140,9 +140,10 @@ def random_resized_crop(
 
 
 def view_keys(seed: int, rows: Any, view: Any) -> jax.Array:
-    """Keys [B] of the fixed views of images `rows` (int [B]): a function of (seed, row, view) and nothing else."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), view))(jnp.asarray(rows))
+    """Keys [B] of the fixed views (int [] or [B]) of images `rows` (int [B]): a function of (seed, row, view) alone."""
+    key, rows = jax.random.key(seed), jnp.asarray(rows)
+    views = jnp.broadcast_to(jnp.asarray(view), rows.shape)
+    return jax.vmap(lambda row, view: jax.random.fold_in(jax.random.fold_in(key, row), view))(rows, views)
 
 
 def fixed_view(
@@ -160,7 +161,7 @@ def fixed_view(
     Args:
       seed: of all views.
       rows: int [B], the images' rows in their set.
-      view: int, 0 .. number of views - 1.
+      view: int [] or [B], 0 .. number of views - 1.
       images, size, scale, flip, interpolation: as in `random_resized_crop`.
 
     Returns:

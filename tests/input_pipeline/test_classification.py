@@ -9,13 +9,13 @@ from trees import make_tree, picture, write
 from input_pipeline.classification import carve, load_labelled
 from input_pipeline.decode import Resize
 from input_pipeline.index import DataError
-from input_pipeline.sources import LabelledSet, ResizedArrays
+from input_pipeline.sources import ArraySource, LabelledSet, SelectedPixels, Sizes
 
 
 def data(kind: str, root: object = "", **changes: object) -> ConfigDict:
     """A `config.data` of labelled sets."""
     values = dict(
-        kind=kind, name="", root=str(root), skip_corrupt=False, memory_limit_gb=1.0, valid_fraction=0.2,
+        kind=kind, name="", root=str(root), channels=3, skip_corrupt=False, memory_limit_gb=1.0, valid_fraction=0.2,
         test_fraction=0.25, seed=0,
     )  # fmt: skip
     return ConfigDict(values | changes)
@@ -49,6 +49,14 @@ def test_class_folders(splits):
     np.testing.assert_array_equal(images[0], images[2])
     expected = Image.open(splits / train.names[3]).resize((8, 8), Image.Resampling.BICUBIC).convert("RGB")
     np.testing.assert_array_equal(images[0], expected)
+
+
+def test_luminance(splits):
+    grey, colour = (load_labelled(data("folder", splits, channels=c), "test", 8).images([1]) for c in (1, 3))
+    assert grey.shape == (1, 8, 8, 1)
+    np.testing.assert_array_equal(np.repeat(grey, 3, -1), colour)
+    digits = [load_labelled(data("digits", channels=c), "test", 8).images([1]) for c in (1, 3)]
+    np.testing.assert_array_equal(np.repeat(digits[0], 3, -1), digits[1])
 
 
 def test_validation_serves_as_test_where_there_is_none(tmp_path):
@@ -116,8 +124,14 @@ def test_images_are_decoded_once_below_the_memory_limit(splits):
     Image.fromarray(255 - picture(99)).save(splits / few.names[0])
     np.testing.assert_array_equal(few.images([0]), before[:1])
     assert (none.images([0]) != before[:1]).any()
+    for (image, mask), rows in zip(none.pixels.batches(lambda: [[5, 2], [7]], False), ([5, 2], [7]), strict=True):
+        np.testing.assert_array_equal(image, before[rows])
+        assert mask is None
+    ((image, _),) = few.pixels.batches(lambda: [[5, 2]], False)
+    np.testing.assert_array_equal(image, before[[5, 2]])
     taken = few.take([5, 2])
     np.testing.assert_array_equal(taken.images([0, 1]), before[[5, 2]])
+    np.testing.assert_array_equal(taken.take([1]).images([0]), before[[2]])
     assert taken.names == (few.names[5], few.names[2])
     assert taken.manifest_hash() != few.manifest_hash()
 
@@ -138,7 +152,10 @@ def test_corrupt_files(splits):
 
 def grouped(groups: list[str], labels: list[int]) -> LabelledSet:
     names = tuple(f"{row:03d}" for row in range(len(groups)))
-    pixels = ResizedArrays(np.zeros((len(groups), 2, 2, 3), np.uint8), 2, Resize())
+    sizes = Sizes(2, 2, 3, Resize())
+    pixels = SelectedPixels(
+        ArraySource(np.zeros((len(groups), 2, 2, 3), np.uint8), sizes), np.arange(len(groups)), sizes
+    )
     return LabelledSet("s", "", ("a", "b"), names, tuple(groups), np.asarray(labels, np.int32), pixels)
 
 

@@ -8,14 +8,16 @@ import pytest
 from input_pipeline.decode import Resize
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from input_pipeline.index import DataError
-from input_pipeline.sources import LabelledSet, ResizedArrays
+from input_pipeline.sources import ArraySource, LabelledSet, SelectedPixels, Sizes
 
 
 def labelled(labels: object, names: list[str] | None = None, classes: tuple[str, ...] = ("a", "b", "c")) -> LabelledSet:
     """A set with these labels and black images."""
     labels = np.asarray(labels)
     names = tuple(names or (f"{row:04d}" for row in range(len(labels))))
-    pixels = ResizedArrays(np.zeros((len(labels), 2, 2, 3), np.uint8), 2, Resize())
+    sizes = Sizes(2, 2, 3, Resize())
+    source = ArraySource(np.zeros((len(labels), 2, 2, 3), np.uint8), sizes)
+    pixels = SelectedPixels(source, np.arange(len(labels)), sizes)
     return LabelledSet("s", "", classes, names, names, labels, pixels)
 
 
@@ -80,7 +82,7 @@ def test_manifest_round_trip(tmp_path):
     written = write_manifest(tmp_path / "a" / "m.json", found, rows, ratio=0.1, seed=2)
     assert json.loads((tmp_path / "a" / "m.json").read_text()) == written
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["m.json"]
-    assert (written["num_images"], written["ratio"], written["seed"]) == (15, 0.1, 2)
+    assert (written["num_images"], written["selection"]) == (15, {"ratio": 0.1, "seed": 2})
     assert written["hash"] == found.take(rows).manifest_hash() != found.manifest_hash() == written["source_hash"]
     np.testing.assert_array_equal(read_manifest(tmp_path / "a" / "m.json", found), rows)
     more = labelled([0, *LABELS], ["-first", *found.names])  # a set that has grown: the same images, other rows

@@ -92,6 +92,9 @@ def test_a_fixed_view_does_not_depend_on_the_batch():
     whole = make(5, rows, 2, IMAGES, 8)
     part = make(5, rows[[2, 0]], 2, IMAGES[[2, 0]], 8)
     np.testing.assert_allclose(part, whole[np.array([2, 0])], atol=1e-6)
+    mixed = make(5, rows[[2, 0]], np.array([2, 3]), IMAGES[[2, 0]], 8)
+    np.testing.assert_allclose(mixed[0], whole[2], atol=1e-6)
+    assert np.abs(np.asarray(mixed[1] - whole[0])).max() > 0.01
     for other in (make(5, rows, 3, IMAGES, 8), make(6, rows, 2, IMAGES, 8), make(5, rows + 1, 2, IMAGES, 8)):
         assert (np.abs(np.asarray(other - whole)).max(axis=(1, 2, 3)) > 0.01).all()
     keys = np.concatenate([jax.random.key_data(view_keys(0, np.arange(3), view)) for view in range(3)])
