@@ -1,0 +1,191 @@
+"""One distillation update, ours against PyTorch doing the same: images/s, peak memory, time to the first update.
+
+  python -m benchmarks.distill_step [--model=vit_base_patch16_224] [--batches=8,16] [--sides=jax,torch,torch_bf16]
+
+Both sides run the teacher, the student with enhanced adapters (r=2, R=128), L1 before the final norm, backward, AdamW,
+on the same fixed images of 224 pixels (no augmentation). Each side is a process of its own; the order alternates, and
+the median of the rounds' medians is compared. PyTorch: timm blocks with separate low-rank layers, written here from the
+method's description; bf16 is torch.autocast.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+RANK, REDUCTION, LEARNING_RATE = 128, 2, 1e-3
+
+
+def run_jax(model: str, batch: int, steps: int) -> dict:
+    """Times our update."""
+    import jax
+
+    from configs.common import distiller
+    from core.optim import build_optimizer
+    from core.step import make_train_step_fn
+    from vit_distill.distill import build_distiller, build_state, make_loss_fn, make_targets_fn
+    from vit_distill.teacher import load_teacher
+
+    config = distiller()
+    config.student.reduction, config.lora.rank, config.train.batch_size = REDUCTION, RANK, batch
+    if jax.default_backend() != "cpu":
+        config.train.dtype = config.teacher.dtype = "bfloat16"
+    config.optim.learning_rate = LEARNING_RATE
+    it = build_distiller(config, load_teacher(f"random:{model}"))
+    tx = build_optimizer(config.optim, 1000)
+    state = build_state(it, tx)
+    update, targets_fn = make_train_step_fn(make_loss_fn(it), tx, ema_decay=0.0), make_targets_fn(it)
+    teacher, base = jax.device_put(it.teacher.params), jax.device_put(it.base)
+    side = it.student_config.image_size
+    views = jax.device_put(np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32))
+    key = jax.random.key(0)
+
+    def step():
+        nonlocal state
+        state, metrics = update(state, {"views": views, "targets": targets_fn(teacher, views)}, key, base)
+        return float(metrics["loss"])
+
+    return _timed(step, batch, steps)
+
+
+def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
+    """Times the same update in PyTorch."""
+    import torch
+    from torch import nn
+
+    _declare_vision_operators(torch)
+    import timm
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    class Adapted(nn.Module):
+        """Frozen linear layer with low-rank pairs on equal slices of its outputs (three on qkv)."""
+
+        def __init__(self, linear: nn.Linear, parts: int):
+            super().__init__()
+            self.linear = linear
+            width = linear.out_features // parts
+            bound = linear.in_features**-0.5
+            shape = (RANK, linear.in_features)
+            self.a = nn.ParameterList([torch.empty(shape).uniform_(-bound, bound) for _ in range(parts)])
+            self.b = nn.ParameterList([torch.zeros(width, RANK) for _ in range(parts)])
+
+        def forward(self, x):
+            low = [nn.functional.linear(nn.functional.linear(x, a), b) for a, b in zip(self.a, self.b, strict=True)]
+            return self.linear(x) + (torch.cat(low, -1) if len(low) > 1 else low[0])
+
+    teacher = timm.create_model(model, num_classes=0).eval()
+    student = timm.create_model(model, num_classes=0)
+    student.load_state_dict(teacher.state_dict())
+    student.blocks = student.blocks[::REDUCTION]
+    for parameter in [*teacher.parameters(), *student.parameters()]:
+        parameter.requires_grad_(False)
+    for block in student.blocks:
+        block.attn.qkv, block.attn.proj = Adapted(block.attn.qkv, 3), Adapted(block.attn.proj, 1)
+        block.mlp.fc1, block.mlp.fc2 = Adapted(block.mlp.fc1, 1), Adapted(block.mlp.fc2, 1)
+    teacher.norm, student.norm = nn.Identity(), nn.Identity()
+    teacher.to(device), student.to(device)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    side = teacher.patch_embed.img_size[0]
+    images = np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
+    views = torch.from_numpy(images).to(device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                target = teacher.forward_features(views)
+            loss = (student.forward_features(views) - target).abs().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return _timed(step, batch, steps)
+
+
+def _declare_vision_operators(torch) -> None:
+    """timm imports torchvision, whose build may not fit a CPU torch; the operators it then misses are never called."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
+
+def _timed(step, batch: int, steps: int) -> dict:
+    start = time.perf_counter()
+    first = step()
+    first_seconds = time.perf_counter() - start
+    step()
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        last = step()
+        seconds.append(time.perf_counter() - start)
+    assert last < first, f"it does not train: loss {first} at first, {last} at last"
+    return {
+        "images_per_second": batch / statistics.median(seconds),
+        "first_update_seconds": first_seconds,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+SIDES = {
+    "jax": run_jax,
+    "torch": lambda model, batch, steps: run_torch(model, batch, steps, bf16=False),
+    "torch_bf16": lambda model, batch, steps: run_torch(model, batch, steps, bf16=True),
+}
+
+
+def main() -> None:
+    """Runs every side in processes of their own, or one side in this one (--side)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batches", default="8")
+    parser.add_argument("--sides", default="jax,torch,torch_bf16")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(SIDES[args.side](args.model, int(args.batches), args.steps)))
+        return
+    sides, rows = args.sides.split(","), []
+    for batch in map(int, args.batches.split(",")):
+        found = {side: [] for side in sides}
+        for turn in range(args.rounds):
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                command = [sys.executable, "-m", "benchmarks.distill_step", f"--model={args.model}"]
+                command += [f"--batches={batch}", f"--steps={args.steps}", f"--side={side}"]
+                environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for every side alike
+                done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+                found[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for side, runs in found.items():
+            median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+            rate = statistics.median(run["images_per_second"] for run in found[sides[0]])
+            row = {"model": args.model, "batch": batch, "side": side, **{k: round(v, 3) for k, v in median.items()}}
+            rows.append(row | {f"{sides[0]}_times_faster": round(rate / median["images_per_second"], 2)})
+            print(rows[-1], flush=True)
+    from benchmarks.record import write_record
+
+    packages = ("jax", "flax", "torch", "timm") if any("torch" in side for side in sides) else ("jax", "flax")
+    write_record(
+        f"distill_step_{args.model}_cpu",
+        "python -m " + " ".join(["benchmarks.distill_step", *sys.argv[1:]]),
+        rows,
+        packages,
+    )
+
+
+if __name__ == "__main__":
+    main()

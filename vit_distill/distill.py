@@ -1,0 +1,211 @@
+"""Distillation as pure functions: what a config and a teacher fix, the views, the targets, the loss and the update.
+
+Axes: B batch, H W C image, S stored image side, N tokens, D width, V views.
+An update is three compiled calls: augment the images (once, for teacher and student alike), run the teacher (outside
+the gradient, never in the optimiser), update what trains. `trainable` is a tree of adapters for method "lora" and all
+weights of the copy for "full" and "scratch".
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from core import tree
+from core.mesh import make_mesh, replicate
+from core.state import TrainState, init_state
+from core.step import make_train_step_fn
+from core.vit import VisionTransformer, VitConfig
+from vit_distill.augment import fixed_view, random_resized_crop
+from vit_distill.lora import LoraConfig, build_lora_config, init_adapters, merge
+from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
+from vit_distill.teacher import Teacher
+from vit_distill.weight_copy import aligned_targets, calibrated_blocks, choose_blocks, copy_blocks
+
+METHODS = ("lora", "full", "scratch", "copy")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+    """What a config and a teacher fix before the first update.
+
+    Attributes:
+      config: the ConfigDict of configs/common.py `distiller`.
+      blocks: teacher blocks that the student copies.
+      choice: how calibrated blocks were found (rows for the report), empty otherwise.
+      student_config, base: architecture and start weights of the student.
+      lora: None unless method is "lora".
+      pairs: for each student block the teacher block whose output it is compared with.
+    """
+
+    config: Any
+    teacher: Teacher
+    blocks: tuple[int, ...]
+    choice: tuple[Mapping[str, Any], ...]
+    student_config: VitConfig
+    base: Any
+    lora: LoraConfig | None
+    loss: LossConfig
+    pairs: tuple[int, ...]
+    mesh: Mesh
+
+    @property
+    def student(self) -> VisionTransformer:
+        return VisionTransformer(self.student_config, dtype=DTYPES[self.config.train.dtype])
+
+    def init_trainable(self, key: jax.Array) -> Any:
+        """What trains, at its start: fresh adapters, or the weights of the copy."""
+        return init_adapters(key, self.base, self.lora) if self.lora else jax.tree.map(jnp.asarray, self.base)
+
+    def merged(self, trainable: Any, base: Any = None) -> Any:
+        """The student's weights with what was trained; `base` instead of the held one inside compiled functions."""
+        return merge(self.base if base is None else base, trainable, self.lora) if self.lora else trainable
+
+
+def build_distiller(
+    config: Any, teacher: Teacher, images: np.ndarray | None = None, blocks: tuple[int, ...] | None = None
+) -> Distiller:
+    """Chooses and copies blocks.
+
+    Args:
+      images: uint8 [n, S, S, C] few-shot images resized to teacher.preprocessing.resize_size; needed for
+        student.blocks="calibrated" alone.
+      blocks: teacher blocks already chosen (by an earlier run), instead of config.student.blocks.
+
+    Raises:
+      ValueError: for an unknown method, or blocks, ranks or losses that do not fit the teacher.
+    """
+    method = config.student.method
+    if method not in METHODS:
+        raise ValueError(f"student.method: expected one of {METHODS}, found {method!r}")
+    for field in ("teacher", "train"):
+        if config[field].dtype not in DTYPES:
+            raise ValueError(f"{field}.dtype: expected one of {sorted(DTYPES)}, found {config[field].dtype!r}")
+    depth, choice = teacher.config.depth, ()
+    if blocks is None and config.student.blocks == "calibrated":
+        if images is None:
+            raise ValueError('student.blocks="calibrated" needs images to choose by')
+        inputs = teacher.preprocessing.evaluate(jnp.asarray(images))
+        blocks, rows = calibrated_blocks(
+            teacher.config, teacher.params, inputs, config.student.reduction, config.calibration.criterion
+        )
+        choice = tuple(rows)
+    if blocks is None:
+        blocks = choose_blocks(depth, config.student.reduction, config.student.blocks)
+    student_config, base = copy_blocks(teacher.config, teacher.params, blocks)
+    if method == "scratch":
+        shape = (1, student_config.image_size, student_config.image_size, student_config.in_channels)
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        base = VisionTransformer(student_config).init(key, jnp.zeros(shape))["params"]
+    return Distiller(
+        config=config,
+        teacher=teacher,
+        blocks=tuple(blocks),
+        choice=choice,
+        student_config=student_config,
+        base=base,
+        lora=build_lora_config(config.lora) if method == "lora" else None,
+        loss=LossConfig(**config.loss),
+        pairs=aligned_targets(tuple(blocks), depth),
+        mesh=make_mesh(),
+    )
+
+
+def base_fingerprint(distiller: Distiller) -> np.ndarray:
+    """sha256 of the start weights as uint8 [32]: goes into every checkpoint, so that adapters know their base."""
+    return np.frombuffer(bytes.fromhex(tree.fingerprint(distiller.base)), np.uint8)
+
+
+def build_state(distiller: Distiller, tx: optax.GradientTransformation, trainable: Any = None) -> TrainState:
+    """Training state at step 0.
+
+    Args:
+      trainable: start values, from a warm start for example; by default `init_trainable` of the config's seed.
+    """
+    key = jax.random.key(distiller.config.seed)
+    extra = {"base": jnp.asarray(base_fingerprint(distiller))}
+    make = distiller.init_trainable if trainable is None else lambda _: jax.tree.map(jnp.asarray, trainable)
+    return init_state(lambda key: (make(key), extra), key, tx, distiller.mesh)
+
+
+def make_views_fn(distiller: Distiller) -> Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]:
+    """Compiled (batch, run key, step) -> normalised views [B, H, W, C].
+
+    The batch holds image uint8 [B, S, S, C] and, with cached views, index and view int32 [B]: then the crop is a
+    function of (seed, index, view), whenever it is drawn.
+    """
+    config, preprocessing = distiller.config, distiller.teacher.preprocessing
+    options = dict(
+        size=preprocessing.image_size,
+        scale=(config.augment.scale_min, 1.0),
+        flip=config.augment.flip,
+        interpolation=preprocessing.interpolation,
+    )
+
+    def views(batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
+        if "view" in batch:
+            crops = fixed_view(config.seed, batch["index"], batch["view"], batch["image"], **options)
+        else:
+            crops = random_resized_crop(jax.random.fold_in(key, step), batch["image"], **options)
+        return preprocessing.normalise(crops)
+
+    return jax.jit(views)
+
+
+def make_targets_fn(distiller: Distiller) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
+    """Compiled (teacher parameters, views [B, H, W, C]) -> the teacher's tokens to reproduce, float32 [B, N, D]s."""
+    config = distiller.teacher.config
+    model = VisionTransformer(config, dtype=DTYPES[distiller.config.teacher.dtype])
+
+    def targets(params: Any, views: jax.Array) -> tuple[jax.Array, ...]:
+        output = model.apply({"params": params}, views)
+        found = teacher_targets(config, params, output, distiller.loss, distiller.pairs)
+        return tuple(target.astype(jnp.float32) for target in found)
+
+    return jax.jit(targets)
+
+
+def make_loss_fn(distiller: Distiller) -> Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]:
+    """loss_fn(trainable, extra, {views, targets}, key, step, base) for core.step."""
+    config, model = distiller.student_config, distiller.student
+
+    def loss_fn(trainable, extra, batch, key, step, base):
+        params = distiller.merged(trainable, base)
+        output = model.apply({"params": params}, batch["views"])
+        found = student_targets(config, params, output, distiller.loss)
+        loss, metrics = distill_loss(found, batch["targets"], distiller.loss, config)
+        return loss, (metrics, extra)
+
+    return loss_fn
+
+
+def make_step_fn(
+    distiller: Distiller, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One update, (state, batch, run key) -> (state, metrics), for core.loop.
+
+    The batch holds image uint8 [B, S, S, C]; with cached views also index, view and target_0, target_1...: [B, N, D].
+    """
+    config = distiller.config
+    update = make_train_step_fn(
+        make_loss_fn(distiller), tx, ema_decay=config.train.ema_decay, accumulation=config.train.accumulation
+    )
+    views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
+    base = replicate(distiller.base, distiller.mesh) if distiller.lora else {}
+    teacher = None if config.train.cached_views else replicate(distiller.teacher.params, distiller.mesh)
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        views = views_fn(batch, key, state.step)
+        if teacher is None:
+            targets = tuple(batch[name] for name in sorted(n for n in batch if n.startswith("target_")))
+        else:
+            targets = targets_fn(teacher, views)
+        return update(state, {"views": views, "targets": targets}, key, base)
+
+    return step

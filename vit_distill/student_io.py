@@ -1,0 +1,126 @@
+"""A student on disk: student.json and checkpoints of a work directory, read back with its teacher."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from core.checkpoint import Checkpointer
+from core.files import write_json
+from core.optim import build_optimizer
+from core.tree import num_params
+from vit_distill.distill import Distiller, build_distiller, build_state
+from vit_distill.student import Student
+from vit_distill.teacher import Teacher, load_teacher
+from vit_distill.train import check_base
+
+FACTS = "student.json"
+
+
+def load_teacher_of(config: Any) -> Teacher:
+    """The teacher that `config.teacher` names, its load report printed.
+
+    Raises:
+      ValueError: without a checkpoint, and as `load_teacher`.
+    """
+    section = config.teacher
+    if not section.checkpoint:
+        raise ValueError(
+            "teacher.checkpoint is empty: set --config.teacher.checkpoint to a weight file, a folder of timm or "
+            "Hugging Face, hf-hub:ORGANISATION/NAME, or random:NAME"
+        )
+    overrides = {name: value for name, value in section.overrides.items() if value is not None}
+    teacher = load_teacher(
+        section.checkpoint,
+        overrides=overrides,
+        allow_missing=tuple(section.allow_missing),
+        allow_unused=tuple(section.allow_unused),
+    )
+    print(teacher.report)
+    return teacher
+
+
+def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON for reports and model cards; `manifest` names the few-shot images' hash and count."""
+    config, teacher = distiller.config, distiller.teacher
+    lora = {}
+    if distiller.lora:
+        lora = {"ranks": dict(distiller.lora.ranks), "dora": distiller.lora.dora, "scaling": distiller.lora.scaling}
+    return {
+        "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
+        "blocks": list(distiller.blocks),
+        "choice": [dict(row) for row in distiller.choice],
+        "method": config.student.method,
+        "lora": lora,
+        "loss": {"kind": config.loss.kind, "target": config.loss.target, "cls_weight": config.loss.cls_weight},
+        "few_shot": dict(manifest),
+        "seed": int(config.seed),
+        "num_params": {"teacher": num_params(teacher.params), "student": num_params(distiller.base)},
+        "metrics": {},
+    }
+
+
+def build_student(distiller: Distiller, trainable: Any, facts: Mapping[str, Any]) -> Student:
+    """The student with everything merged, as float32 host arrays."""
+    params = distiller.merged(trainable) if trainable is not None else distiller.base
+    return Student(
+        config=distiller.student_config,
+        params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params),
+        preprocessing=distiller.teacher.preprocessing,
+        blocks=distiller.blocks,
+        method=distiller.config.student.method,
+        base=distiller.base,
+        adapters=jax.device_get(trainable) if distiller.lora else None,
+        lora=distiller.lora,
+        facts=facts,
+    )
+
+
+def save_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
+    """Writes workdir/student.json."""
+    write_json(workdir / FACTS, facts)
+
+
+def load_student(workdir: Path) -> Student:
+    """Reads a distilled student back: its teacher's file, the copied blocks, the newest checkpoint.
+
+    Raises:
+      ValueError: if `workdir` holds no student, or its teacher's file is gone or another one.
+      CheckpointError: if the checkpoint is missing, damaged or of another base.
+    """
+    return build_student(*load_distilled(workdir))
+
+
+def load_distilled(workdir: Path) -> tuple[Distiller, Any, dict[str, Any]]:
+    """(distiller, what was trained, facts) of a work directory; errors as `load_student`."""
+    workdir = Path(workdir)
+    missing = [name for name in ("config.json", FACTS) if not (workdir / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{workdir} holds no distilled student ({', '.join(missing)} missing): expected the --workdir of "
+            "configs/vit_distill/distill.py after training"
+        )
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    facts = json.loads((workdir / FACTS).read_text())
+    teacher = load_teacher_of(config)
+    expected = facts["teacher"].get("sha256")
+    if expected and teacher.report.sha256 != expected:
+        raise ValueError(
+            f"{config.teacher.checkpoint}: sha256 {teacher.report.sha256[:12]}..., the student of {workdir} was "
+            f"distilled from {expected[:12]}...: put the same teacher file there"
+        )
+    distiller = build_distiller(config, teacher, blocks=tuple(facts["blocks"]))
+    if config.student.method == "copy":
+        return distiller, None, facts
+    state = build_state(distiller, build_optimizer(config.optim, config.train.num_steps))
+    checkpointer = Checkpointer(workdir)
+    try:
+        trainable, extra, _ = checkpointer.restore_model(state.ema_params, state.extra)
+    finally:
+        checkpointer.close()
+    check_base(distiller, extra, workdir)
+    return distiller, trainable, facts

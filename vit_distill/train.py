@@ -1,0 +1,112 @@
+"""Trains a student: few-shot images in, what was trained out; with a work directory resumable by the same command."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core.checkpoint import Checkpointer, CheckpointError
+from core.logs import MetricLogger
+from core.loop import train_loop
+from core.optim import build_optimizer
+from core.state import TrainState
+from input_pipeline.batches import train_batches
+from input_pipeline.classification import LabelledSet
+from vit_distill.distill import Distiller, base_fingerprint, build_state, make_step_fn
+from vit_distill.teacher_cache import build_cache, cached_batches
+
+
+def train(distiller: Distiller, images: LabelledSet, workdir: Path | None = None, start: Any = None) -> TrainState:
+    """Trains to `config.train.num_steps`.
+
+    Args:
+      images: the few-shot images at teacher.preprocessing.resize_size; labels are not looked at.
+      workdir: for checkpoints, metrics.jsonl and cached features; the newest checkpoint there is continued. None
+        trains in memory.
+      start: start values of what trains, from a warm start for example.
+
+    Raises:
+      ValueError: if the batch does not divide over devices and micro-batches, or the student has nothing to train.
+      CheckpointError: if the checkpoint was trained on another base.
+    """
+    config = distiller.config
+    shards, accumulation = distiller.mesh.shape["data"], config.train.accumulation
+    if config.train.batch_size % (shards * accumulation):
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} does not divide by the {shards} devices that split the batch "
+            f"times train.accumulation={accumulation}: choose a multiple of {shards * accumulation}"
+        )
+    tx = build_optimizer(config.optim, config.train.num_steps)
+    state = build_state(distiller, tx, start)
+    if workdir is None:
+        return _loop(distiller, images, state, tx, None, None, None)
+    checkpointer = Checkpointer(workdir)
+    try:
+        if checkpointer.latest_step() is not None:
+            state = checkpointer.restore_train(state)
+            check_base(distiller, state.extra, workdir)
+            print(f"resuming after step {int(state.step)}")
+        host = jax.process_index()
+        folder = workdir / f"host_{host}" if host else workdir
+        with MetricLogger(folder, int(state.step), config.train.tensorboard) as logger:
+            return _loop(distiller, images, state, tx, folder / "teacher_features", logger, checkpointer)
+    finally:
+        checkpointer.close()
+
+
+def check_base(distiller: Distiller, extra: Any, workdir: Path) -> None:
+    """Raises CheckpointError if a checkpoint's adapters were trained on other start weights than the distiller's."""
+    found, expected = np.asarray(extra["base"], np.uint8), base_fingerprint(distiller)
+    if not np.array_equal(found, expected):
+        raise CheckpointError(
+            f"{workdir}: what was trained there stands on other start weights (sha256 {bytes(found).hex()[:12]}) than "
+            f"teacher.checkpoint and student.* give now ({bytes(expected).hex()[:12]}): use the same teacher file, or "
+            "another --workdir"
+        )
+
+
+def _loop(
+    distiller: Distiller,
+    images: LabelledSet,
+    state: TrainState,
+    tx: Any,
+    cache_folder: Path | None,
+    logger: MetricLogger | None,
+    checkpointer: Checkpointer | None,
+) -> TrainState:
+    config = distiller.config
+    return train_loop(
+        state,
+        make_step_fn(distiller, tx),
+        _batches(distiller, images, int(state.step), cache_folder),
+        key=jax.random.key(config.seed + 1),
+        num_steps=config.train.num_steps,
+        mesh=distiller.mesh,
+        logger=logger,
+        checkpointer=checkpointer,
+        log_every=config.train.log_every,
+        save_every=config.train.save_every,
+        images_per_step=config.train.batch_size,
+    )
+
+
+def _batches(
+    distiller: Distiller, images: LabelledSet, start: int, cache_folder: Path | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Host batches from update `start` on; with cached views the teacher's features are in them."""
+    config = distiller.config
+    batches = train_batches(
+        images,
+        config.train.batch_size,
+        seed=config.seed,
+        start_step=start,
+        num_steps=config.train.num_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if not config.train.cached_views:
+        return ({"image": batch["image"]} for batch in batches)
+    cache = build_cache(distiller, images.pixels, images.manifest_hash(), cache_folder)
+    return cached_batches(batches, cache, len(images), config.seed, start)
