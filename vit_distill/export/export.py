@@ -47,8 +47,9 @@ def export(student: Student, kind: str, folder: str | Path, images: np.ndarray) 
       images: uint8 [n, S, S, C], n > 0, S = student.preprocessing.resize_size: what the comparison is made on.
 
     Returns:
-      kind, folder, files {name: bytes}, max_difference (share of an output's largest value), tolerance, and
-      reloaded_by {tool and version: its difference}: our own reader always, timm or transformers where installed.
+      kind, folder, files {name: bytes}, max_difference (share of an output's largest value), tolerance, reloaded_by
+      {tool and version: its difference}: our own reader always, timm or transformers where they can be imported; and
+      not_reloaded_by {tool: why it could not be asked}.
 
     Raises:
       ValueError: for an unknown kind, a student the format cannot hold, a folder of something else, or a reloaded
@@ -61,23 +62,30 @@ def export(student: Student, kind: str, folder: str | Path, images: np.ndarray) 
     folder, entry = Path(folder).absolute(), _KINDS[kind]
     with _replaced(folder) as partial:
         entry.write(student, partial)
-        differences = _compare(student, kind, entry, partial, images)
+        differences, skipped = _compare(student, kind, entry, partial, images)
         result = {"kind": kind, "max_difference": max(differences.values()), "tolerance": TOLERANCE}
-        result["reloaded_by"] = differences
+        result |= {"reloaded_by": differences, "not_reloaded_by": skipped}
         (partial / "README.md").write_text(model_card(student, usage(student, kind), result))
         write_json(partial / RECORD, result | {"num_images": len(images), "environment": environment()})
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return result | {"folder": str(folder), "files": files}
 
 
-def _compare(student: Student, kind: str, entry: _Kind, folder: Path, images: np.ndarray) -> dict[str, float]:
-    """Largest difference by tool. The expected values come from base and adapters, not from the merged weights."""
+def _compare(
+    student: Student, kind: str, entry: _Kind, folder: Path, images: np.ndarray
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Largest difference by tool, and why a tool was not asked.
+
+    The expected values come from base and adapters, not from the merged weights that were written.
+    """
     params = student.params if student.adapters is None else merge(student.base, student.adapters, student.lora)
-    normalised = np.asarray(student.preprocessing.evaluate(images))
-    expected = model_outputs(student.config, params, normalised)
-    readers = {entry.tool: lambda: entry.read(student, folder)}
-    if entry.other_tool and other_tools.installed(entry.other_tool):
-        readers[other_tools.installed(entry.other_tool)] = lambda: entry.other_read(folder)
+    expected = model_outputs(student.config, params, np.asarray(student.preprocessing.evaluate(images)))
+    readers, skipped = {entry.tool: lambda: entry.read(student, folder)}, {}
+    if entry.other_tool:
+        if reason := other_tools.unavailable(entry.other_tool):
+            skipped[entry.other_tool] = reason
+        else:
+            readers[other_tools.with_version(entry.other_tool)] = lambda: entry.other_read(folder)
     differences = {}
     for tool, make_reader in readers.items():
         try:
@@ -94,7 +102,7 @@ def _compare(student: Student, kind: str, entry: _Kind, folder: Path, images: np
                 f"largest value, expected at most {TOLERANCE:.0e}; nothing is left"
             )
         differences[tool] = difference
-    return differences
+    return differences, skipped
 
 
 @contextlib.contextmanager
@@ -123,7 +131,15 @@ def _is_export(folder: Path) -> bool:
 
 
 def _write_folder(write: Callable[..., None]) -> Callable[[Student, Path], None]:
-    return lambda student, folder: write(folder, student.config, student.params, student.preprocessing, student.facts)
+    """For the two folder formats: facts with a name and licence of the student's own, as a teacher read back has."""
+
+    def adapted(student: Student, folder: Path) -> None:
+        teacher = student.facts.get("teacher", {})
+        name = f"{teacher.get('name', 'student')}_blocks_{'_'.join(map(str, student.blocks))}"
+        facts = {"name": name, "licence": teacher.get("licence", "unknown"), **student.facts}
+        write(folder, student.config, student.params, student.preprocessing, facts)
+
+    return adapted
 
 
 def _read_folder(_: Student, folder: Path) -> Callable[[np.ndarray], Outputs]:

@@ -4,8 +4,8 @@ Axes: B batch, H W C image. Readers take uint8 images [B, S, S, C] at the studen
 the tool says.
 """
 
+import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,22 @@ from vit_distill.preprocessing import Preprocessing
 Reader = Callable[[np.ndarray], Outputs]
 
 
-def installed(tool: str) -> str:
-    """ "timm 1.0.31" where `tool` and torch can be imported, "" elsewhere."""
-    if any(importlib.util.find_spec(name) is None for name in (tool, "torch")):
-        return ""
+# What must import for a tool to work: transformers itself imports lazily.
+_PROBES = {"timm": ("torch", "timm"), "transformers": ("torch", "transformers.models.vit.modeling_vit")}
+
+
+def unavailable(tool: str) -> str:
+    """Why `tool` cannot be used here, "" if it can: it is not installed, or its installation is broken."""
+    try:
+        for name in _PROBES[tool]:
+            importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: builds of torch that do not fit together
+        return f"cannot be imported: {error}"
+    return ""
+
+
+def with_version(tool: str) -> str:
+    """For example "timm 1.0.31"."""
     return f"{tool} {importlib.metadata.version(tool)}"
 
 

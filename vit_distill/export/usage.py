@@ -37,9 +37,11 @@ features = VisionTransformer(student.config).apply({{"params": student.params}},
 """
 
 _STABLEHLO = """
+from pathlib import Path
+
 import jax.export
 
-model = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
+model = jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
 {image}
 features = model.call(image)["pooled"]  # also "tokens" and, with a head, "logits"; any number of images
 """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from core.tree import map_with_path
 from core.vit import VisionTransformer, VitConfig
 from vit_distill.lora import LoraConfig, init_adapters, merge
 from vit_distill.preprocessing import Preprocessing
@@ -27,18 +28,23 @@ ARCHITECTURES = {
 SHAPE = dict(depth=4, width=16, num_heads=2, mlp_dim=24, patch_size=4, image_size=16, num_classes=5)
 
 
-def _random(tree: Any, seed: int) -> Any:
+def _random(make: Callable[[], Any], seed: int) -> Any:
+    """The tree that `make` would give, its shapes alone (nothing is compiled), with random values; scales around 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: np.float32(leaf + 0.3 * rng.normal(size=leaf.shape)), jax.device_get(tree))
+    around_one = ("scale", "magnitude", "ls1", "ls2")
+    return map_with_path(
+        lambda path, leaf: np.float32(path.endswith(around_one) + 0.3 * rng.normal(size=leaf.shape)),
+        jax.eval_shape(make),
+    )
 
 
 def _teacher(**options: Any) -> SimpleNamespace:
     """What vit_distill.teacher.Teacher holds and students need of it."""
     config = VitConfig(**(SHAPE | options))
     images = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
-    params = jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"]
+    params = _random(lambda: VisionTransformer(config).init(jax.random.key(0), images)["params"], 0)
     preprocessing = Preprocessing(config.image_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.8)
-    return SimpleNamespace(config=config, params=_random(params, 0), preprocessing=preprocessing)
+    return SimpleNamespace(config=config, params=params, preprocessing=preprocessing)
 
 
 def _student(
@@ -47,7 +53,7 @@ def _student(
     teacher = teacher or _teacher(**options)
     config, base = copy_blocks(teacher.config, teacher.params, blocks)
     lora = LoraConfig((("query", 2), ("out", 3), ("fc2", 4)), scaling="rank_stabilised") if lora is ... else lora
-    adapters = None if lora is None else _random(init_adapters(jax.random.key(1), base, lora), 1)
+    adapters = None if lora is None else _random(lambda: init_adapters(jax.random.key(1), base, lora), 1)
     return Student(
         config=config,
         params=base if lora is None else jax.device_get(merge(base, adapters, lora)),
