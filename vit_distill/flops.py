@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from core.tree import num_params
 from core.vit import VisionTransformer, VitConfig
+from vit_distill.lora import TARGETS, LoraConfig
 
 FLOPS_PER_MAC = 2
-TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ def backward_macs(config: VitConfig, kernels: Collection[str] | None, norms: boo
     """
     everything = kernels is None
     kernels = set(TARGETS) if everything else set(kernels)
-    first = _block_backward(config, kernels, upstream=everything, norms=norms, biases=biases)
-    others = _block_backward(config, kernels, upstream=True, norms=norms, biases=biases)
     if not (kernels or norms or biases):
         return 0
+    first = _block_backward(config, kernels, upstream=everything, norms=norms, biases=biases)
+    others = _block_backward(config, kernels, upstream=True, norms=norms, biases=biases)
     embed = forward_cost(config).embed if everything else 0  # of its kernel; pixels need no gradient
     return embed + first + (config.depth - 1) * others
 
@@ -139,7 +139,7 @@ def step_cost(
     teacher: VitConfig,
     batch_size: int,
     method: str,
-    lora: Any = None,
+    lora: LoraConfig | None = None,
     *,
     accumulation: int = 1,
     cached: bool = False,
@@ -148,7 +148,7 @@ def step_cost(
 
     Args:
       method: "lora" | "full" | "scratch" | "copy" (no training: all zero).
-      lora: vit_distill.lora.LoraConfig; needed for "lora" only.
+      lora: needed for "lora" only.
       accumulation: micro-batches; the adapters are merged anew in each.
       cached: whether the teacher's features are stored and its forward pass falls away.
 
@@ -194,6 +194,7 @@ def model_size(config: VitConfig) -> dict[str, int | float]:
 def train_memory(
     student: VitConfig,
     teacher: VitConfig,
+    batch: int,
     micro_batch: int,
     method: str,
     num_trained: int,
@@ -206,7 +207,7 @@ def train_memory(
     """Estimated bytes of training by what they hold, and their "total"; an estimate: XLA fuses and reuses buffers.
 
     Args:
-      micro_batch: images that are in flight at once.
+      batch, micro_batch: images that the teacher and the student's gradient take at once.
       num_trained: trained scalars (`core.tree.num_params`), float32: value, average, two moments and gradient.
       compute_bytes, teacher_bytes: bytes a number of the student's computation and of the teacher.
       ranks: of the adapters; the adapted kernels exist once more merged, and their gradients in full.
@@ -222,7 +223,7 @@ def train_memory(
         "training state": 5 * 4 * num_trained,
         "merged kernels": 0,
         "activations": compute_bytes * micro_batch * student.depth * _kept_per_block(student),
-        "teacher activations": 0 if cached else teacher_bytes * micro_batch * _kept_per_block(teacher),
+        "teacher activations": 0 if cached else teacher_bytes * batch * _kept_per_block(teacher),
     }
     if method == "lora":
         shapes = dense_shapes(student)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from core.tree import num_params, paths
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import flops
+from vit_distill.lora import LoraConfig
 
 SMALL = VitConfig(depth=3, width=96, num_heads=3, mlp_dim=384, patch_size=8, image_size=32)
 VIT_B = VitConfig(depth=12, width=768, num_heads=12, mlp_dim=3072, patch_size=16, image_size=224, num_classes=1000)
@@ -49,9 +49,8 @@ def images(config: VitConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((BATCH, config.image_size, config.image_size, config.in_channels), jnp.float32)
 
 
-def lora(*targets: str, train_norms: bool = False, train_biases: bool = False) -> SimpleNamespace:
-    """What flops.py reads of a LoraConfig."""
-    return SimpleNamespace(ranks=dict.fromkeys(targets, RANK), train_norms=train_norms, train_biases=train_biases)
+def lora(*targets: str) -> LoraConfig:
+    return LoraConfig(tuple((target, RANK) for target in targets))
 
 
 def trained_fn(config: VitConfig, chosen):
@@ -192,7 +191,7 @@ def test_memory_is_near_what_xla_allocates():
     grad, trained, frozen = trained_fn(SMALL, lambda path: True)
     pixels = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
     found = jax.jit(grad).lower(trained, frozen, pixels).compile().memory_analysis().temp_size_in_bytes
-    memory = flops.train_memory(SMALL, SMALL, 32, "full", num_params(trained), cached=True)
+    memory = flops.train_memory(SMALL, SMALL, 64, 32, "full", num_params(trained), cached=True)
     assert 0.5 < found / memory["activations"] < 2
     assert memory["training state"] == 20 * num_params(trained)
     assert memory["teacher"] == memory["teacher activations"] == memory["student"] == 0
@@ -201,8 +200,9 @@ def test_memory_is_near_what_xla_allocates():
 
 def test_memory_of_adapters():
     ranks = {"query": 4, "fc1": 4}
-    memory = flops.train_memory(SMALL, VIT_B, 1, "lora", 1000, ranks=ranks, teacher_bytes=2)
+    memory = flops.train_memory(SMALL, VIT_B, 2, 1, "lora", 1000, ranks=ranks, teacher_bytes=2)
     assert memory["teacher"] == 2 * 86_567_656
     assert memory["student"] == 4 * num_params(flops.abstract_params(SMALL))
     assert memory["merged kernels"] == 2 * 4 * 3 * (96 * 96 + 96 * 384)
     assert memory["training state"] == 20_000
+    assert memory["teacher activations"] == 2 * 2 * 197 * (8 * 768 + 2 * 3072 + 12 * 197)

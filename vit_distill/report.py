@@ -1,0 +1,84 @@
+"""report.html of a distillation: gathers sizes, latencies, the loss curve and what was measured, then writes the page.
+
+Axes: R rank.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from core.logs import read_history
+from core.tree import num_params
+from vit_distill.flops import model_size
+from vit_distill.lora import suggested_rank
+from vit_distill.plan import measure_latency
+from vit_distill.report_data import ReportData
+from vit_distill.report_page import write_page
+from vit_distill.student import Student
+from vit_distill.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a distillation hands to its report.
+
+    Attributes:
+      before, after: rows of `diagnostics.block_diagnostics`, of the untrained copy and of the student.
+      singular_values: of `lora.singular_values`, [R] by adapter; empty without adapters.
+      metrics: flat, plain numbers: feature distances on held-out images.
+      probe: flat metrics of a probe, where one was run.
+    """
+
+    teacher: Teacher
+    student: Student
+    before: Sequence[Mapping[str, Any]]
+    after: Sequence[Mapping[str, Any]]
+    singular_values: Mapping[str, np.ndarray]
+    metrics: Mapping[str, float]
+    provenance: Mapping[str, Any]
+    probe: Mapping[str, float] = field(default_factory=dict)
+
+
+def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[int] = (1, 32)) -> None:
+    """Measures latencies and writes workdir/report.html; the loss curve and the config are read from `workdir`."""
+    teacher, student = results.teacher, results.student
+    models = {"teacher": (teacher.config, teacher.params), "student": (student.config, student.params)}
+    latency = {name: measure_latency(*model, batch_sizes) for name, model in models.items()}
+    trained = num_params(student.adapters) if student.adapters is not None else 0
+    summary = f"{student.config.depth} of {teacher.config.depth} blocks, {_METHODS[student.method]}"
+    config = workdir / "config.json"
+    write_page(
+        workdir / "report.html",
+        ReportData(
+            title=f"Student of {teacher.name}",
+            summary=summary + (f" ({trained / 1e6:.2f} M parameters, merged)" if trained else ""),
+            models={name: model_size(architecture) for name, (architecture, _) in models.items()},
+            latency=latency,
+            device=jax.devices()[0].device_kind,
+            history=read_history(workdir),
+            blocks=student.blocks,
+            blocks_before=results.before,
+            blocks_after=results.after,
+            choice=student.facts.get("choice", ()),
+            singular_values=results.singular_values,
+            suggested_ranks=suggested_rank(results.singular_values),
+            probe=results.probe,
+            facts=dict(student.facts) | {"metrics": dict(results.metrics)},
+            load_report=str(teacher.report).splitlines(),
+            provenance=results.provenance,
+            config=json.loads(config.read_text()) if config.exists() else {},
+        ),
+    )
+
+
+_METHODS = {
+    "lora": "low-rank adapters",
+    "full": "all weights trained",
+    "scratch": "trained from random weights",
+    "copy": "copied, not trained",
+}
