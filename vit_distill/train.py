@@ -18,7 +18,13 @@ from vit_distill.distill import Distiller, base_fingerprint, build_state, make_s
 from vit_distill.teacher_cache import build_cache, cached_batches
 
 
-def train(distiller: Distiller, images: LabelledSet, workdir: Path | None = None, start: Any = None) -> TrainState:
+def train(
+    distiller: Distiller,
+    images: LabelledSet,
+    workdir: Path | None = None,
+    start: Any = None,
+    cache_folder: Path | None = None,
+) -> TrainState:
     """Trains to `config.train.num_steps`.
 
     Args:
@@ -26,6 +32,7 @@ def train(distiller: Distiller, images: LabelledSet, workdir: Path | None = None
       workdir: for checkpoints, metrics.jsonl and cached features; the newest checkpoint there is continued. None
         trains in memory.
       start: start values of what trains, from a warm start for example.
+      cache_folder: where a run in memory keeps (and finds) cached teacher features; None: in memory as well.
 
     Raises:
       ValueError: if the batch does not divide over devices and micro-batches, or the student has nothing to train.
@@ -41,7 +48,7 @@ def train(distiller: Distiller, images: LabelledSet, workdir: Path | None = None
     tx = build_optimizer(config.optim, config.train.num_steps)
     state = build_state(distiller, tx, start)
     if workdir is None:
-        return _loop(distiller, images, state, tx, None, None, None)
+        return _loop(distiller, images, state, tx, cache_folder, None, None)
     checkpointer = Checkpointer(workdir)
     try:
         if checkpointer.latest_step() is not None:
