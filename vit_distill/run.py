@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from core.compilation import enable_compilation_cache
@@ -15,7 +16,7 @@ from core.workdir import check_config, save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from vit_distill.distill import Distiller, build_distiller
-from vit_distill.evaluate import compare
+from vit_distill.evaluate import compare, run_blocks
 from vit_distill.lora import singular_values, suggested_rank
 from vit_distill.student_io import build_student, load_distilled, load_teacher_of, save_facts, student_facts
 from vit_distill.train import train
@@ -65,7 +66,7 @@ def plan(config: Any, workdir: Path | None) -> None:
 
 def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     """Writes the merged student for other tools, after reloading and comparing what was written."""
-    from vit_distill.export import run_export
+    from vit_distill.export.command import run_export
 
     enable_compilation_cache()
     run_export(config, workdir, kind, output)
