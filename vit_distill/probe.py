@@ -92,16 +92,27 @@ def probe(
         value: float(np.mean([score_metrics(predict(valid.features), valid.labels, names)[wanted] for predict in fits]))
         for value, fits in runs.items()
     }
-    chosen = max(on_valid, key=on_valid.get)
+    chosen, at_edge = choose(on_valid)
     on_test = [score_metrics(predict(test.features), test.labels, names) for predict in runs[chosen]]
-    grid = list(runs)
-    ends = {grid[-1]} if kind == "knn" else {grid[0], grid[-1]}  # fewer than one neighbour there is not
     return mean_over_seeds(on_test) | {
         HYPER_PARAMETERS[kind]: float(chosen),
         f"valid_{wanted}": on_valid[chosen],
-        "at_grid_edge": float(len(grid) > 1 and chosen in ends),
+        # Fewer than one neighbour there is not.
+        "at_grid_edge": float(at_edge and not (kind == "knn" and chosen == 1)),
         "num_seeds": float(len(on_test)),
     }
+
+
+def choose(on_valid: Mapping[float, float]) -> tuple[float, bool]:
+    """The value with the highest score, of equals the first; and whether a wider grid might hold a better one.
+
+    Args:
+      on_valid: score of each value, in the order of the grid.
+    """
+    grid, scores = list(on_valid), list(on_valid.values())
+    best = int(np.argmax(scores))
+    inner = scores[1:2] if best == 0 else scores[best - 1 : best]
+    return grid[best], best in (0, len(grid) - 1) and any(scores[best] > other for other in inner)
 
 
 def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

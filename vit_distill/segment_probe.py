@@ -20,7 +20,7 @@ import optax
 
 from core.logs import progress_bar
 from core.optim import build_optimizer
-from vit_distill.probe import mean_over_seeds
+from vit_distill.probe import choose, mean_over_seeds
 
 HEADS = ("linear", "mlp")
 IGNORED = 255  # mask value of pixels without a label
@@ -88,7 +88,8 @@ def segment_probe(
       seeds: of initial weights and order.
 
     Returns:
-      Flat: the metrics of `iou_metrics` on test (`mean_over_seeds`); "learning_rate", "valid_miou", "at_grid_edge", "num_seeds" as in `probe`.
+      Flat: the metrics of `iou_metrics` on test (`mean_over_seeds`); "learning_rate", "valid_miou", "at_grid_edge",
+      "num_seeds" as in `probe`.
 
     Raises:
       ValueError: for another head, sets that do not fit together, a mask value that is no class.
@@ -109,14 +110,13 @@ def segment_probe(
     fit = functools.partial(_train, module, train, mean, std, options)
     on_grid = {rate: fit(rate, seeds[0]) for rate in options.learning_rates}
     on_valid = {rate: score(params, valid)["miou"] for rate, params in on_grid.items()}
-    chosen = max(on_valid, key=on_valid.get)
+    chosen, at_edge = choose(on_valid)
     runs = [on_grid[chosen], *(fit(chosen, seed) for seed in seeds[1:])]
     on_test = [score(params, test) for params in runs]
-    grid = options.learning_rates
     return mean_over_seeds(on_test) | {
         "learning_rate": float(chosen),
         "valid_miou": on_valid[chosen],
-        "at_grid_edge": float(len(grid) > 1 and chosen in (min(grid), max(grid))),
+        "at_grid_edge": float(at_edge),
         "num_seeds": float(len(on_test)),
     }
 

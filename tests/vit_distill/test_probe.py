@@ -168,6 +168,14 @@ def test_metrics_by_hand():
         score_metrics(np.zeros((2, 3)), np.zeros((2, 3)), ["x", "y", "z"])
 
 
+def test_choice_takes_the_first_of_equals_and_sees_the_edge():
+    assert module.choose({1: 0.5, 2: 0.7, 3: 0.7}) == (2, False)
+    assert module.choose({1: 0.7, 2: 0.7, 3: 0.6}) == (1, False)  # the grid goes on as it was: no better value in sight
+    assert module.choose({1: 0.8, 2: 0.7, 3: 0.6}) == (1, True)
+    assert module.choose({1: 0.5, 2: 0.7, 3: 0.8}) == (3, True)
+    assert module.choose({1: 0.5}) == (1, False)
+
+
 @pytest.mark.parametrize("kind", module.KINDS)
 def test_a_class_that_train_lacks_is_never_the_answer(kind: str):
     """Two of three classes in train: the third is wrong, the other two are told apart."""
