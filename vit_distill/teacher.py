@@ -15,12 +15,12 @@ import numpy as np
 from core import tree
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import positions
-from vit_distill.formats import architectures, canonical, hub, timm
+from vit_distill.formats import architectures, canonical, hub
 from vit_distill.formats.canonical import Beside, Checkpoint
+from vit_distill.formats.reading import read_format
 from vit_distill.formats.tensors import SUFFIXES, read_config_json, read_tensors
 from vit_distill.preprocessing import Preprocessing
 
-FORMATS = (timm,)
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(VitConfig))
 _PREPROCESSING_FIELDS = ("mean", "std", "interpolation", "crop_fraction")
 OVERRIDES = (*_CONFIG_FIELDS, *_PREPROCESSING_FIELDS, "position_resize")
@@ -147,14 +147,14 @@ def _load(
     left_out = [tensor for tensor in file.tensors if canonical.matches(tensor, allow_unused)]
     kept = {tensor: array for tensor, array in file.tensors.items() if tensor not in left_out}
     try:
-        found = _read_format(kept, beside)
+        found, ignored = read_format(kept, beside)
         config, notes = _build_config(found, overrides)
         state, reshaped = _resized(found, config, overrides)
         params, matched, missing = canonical.to_params(config, state, found.source_name, allow_missing)
         preprocessing = _build_preprocessing(found, config, overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    unused = (*(f"{tensor} (allowed)" for tensor in left_out), *(f"{k} ({v})" for k, v in found.ignored.items()))
+    unused = (*(f"{tensor} (allowed)" for tensor in left_out), *(f"{k} ({v})" for k, v in ignored.items()))
     report = LoadReport(
         matched, missing, unused, reshaped, file.sha256, found.format, (*file.notes, *found.notes, *notes)
     )
@@ -167,45 +167,6 @@ def _load(
         "licence": facts.get("licence") or _readme_licence(path.parent / "README.md") or "unknown",
     }
     return Teacher(name or facts.get("name") or path.stem, config, params, preprocessing, source, report)
-
-
-def _read_format(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
-    """Recognises the format by a name that each has, takes prefixes such as "module." off, and reads.
-
-    Raises:
-      ValueError: for an unknown format, several models in one file, or tensors that are no part of a ViT.
-    """
-    for reader in FORMATS:
-        prefixes = sorted({n[: -len(reader.ANCHOR)] for n in tensors if n.endswith(reader.ANCHOR)})
-        prefixes = [prefix for prefix in prefixes if not prefix or prefix[-1] in "./"]
-        if prefixes:
-            break
-    else:
-        raise ValueError(
-            f"not a vision transformer of a known format: expected a tensor named like "
-            f"{', '.join(reader.ANCHOR for reader in FORMATS)}; found {canonical.shorten(sorted(tensors))}"
-        )
-    if len(prefixes) > 1:
-        raise ValueError(
-            f"expected one model, found {len(prefixes)} with prefixes {prefixes}: leave out all but one by allow_unused"
-        )
-    prefix = prefixes[0]
-    full_names = {name.removeprefix(prefix): name for name in tensors}
-    if len(full_names) != len(tensors):
-        twice = [name for name in tensors if full_names[name.removeprefix(prefix)] != name]
-        raise ValueError(f"tensors both with and without the prefix {prefix!r}: {canonical.shorten(twice)}")
-    found = reader.read({short: tensors[name] for short, name in full_names.items()}, beside)
-
-    def source_name(name: str) -> str:
-        short = found.source_name(name)
-        return full_names.get(short, prefix + short)
-
-    return dataclasses.replace(
-        found,
-        source_name=source_name,
-        unused=tuple(full_names[name] for name in found.unused),
-        ignored={full_names[name]: reason for name, reason in found.ignored.items()},
-    )
 
 
 def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitConfig, tuple[str, ...]]:
@@ -237,7 +198,7 @@ def _resized(
     found: Checkpoint, config: VitConfig, overrides: Mapping[str, Any]
 ) -> tuple[canonical.State, tuple[str, ...]]:
     """State with the position embedding for the config's image size."""
-    variant = overrides.get("position_resize", "timm")
+    variant = overrides.get("position_resize", found.position_resize)
     old, prefix = found.state["pos_embed"], config.num_prefix * config.position_on_prefix
     new = positions.resize_positions(old, prefix, config.image_size // config.patch_size, variant)
     if new is old:

@@ -15,32 +15,12 @@ import numpy as np
 from core.files import write_json
 from core.vit import VitConfig
 from vit_distill.formats import architectures, canonical
-from vit_distill.formats.canonical import Beside, Checkpoint
+from vit_distill.formats.canonical import Beside, Checkpoint, Reader
 from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
 
-ANCHOR = "patch_embed.proj.weight"
 OWN_SECTION = "vit_distill"  # of config.json: what timm's own fields cannot say exactly
 
-IGNORED = {
-    "mask_token": "used in masked pre-training only",
-    "decoder_*": "MAE's decoder",
-    "head.mlp.*": "DINO's projection head",
-    "head.last_layer*": "DINO's projection head",
-    "dino_head.*": "DINO's projection head",
-    "ibot_head.*": "iBOT's projection head",
-    "text.*": "CLIP's text tower",
-    "logit_scale": "CLIP's temperature",
-    "logit_bias": "CLIP's temperature",
-}
-UNSUPPORTED = {
-    "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
-    "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
-    "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's",
-    "rope*": "rotary positions (EVA, DINOv3) are not a plain ViT's",
-    "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
-    "*relative_position*": "relative positions (BEiT) are not a plain ViT's",
-}
 # Old and original dialects -> timm's names of today.
 _DIALECTS = (
     (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),  # DINOv2 trained in chunks; the second index counts on
@@ -67,13 +47,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     """
     state: dict[str, np.ndarray] = {}
     sources: dict[str, str] = {}
-    ignored: dict[str, str] = {}
     for source, array in tensors.items():
-        if refusal := _lookup(source, UNSUPPORTED):
-            raise ValueError(f"tensor {source!r}: {refusal}")
-        if reason := _lookup(source, IGNORED):
-            ignored[source] = reason
-            continue
         name = source
         for pattern, replacement in _DIALECTS:
             name = pattern.sub(replacement, name)
@@ -86,6 +60,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         else:
             state[name] = array
 
+    original = not beside.config and "blocks.0.ls1.gamma" in state
     notes = _fold_dinov2(state, "register_tokens" in tensors)
 
     def source_name(name: str) -> str:
@@ -105,16 +80,13 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         "timm",
         state,
         source_name,
-        ignored=ignored,
         settings=settings,
         preprocessing=preprocessing,
         facts=facts,
+        # DINOv2 without registers was trained with the odd scale; timm's files are used as timm does.
+        position_resize="dinov2" if original and "reg_token" not in state else "timm",
         notes=notes,
     )
-
-
-def _lookup(name: str, table: Mapping[str, str]) -> str | None:
-    return next((reason for pattern, reason in table.items() if canonical.matches(name, [pattern])), None)
 
 
 def _fold_dinov2(state: dict[str, np.ndarray], original_registers: bool) -> tuple[str, ...]:
@@ -166,6 +138,32 @@ def _named_heads(name: str) -> int | None:
         return architectures.architecture_config(name).num_heads
     except ValueError:
         return None
+
+
+READER = Reader(
+    anchors=("patch_embed.proj.weight",),
+    read=read,
+    ignored={
+        "mask_token": "used in masked pre-training only",
+        "decoder_*": "MAE's decoder",
+    },
+    ignored_outside={
+        "head.mlp.*": "DINO's projection head",
+        "head.last_layer*": "DINO's projection head",
+        "*dino_head.*": "DINO's projection head",
+        "*ibot_head.*": "iBOT's projection head",
+        "text.*": "CLIP's text tower",
+        "logit_*": "CLIP's temperature",
+    },
+    unsupported={
+        "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
+        "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
+        "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's",
+        "rope*": "rotary positions (EVA, DINOv3) are not a plain ViT's",
+        "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
+        "*relative_position*": "relative positions (BEiT) are not a plain ViT's",
+    },
+)
 
 
 def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:

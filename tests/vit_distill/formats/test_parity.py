@@ -1,0 +1,94 @@
+"""Checkpoints of every family against what timm and transformers compute: outputs stored by references/make.py."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from peers import peer
+from safetensors.numpy import save_file
+
+from core.vit import VisionTransformer
+from vit_distill.teacher import Teacher, load_teacher
+
+FOLDER = Path(__file__).parents[1] / "references"
+CASES: dict[str, Any] = json.loads((FOLDER / "references.json").read_text())
+OVERRIDES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# Where nothing beside the file tells the heads; vit_jax's arrays do.
+NUM_HEADS = {"openai_clip": 2, "facebook_dinov2": 2}
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("references_make", FOLDER / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_case(name: str, folder: Path) -> Teacher:
+    """The case's checkpoint written to disk and loaded."""
+    case, tensors = CASES[name], script().fill(CASES[name]["shapes"])
+    if name in ("vit_jax", "big_vision"):
+        np.savez(folder / "model.npz", **tensors)
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    for file, key in (("config.json", "config"), ("preprocessor_config.json", "preprocessor")):
+        if case[key]:
+            (folder / file).write_text(json.dumps(case[key]))
+    overrides: dict[str, Any] = {"num_heads": NUM_HEADS.get(name)}
+    if name == "facebook_dinov2":
+        overrides |= OVERRIDES
+    return load_teacher(str(folder), overrides=overrides)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_equal_the_other_tools(name: str, tmp_path: Path) -> None:
+    teacher = load_case(name, tmp_path)
+    with np.load(FOLDER / "references.npz") as stored:
+        expected = {key.partition("/")[2]: stored[key] for key in stored.files if key.startswith(f"{name}/")}
+    out = jax.jit(VisionTransformer(teacher.config).apply)({"params": teacher.params}, script().images())
+    found = {f"block_{i}": block for i, block in enumerate(out.blocks)}
+    found |= {"tokens": out.tokens, "pooled": out.pooled, "logits": out.logits}
+    assert len(expected) >= 4
+    for key, value in expected.items():
+        if teacher.config.num_classes == 0 and key == "logits":
+            continue
+        error = np.abs(np.asarray(found[key]) - value).max() / np.abs(value).max()
+        assert error < 1e-5, (key, error)
+    assert teacher.report.missing == ()
+    assert len(teacher.report.matched) + len(teacher.report.unused) == len(CASES[name]["shapes"])
+
+
+def test_preprocessing_is_read(tmp_path: Path) -> None:
+    for name, interpolation, fraction in (("timm_vit", "bilinear", 0.9), ("hf_vit", "bicubic", 0.75)):
+        folder = tmp_path / name
+        folder.mkdir()
+        preprocessing = load_case(name, folder).preprocessing
+        assert (preprocessing.mean, preprocessing.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+        assert (preprocessing.interpolation, preprocessing.crop_fraction) == (interpolation, fraction)
+        assert preprocessing.image_size == 24
+
+
+def test_what_is_no_part_of_a_vit_is_named(tmp_path: Path) -> None:
+    report = load_case("openai_clip", tmp_path).report
+    assert {line.partition(" (")[0] for line in report.unused} == {
+        "positional_embedding",
+        "transformer.resblocks.0.ln_1.weight",
+        "logit_scale",
+        "token_embedding.weight",
+    }
+    assert any("quick GELU" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_dinov2_registers", "big_vision"])
+def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
+    peer("timm" if "timm" in name or "big" in name else "transformers")
+    case = script().CASES[name]()
+    with np.load(FOLDER / "references.npz") as stored:
+        for key, value in case["arrays"].items():
+            np.testing.assert_allclose(value, stored[f"{name}/{key}"], rtol=1e-4, atol=1e-5)
+    assert case["shapes"] == CASES[name]["shapes"]
