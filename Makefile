@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two processes on two cores: each test process keeps to one intra-op thread pool, see tests/conftest.py.
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-all lint format bench clean
+.PHONY: install quickstart quickstart-detector quickstart-distiller test test-all lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -15,8 +15,20 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-quickstart: install
+quickstart: quickstart-detector quickstart-distiller
+
+quickstart-detector: install
 	$(BIN)/python main.py --config=configs/mtl_moe/quickstart.py --workdir=runs/quickstart
+
+DISTILL := $(BIN)/python main.py --config=configs/vit_distill/quickstart.py
+STUDENTS := runs/quickstart_distill
+quickstart-distiller: install
+	$(DISTILL):teacher --workdir=$(STUDENTS)/teacher
+	$(DISTILL):half --workdir=$(STUDENTS)/half
+	$(DISTILL):third --workdir=$(STUDENTS)/third
+	$(DISTILL):probe --workdir=$(STUDENTS)/probe
+	$(DISTILL):probe_third --workdir=$(STUDENTS)/probe_third
+	$(BIN)/python main.py --mode=export --export=timm --workdir=$(STUDENTS)/half
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -1,4 +1,4 @@
-"""Distils a pretrained vision transformer into every r-th of its blocks, on a few unlabelled images.
+r"""Distils a pretrained vision transformer into every r-th of its blocks, on a few unlabelled images.
 
 python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=FILE_OR_FOLDER \
   --config.data.root=IMAGES --config.student.reduction=2 --workdir=W
@@ -6,8 +6,10 @@ python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoi
 What it costs on your machine before it runs: the same with --mode=plan. Results: docs/results.md.
 """
 
-from configs.common import distiller
+from configs import common
 
 
-def get_config():
-    return distiller()
+def get_config(arg=None):
+    """No argument."""
+    common.parse_arg(arg)
+    return common.distiller()
