@@ -6,6 +6,7 @@ B batch, N tokens, D width, K heads, R rank, L layers, M the MLP's hidden width.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -174,6 +175,7 @@ def step_cost(
     )
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_params(config: VitConfig) -> Any:
     """Shapes of the model's parameters, a tree of jax.ShapeDtypeStruct; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), jnp.float32)

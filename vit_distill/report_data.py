@@ -27,7 +27,8 @@ class ReportData:
       choice: rows {rule, blocks, loss} of `weight_copy.calibrated_blocks`; `blocks` are those copied.
       singular_values, suggested_ranks: by adapter path, of `lora.singular_values` and `lora.suggested_rank`.
       probe: flat metrics.
-      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`: of `table_summary`.
+      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`: of `table_summary`;
+        `shared`: what all rows have in common.
       facts: of the Student: teacher, few_shot, lora, loss and so on.
       load_report: lines of the teacher's LoadReport.
       provenance, config: plain JSON.
@@ -48,6 +49,7 @@ class ReportData:
     probe: Mapping[str, float] = field(default_factory=dict)
     table: Sequence[Mapping[str, Any]] = ()
     metric: str = "top1"
+    shared: Mapping[str, str] = field(default_factory=dict)
     verdicts: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     load_report: Sequence[str] = ()

@@ -168,7 +168,7 @@ def _ablation(results: ReportData) -> Markup:
         "the edge of its grid."
     )
     table = page.table(header, table_cells(results.table), caption, strong=tuple(best.values()))
-    parts = [chart, table]
+    parts = [page.key_values(results.shared), chart, table]
     if results.verdicts:
         rows = [[v["claim"], v["where"], f"{v['difference']:+.4f}", v["verdict"]] for v in results.verdicts]
         parts += [

@@ -69,6 +69,7 @@ def results(**fields) -> ReportData:
             table_row("full", 0.4111, at_grid_edge=True),
         ],
         verdicts=[{"claim": "enhanced > full", "where": "1 %, r=2", "difference": 0.0089, "verdict": "tie"}],
+        shared={"budget": "300 updates"},
         facts={"teacher": {"name": "vit", "sha256": "abc"}, "few_shot": {"num_images": 17}, "seed": 4},
         load_report=["matched 100", "missing none"],
         provenance={"versions": {"jax": "0.10.2"}},
@@ -95,7 +96,7 @@ def test_the_whole_page(tmp_path: Path):
     texts = [
         "3 of 6", "2.50 x", "before training 7.25", "3.12", "0.432", "11.00", "300.00", "Student of &lt;teacher&gt;",
         "Rank 7 would keep 95 %", "0.4200 ± 0.0100", "0.01*", "enhanced &gt; full", "tie", "missing none", "0, 2, 4",
-        "&lt;tag&gt;",
+        "300 updates", "&lt;tag&gt;",
     ]  # fmt: skip
     for text in texts:
         assert text in html, text
@@ -183,6 +184,7 @@ def test_report_of_a_distillation(tmp_path: Path, method: str):
         if method == "lora"
         else None,
         lora=None,
+        shared={"budget": "300 updates"},
         facts={"teacher": {"name": "vit_nano"}},
     )
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')

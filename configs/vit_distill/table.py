@@ -1,0 +1,36 @@
+r"""Every row of the paper's ablation from one command: one target, equal images, updates and batches, tuned rates.
+
+Command: python main.py --config=configs/vit_distill/table.py --config.teacher.checkpoint=FILE_OR_FOLDER \
+           --config.data.root=IMAGES --workdir=W
+The data need labels: students are probed. A stopped run goes on by the same command; rows, ratios, reductions and
+seeds can be added later: --config.table.ratios='(0.01, 0.1)' --config.table.rows='("teacher", "copy", "enhanced")'.
+Cost: rows x ratios x reductions x (seeds - 1 + three to five learning rates) distillations; --mode=plan tells what one
+costs. With train.cached_views=4 the teacher leaves the loop and its features are shared by the rows.
+Results: docs/results.md.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    """No argument."""
+    common.parse_arg(arg)
+    config = common.distiller()
+    config.command = "table"
+    config.table = dict(
+        rows=("teacher", "copy", "scratch", "full", "plain", "enhanced", "dora", "truncate"),
+        ratios=(0.01, 0.1),  # of each class of the training images
+        reductions=(2, 3),
+        num_seeds=3,  # seed, seed + 1, ...: start values, crops and order; the images are the same
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),  # ascending; one is chosen for each row, ratio and reduction
+        tune_steps=0,  # updates of the runs that choose it; 0: as many as in the table
+        held_out=256,  # validation images whose feature loss chooses it
+        probe=dict(
+            kind="logistic",  # linear | logistic | knn
+            per_class=100,  # training images of each class; 0: all
+            batch_size=256,  # of the feature extraction
+            c_values=(0.001, 0.01, 0.1),
+            max_iterations=300,
+        ),
+    )
+    return config

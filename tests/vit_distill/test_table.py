@@ -1,0 +1,307 @@
+"""The ablation table: its order of work, what is run again and what is not, its sums, and a small one end to end."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.vit_distill.table import get_config
+from core.loop import NonFiniteLossError
+from core.vit import VisionTransformer, VitConfig
+from vit_distill import table, table_bench, table_summary
+from vit_distill.preprocessing import Preprocessing
+from vit_distill.table import Group, build_groups, cell_config, walk
+from vit_distill.table_summary import markdown, summarise, verdicts
+from vit_distill.teacher import LoadReport, Teacher
+
+NANO = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
+
+
+def make_teacher(sha256: str = "a" * 64, config: VitConfig = NANO) -> Teacher:
+    params = VisionTransformer(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    report = LoadReport(("all",), (), (), (), sha256, "random")
+    return Teacher("nano", config, params, Preprocessing(16, (0.5,) * 3, (0.5,) * 3), {}, report)
+
+
+def small_config(**fields) -> Any:
+    config = get_config()
+    config.teacher.checkpoint = "nano"
+    config.data.kind = "digits"
+    config.lora.rank = 2
+    config.train.update(batch_size=8, num_steps=2)
+    config.table.update(ratios=(0.02,), reductions=(2,), num_seeds=2, held_out=32, learning_rates=(0.001, 0.01, 0.1))
+    config.table.probe.update(kind="knn", per_class=4, batch_size=64)
+    config.table.update(fields)
+    return config
+
+
+def cell(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int = 2, seed: int = 0, **fields) -> dict:
+    defaults = dict(
+        title=f"<{row}>", l1=2.0, cls_l1=None, loss=2.0, seconds=1.0, params=1e6, gflops=0.1, num_trained=1e5,
+        step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False,
+    )  # fmt: skip
+    return dict(row=row, accuracy=accuracy, ratio=ratio, reduction=reduction, seed=seed) | defaults | fields
+
+
+def test_the_default_config_makes_every_row():
+    groups = build_groups(get_config().table)
+    assert groups[:3] == [Group("teacher", None, 1), Group("copy", None, 2), Group("copy", None, 3)]
+    assert len(groups) == 3 + 2 * 2 * 6
+    assert len({group.name for group in groups}) == len(groups)
+    assert {group.row for group in groups} == set(table.ROWS)
+
+
+def test_a_row_changes_its_method_and_nothing_else():
+    config = small_config()
+    plain = cell_config(config, Group("plain", 0.02, 4), seed=3, learning_rate=0.5)
+    assert (plain.lora.preset, plain.student.reduction, plain.seed, plain.optim.learning_rate) == ("plain", 4, 3, 0.5)
+    assert cell_config(config, Group("dora", 0.02, 2)).lora.dora
+    assert cell_config(config, Group("truncate", 0.02, 2)).student.blocks == "truncate"
+    changed = {key for key, value in plain.to_dict().items() if value != config.to_dict()[key]}
+    assert changed == {"seed", "student", "lora", "optim"}
+    assert not config.lora.dora
+    assert config.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(rows=("copy", "magic")), "table.rows.*'magic'"),
+        (dict(rows=()), "table.rows"),
+        (dict(learning_rates=(0.1, 0.01)), "ascending rates"),
+        (dict(learning_rates=()), "ascending rates"),
+        (dict(num_seeds=0), "num_seeds"),
+    ],
+)
+def test_fields_that_do_not_fit(fields: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_groups(small_config(**fields).table)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "tried"),
+    [
+        ([5, 3, 1, 2, 4], 2, {1, 2, 3}),
+        ([1, 2, 3, 4, 5], 0, {0, 1, 2, 3}),
+        ([5, 4, 3, 2, math.inf], 3, {1, 2, 3, 4}),
+        ([1], 0, {0}),
+        ([1, 1, 1], 0, {0, 1, 2}),
+    ],
+)
+def test_the_walk_finds_the_valley(losses: list, best: int, tried: set):
+    asked = set()
+    grid = [10.0**i for i in range(len(losses))]
+
+    def loss_of(rate: float) -> float:
+        asked.add(grid.index(rate))
+        return losses[grid.index(rate)]
+
+    assert walk(grid, loss_of) == grid[best]
+    assert asked == tried
+
+
+class Fakes:
+    """Stands for training and probing: the held-out loss is a valley over learning rates, smallest at `best`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, best: float = 0.01, diverges: tuple[float, ...] = ()):
+        self.best, self.diverges, self.trained, self.probed = best, diverges, [], 0
+        self.teacher = make_teacher()
+        monkeypatch.setattr(table, "load_teacher_of", lambda config: self.teacher)
+        monkeypatch.setattr(table, "load_bench", self.bench)
+        monkeypatch.setattr(table, "train_student", self.train)
+        monkeypatch.setattr(table, "held_out_metrics", self.metrics)
+        monkeypatch.setattr(table, "probe_model", self.probe)
+
+    def bench(self, config, teacher, workdir):
+        images = type(
+            "Images", (), {"manifest_hash": lambda self: "few", "__len__": lambda self: 9, "name": "digits"}
+        )()
+        return SimpleNamespace(
+            config=config, teacher=teacher, few_shot=dict.fromkeys(config.table.ratios, images), metric="top1",
+            held_out=range(32), probe_sets=(images,) * 3,
+        )  # fmt: skip
+
+    def train(self, bench, config, ratio):
+        rate = config.optim.learning_rate
+        self.trained.append((config.student.method, rate, config.seed, config.train.num_steps))
+        if rate in self.diverges and config.student.method != "copy":
+            raise NonFiniteLossError("step 1: loss not finite")
+        distiller = SimpleNamespace(blocks=(0, 2), student_config=NANO)
+        return SimpleNamespace(distiller=distiller, params=None, seconds=1.0, rate=rate)
+
+    def metrics(self, bench, student):
+        return {"loss": 1 + abs(math.log10(student.rate / self.best)), "l1": 1.0, "patch_l1": 1.0, "cls_l1": 1.0}
+
+    def probe(self, bench, config, params):
+        self.probed += 1
+        return {"top1": 0.5}
+
+
+def test_what_is_run_and_what_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fakes = Fakes(monkeypatch)
+    config = small_config(rows=("teacher", "copy", "enhanced"))
+    rows = table.run_table(config, tmp_path)
+    # Three rates for seed 0, whose best is the first cell; then seed 1 with the best.
+    lora = [("lora", 0.001, 0, 2), ("lora", 0.01, 0, 2), ("lora", 0.1, 0, 2), ("lora", 0.01, 1, 2)]
+    assert fakes.trained == [("copy", 0.001, 0, 2), *lora]
+    assert fakes.probed == 4
+    assert [(row["row"], row["n"], row["learning_rate"]) for row in rows] == [
+        ("teacher", 1, None), ("copy", 1, None), ("enhanced", 2, 0.01)
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} >= {"table.md", "table.json", "table.png", "report.html"}
+
+    fakes.trained.clear()
+    assert table.run_table(config, tmp_path) == rows
+    assert fakes.trained == []
+    # A lost cell of the first seed is trained again with the rate that was found.
+    (tmp_path / "cells" / "enhanced_r2_ratio0.02_seed0.json").unlink()
+    config.table.num_seeds = 3
+    assert table.run_table(config, tmp_path)[-1]["n"] == 3
+    assert fakes.trained == [("lora", 0.01, 0, 2), ("lora", 0.01, 2, 2)]
+
+
+def test_a_wider_grid_replaces_the_cells_of_its_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    fakes = Fakes(monkeypatch, best=1.0)
+    config = small_config(rows=("enhanced",), num_seeds=1)
+    (row,) = table.run_table(config, tmp_path)
+    assert (row["learning_rate"], row["at_grid_edge"]) == (0.1, True)
+    assert "at the edge of table.learning_rates" in capsys.readouterr().out
+    assert "0.1*" in (tmp_path / "table.md").read_text()
+    fakes.trained.clear()
+    config.table.learning_rates = (0.001, 0.01, 0.1, 1.0, 10.0)
+    (row,) = table.run_table(config, tmp_path)
+    assert (row["learning_rate"], row["at_grid_edge"]) == (1.0, False)
+    assert [rate for _, rate, *_ in fakes.trained] == [1.0, 10.0]
+
+
+def test_shorter_tuning_and_rates_that_diverge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    fakes = Fakes(monkeypatch, best=0.1, diverges=(0.1,))
+    config = small_config(rows=("full",), num_seeds=1, tune_steps=1)
+    (row,) = table.run_table(config, tmp_path)
+    assert row["learning_rate"] == 0.01
+    assert "0.1 does not train: step 1" in capsys.readouterr().out
+    assert fakes.trained[-1] == ("full", 0.01, 0, 2)  # anew, with the table's number of updates
+    assert {steps for *_, steps in fakes.trained[:-1]} == {1}
+    # The rate that diverged is remembered.
+    fakes.trained.clear()
+    table.run_table(config, tmp_path)
+    assert fakes.trained == []
+    with pytest.raises(ValueError, match=r"no rate of table\.learning_rates"):
+        table.run_table(small_config(rows=("plain",), learning_rates=(0.1,), tune_steps=1), tmp_path / "other")
+
+
+def test_what_does_not_fit_the_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fakes = Fakes(monkeypatch)
+    table.run_table(small_config(rows=("copy",)), tmp_path)
+    config = small_config(rows=("copy",))
+    config.train.num_steps = 5
+    with pytest.raises(ValueError, match=r"another config.*\n.*train.num_steps"):
+        table.run_table(config, tmp_path)
+    fakes.teacher = make_teacher("b" * 64)
+    with pytest.raises(ValueError, match=r"another teacher \(sha256 aaaaaaaaaaaa"):
+        table.run_table(small_config(rows=("copy",)), tmp_path)
+
+
+def test_impossible_fields_fail_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fakes = Fakes(monkeypatch)
+    config = small_config(rows=("copy", "enhanced"))
+    config.lora.rank = 99
+    with pytest.raises(ValueError, match=r"rank of query.*99"):
+        table.run_table(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="3"):
+        table.run_table(small_config(rows=("copy",), reductions=(2, 3)), tmp_path / "run")
+    assert fakes.trained == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_means_and_deviations():
+    cells = [cell("copy", 0.3, None), *(cell("full", a, seed=i, l1=a) for i, a in enumerate((0.40, 0.42, 0.47)))]
+    copy, full = summarise(cells)
+    assert (copy["n"], copy["accuracy"], copy["accuracy_std"]) == (1, 0.3, None)
+    assert full["n"] == 3
+    assert full["accuracy"] == full["l1"] == pytest.approx(0.43)
+    assert full["accuracy_std"] == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
+    assert full["cls_l1"] is None
+    assert full["title"] == "<full>"
+
+
+def test_verdicts_on_the_papers_ordering():
+    cells = [cell("copy", 0.30, None), cell("scratch", 0.32), cell("enhanced", 0.40), cell("full", 0.405)]
+    cells += [cell("plain", 0.25, 0.1), cell("enhanced", 0.5, 0.1)]
+    found = {(v["claim"], v["where"]): v["verdict"] for v in verdicts(summarise(cells))}
+    assert found == {
+        ("enhanced > full", "1 %, r=2"): "tie",
+        ("full > copy", "1 %, r=2"): "holds",
+        ("copy > scratch", "1 %, r=2"): "reversed",
+        ("enhanced > scratch", "1 %, r=2"): "holds",
+        ("enhanced > plain", "10 %, r=2"): "holds",
+    }
+    # Widely scattered seeds: 5 points are no difference then (two standard errors are 0.11).
+    means = (("enhanced", 0.45), ("plain", 0.4))
+    cells = [cell(row, mean + d, seed=i) for row, mean in means for i, d in enumerate((-0.1, 0, 0.1))]
+    (verdict,) = verdicts(summarise(cells))
+    assert verdict["verdict"] == "tie"
+    assert verdict["margin"] == pytest.approx(2 * math.sqrt(2 * 0.1**2 / 3))
+
+
+def test_markdown():
+    rows = summarise([cell("copy", 0.3, None, learning_rate=None), cell("full", 0.42), cell("full", 0.44, seed=1)])
+    text = markdown("Students", {"teacher": "nano"}, rows, "top1")
+    assert "- teacher: nano\n" in text
+    assert "| Row | Images | r | top1 | L1 |" in text
+    assert "| <full> | 1 % | 2 | 0.4300 ± 0.0141 | 2.000 ± 0.000 | 0.10 M | 1.00 M | 0.1 | 0.01 | 2 |" in text
+    assert "| full > copy | 1 %, r=2 | +0.1300 |" in text
+    lengths = {line.count("|") for line in text.splitlines() if line.startswith(("| Row", "| <"))}
+    assert lengths == {11}
+
+
+def test_held_out_loss_against_plain_code():
+    """Mean absolute difference of the last blocks' tokens over all held-out images, of the untrained copy."""
+    config = small_config()
+    teacher = make_teacher()
+    images = np.asarray(jax.random.normal(jax.random.key(3), (64, 16, 16, 3)))
+    bench = table_bench.Bench(config, teacher, {}, images, (), Path("nowhere"))
+    student = table_bench.train_student(bench, cell_config(config, Group("copy", None, 2)), None)
+    assert student.distiller.blocks == (0, 2)
+    found = table_bench.held_out_metrics(bench, student)
+    tokens = VisionTransformer(NANO).apply({"params": teacher.params}, images).blocks[-1]
+    small = {key: value for key, value in teacher.params.items() if key not in ("block_01", "block_02", "block_03")}
+    small["block_01"] = teacher.params["block_02"]
+    copied = VisionTransformer(dataclasses.replace(NANO, depth=2)).apply({"params": small}, images).blocks[-1]
+    difference = np.abs(np.asarray(tokens - copied))
+    assert found["loss"] == found["l1"] == pytest.approx(difference.mean(), rel=1e-5)
+    assert found["cls_l1"] == pytest.approx(difference[:, 0].mean(), rel=1e-5)
+    assert list(bench.targets) == [(3,)]
+
+
+@pytest.mark.parametrize("held_out", [0, 33, 100_000])
+def test_held_out_images_that_cannot_be(held_out: int, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"table.held_out={held_out}"):
+        table_bench.load_bench(small_config(held_out=held_out), make_teacher(), tmp_path)
+
+
+def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    teacher = make_teacher(config=dataclasses.replace(NANO, depth=2))
+    monkeypatch.setattr(table, "load_teacher_of", lambda config: teacher)
+    config = small_config(rows=("teacher", "copy", "enhanced"), num_seeds=1, learning_rates=(0.01,))
+    config.train.cached_views = 1
+    rows = {row["row"]: row for row in table.run_table(config, tmp_path)}
+    assert rows["enhanced"]["loss"] < rows["copy"]["loss"]
+    assert rows["teacher"]["l1"] is None
+    assert all(0 < row["accuracy"] <= 1 for row in rows.values())
+    assert rows["enhanced"]["num_trained"] == 2 * (4 * 32 + 2 * 48)
+    assert len(list((tmp_path / "teacher_features").glob("*.npy"))) == 1
+    stored = json.loads((tmp_path / "table.json").read_text())
+    assert [row["row"] for row in stored["rows"]] == ["teacher", "copy", "enhanced"]
+    assert stored["cells"][2]["num_images"] > 10
+    assert "digits" in (tmp_path / "table.md").read_text()
+    html = (tmp_path / "report.html").read_text()
+    assert "copy + enhanced LoRA" in html
+    assert table_summary.TIE == 0.01

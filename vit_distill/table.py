@@ -1,0 +1,241 @@
+"""The ablation table from one command: every row with one target, the same images, updates and batch.
+
+What differs is the row's method and its learning rate, which is chosen for each row by the feature loss on held-out
+images. A cell is one student (row, few-shot ratio, reduction, seed); finished cells lie in workdir/cells and are not
+run again. Axes: none.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from core.compilation import enable_compilation_cache
+from core.files import write_json
+from core.loop import NonFiniteLossError
+from core.workdir import check_config, save_config
+from vit_distill.plan import make_plan
+from vit_distill.student_io import load_teacher_of
+from vit_distill.table_bench import Bench, Trained, held_out_metrics, load_bench, probe_model, train_student
+from vit_distill.table_summary import write_report, write_tables
+
+# Title of each row, and the config fields that make it. "teacher" and "copy" use no images and are run once.
+ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "teacher": ("teacher", {}),
+    "copy": ("copy only", {"student.method": "copy"}),
+    "scratch": ("scratch + KD", {"student.method": "scratch"}),
+    "full": ("copy + full KD", {"student.method": "full"}),
+    "plain": ("copy + plain LoRA (q, v)", {"student.method": "lora", "lora.preset": "plain"}),
+    "enhanced": ("copy + enhanced LoRA", {"student.method": "lora", "lora.preset": "enhanced"}),
+    "dora": ("copy + enhanced DoRA", {"student.method": "lora", "lora.preset": "enhanced", "lora.dora": True}),
+    "truncate": (
+        "first blocks + enhanced LoRA",
+        {"student.method": "lora", "lora.preset": "enhanced", "student.blocks": "truncate"},
+    ),
+}
+# Fields that may differ between a work directory's config and the one it is run with: the table may grow.
+FREE_FIELDS = (
+    "data.root",
+    "data.memory_limit_gb",
+    "teacher.checkpoint",
+    "table.rows",
+    "table.ratios",
+    "table.reductions",
+    "table.num_seeds",
+    "table.learning_rates",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The cells that differ in their seed alone; `ratio` is None for a row that uses no images."""
+
+    row: str
+    ratio: float | None
+    reduction: int
+
+    @property
+    def name(self) -> str:
+        ratio = "" if self.ratio is None else f"_ratio{self.ratio:g}"
+        return f"{self.row}_r{self.reduction}{ratio}"
+
+    @property
+    def where(self) -> str:
+        images = "" if self.ratio is None else f", {100 * self.ratio:g} %"
+        return f"{ROWS[self.row][0]}, r={self.reduction}{images}"
+
+
+def build_groups(section: Any) -> list[Group]:
+    """The groups of config.table, ratio by ratio and reduction by reduction.
+
+    Raises:
+      ValueError: for an unknown row, or an empty or impossible list.
+    """
+    unknown = sorted(set(section.rows) - set(ROWS))
+    if unknown or not section.rows:
+        raise ValueError(f"table.rows: expected some of {tuple(ROWS)}, found {tuple(section.rows)}")
+    rates = tuple(section.learning_rates)
+    if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
+        raise ValueError(f"table.learning_rates: expected ascending rates above 0, found {rates}")
+    if not section.ratios or not section.reductions or section.num_seeds < 1:
+        raise ValueError("table: expected ratios, reductions and num_seeds of at least 1 each")
+    groups = [Group("teacher", None, 1)] if "teacher" in section.rows else []
+    if "copy" in section.rows:
+        groups += [Group("copy", None, reduction) for reduction in section.reductions]
+    trained = [row for row in section.rows if row not in ("teacher", "copy")]
+    return groups + [
+        Group(row, ratio, reduction) for ratio in section.ratios for reduction in section.reductions for row in trained
+    ]
+
+
+def cell_config(config: Any, group: Group, seed: int = 0, learning_rate: float | None = None) -> Any:
+    """The distillation's config of one cell; `seed` counts from config.seed."""
+    one = config.copy_and_resolve_references()
+    if group.row != "teacher":
+        one.student.reduction = group.reduction
+    one.update_from_flattened_dict(dict(ROWS[group.row][1]))
+    one.seed = config.seed + seed
+    if learning_rate is not None:
+        one.optim.learning_rate = learning_rate
+    return one
+
+
+def run_table(config: Any, workdir: Path) -> list[dict[str, Any]]:
+    """Runs what is missing of the table; writes table.md, table.json, table.png and report.html; returns the rows.
+
+    Raises:
+      ValueError: for fields that do not fit, before anything is run; cells of another teacher or config in `workdir`.
+    """
+    enable_compilation_cache()
+    if jax.process_count() > 1:
+        raise ValueError("the table runs on one host: start it without --distributed")
+    groups = build_groups(config.table)
+    check_config(config, workdir, FREE_FIELDS)
+    teacher = load_teacher_of(config)
+    plans = {group: make_plan(cell_config(config, group), teacher.config, rate=1.0) for group in groups}
+    bench = load_bench(config, teacher, workdir)
+    save_config(config, workdir)
+    (workdir / "cells").mkdir(exist_ok=True)
+    cells: list[dict[str, Any]] = []
+    for number, group in enumerate(groups, 1):
+        print(f"[{number}/{len(groups)}] {group.where}")
+        cells += _run_group(bench, group, plans[group], workdir / "cells")
+        write_tables(bench, cells, workdir)
+    return write_report(bench, cells, workdir)
+
+
+def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The cells of a group, each read from its file or run."""
+    trains = group.ratio is not None
+    rate, edge, first = _tune(bench, group, folder / f"{group.name}_learning_rates.json") if trains else (None,) * 3
+    cells = []
+    for seed in range(bench.config.table.num_seeds if trains else 1):
+        config = cell_config(bench.config, group, seed, rate)
+        path = folder / f"{group.name}_seed{config.seed}.json"
+        cell = _read(path, bench, rate)
+        if cell is None:
+            cell = _identity(bench, group, plan, config) | {"learning_rate": rate}
+            if group.row == "teacher":
+                cell |= _measured(bench, bench.teacher.config, bench.teacher.params, None)
+            else:
+                student = first if seed == 0 and first else train_student(bench, config, group.ratio)
+                cell |= _measured(bench, student.distiller.student_config, student.params, student)
+            write_json(path, cell)
+        cells.append(cell | {"at_grid_edge": bool(edge)})
+        distance = "" if cell["l1"] is None else f", L1 {cell['l1']:.4f}"
+        print(f"  {group.where}, seed {config.seed}: {bench.metric} {cell['accuracy']:.4f}{distance}")
+    return cells
+
+
+def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What a cell is, before it is run."""
+    teacher = group.row == "teacher"
+    images = None if group.ratio is None else bench.few_shot[group.ratio]
+    return {
+        "row": group.row,
+        "title": ROWS[group.row][0],
+        "ratio": group.ratio,
+        "reduction": group.reduction,
+        "seed": int(config.seed),
+        "metric": bench.metric,
+        **{key: plan["models"]["teacher" if teacher else "student"][key] for key in ("params", "gflops")},
+        "num_trained": 0 if teacher else plan["training"]["num_trained"],
+        "step_gflops": 0.0 if teacher else plan["training"]["step_gflops"]["total"],
+        "num_images": 0 if images is None else len(images),
+        "manifest_hash": None if images is None else images.manifest_hash(),
+        "teacher_sha256": bench.teacher.report.sha256,
+    }
+
+
+def _measured(bench: Bench, config: Any, params: Any, student: Trained | None) -> dict[str, Any]:
+    """Probe and feature distances; the teacher has none to itself."""
+    found = probe_model(bench, config, params)
+    measured = {"accuracy": found[bench.metric], "probe": found, "blocks": None, "seconds": None}
+    measured |= dict.fromkeys(("loss", "l1", "patch_l1", "cls_l1"))
+    if student is not None:
+        measured |= held_out_metrics(bench, student)
+        measured |= {"blocks": list(student.distiller.blocks), "seconds": student.seconds}
+    return measured
+
+
+def _read(path: Path, bench: Bench, rate: float | None) -> dict[str, Any] | None:
+    """A finished cell; None if there is none or it was trained with another learning rate (the grid has changed)."""
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text())
+    if cell["teacher_sha256"] != bench.teacher.report.sha256:
+        raise ValueError(
+            f"{path} is of another teacher (sha256 {cell['teacher_sha256'][:12]}..., now "
+            f"{bench.teacher.report.sha256[:12]}...): use another --workdir"
+        )
+    return cell if cell["learning_rate"] == rate else None
+
+
+def _tune(bench: Bench, group: Group, path: Path) -> tuple[float, bool, Trained | None]:
+    """(learning rate, whether it is at the edge of the grid, the first seed's student where it is at hand)."""
+    grid, tune_steps = tuple(bench.config.table.learning_rates), bench.config.table.tune_steps
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    losses = {float(rate): math.inf if loss is None else loss for rate, loss in stored.items()}
+    kept: dict[float, Trained] = {}
+
+    def loss_of(rate: float) -> float:
+        if rate not in losses:
+            config = cell_config(bench.config, group, 0, rate)
+            if tune_steps:
+                config.train.num_steps = tune_steps
+            try:
+                student = train_student(bench, config, group.ratio)
+                loss = held_out_metrics(bench, student)["loss"]
+                losses[rate] = loss if math.isfinite(loss) else math.inf
+            except NonFiniteLossError as error:
+                print(f"  learning rate {rate:g} does not train: {error}")
+                losses[rate] = math.inf
+            write_json(path, losses)
+            if losses[rate] == min(losses.values()) < math.inf and not tune_steps:
+                kept.clear()
+                kept[rate] = student
+        return losses[rate]
+
+    rate = walk(grid, loss_of)
+    if not losses[rate] < math.inf:
+        raise ValueError(f"{group.where}: no rate of table.learning_rates={grid} trains; lower them")
+    edge = len(grid) > 1 and rate in (grid[0], grid[-1])
+    tried = ", ".join(f"{r:g}: {losses[r]:.4f}" for r in sorted(losses))
+    note = "; at the edge of table.learning_rates: widen it" if edge else ""
+    print(f"  learning rate {rate:g} by held-out loss ({tried}){note}")
+    return rate, edge, kept.get(rate)
+
+
+def walk(grid: Sequence[float], loss_of: Callable[[float], float]) -> float:
+    """The grid's value of the smallest loss, from the middle downhill; with one valley the same as trying all."""
+    position = len(grid) // 2
+    while True:
+        near = range(max(position - 1, 0), min(position + 2, len(grid)))
+        best = min(near, key=lambda i: loss_of(grid[i]))
+        if best == position:
+            return grid[position]
+        position = best

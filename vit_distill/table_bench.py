@@ -1,0 +1,167 @@
+"""What all rows of an ablation share: the teacher, few-shot sets, held-out images and probe sets, each read once.
+
+Axes: n images, S stored image side, H W C image, N tokens, D width, B batch.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core.mesh import make_mesh
+from core.vit import VitConfig
+from input_pipeline.classification import load_labelled
+from input_pipeline.few_shot import select_few_shot
+from input_pipeline.sources import LabelledSet
+from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_targets_fn
+from vit_distill.features import extract_features, make_feature_fn
+from vit_distill.probe import Labelled, ProbeOptions, probe
+from vit_distill.teacher import Teacher
+from vit_distill.train import train
+
+HELD_OUT_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A student after training: what it is, what was trained (all its weights but for "lora"), wall seconds."""
+
+    distiller: Distiller
+    trainable: Any
+    seconds: float
+
+    @property
+    def params(self) -> Any:
+        return self.distiller.merged(self.trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Data and teacher of a table.
+
+    Attributes:
+      few_shot: by ratio, images to distil on; subsets of one seed, so smaller ones lie in larger ones.
+      held_out: normalised images [n, H, W, C] of the validation split, n a multiple of the batch they are run in;
+        learning rates are chosen by the feature loss on them. Their labels are not looked at.
+      probe_sets: train, valid and test of the probe.
+      cache: folder for cached teacher features (train.cached_views above 0).
+      targets, calibrated: teacher tokens of the held-out images by what they are compared with, and calibrated blocks
+        by (ratio, reduction); filled when first needed.
+    """
+
+    config: Any
+    teacher: Teacher
+    few_shot: dict[float, LabelledSet]
+    held_out: np.ndarray
+    probe_sets: tuple[LabelledSet, LabelledSet, LabelledSet]
+    cache: Path
+    targets: dict[Any, list[tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=dict)
+    calibrated: dict[tuple[float, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        return "mean_auc" if self.probe_sets[0].multi_label else "top1"
+
+
+def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
+    """Reads the data; images are decoded when they are first used, and once.
+
+    Raises:
+      ValueError: as `load_labelled`; if the set has no labels, or fewer than table.held_out validation images.
+    """
+    section, preprocessing = config.table, teacher.preprocessing
+    splits = [
+        load_labelled(config.data, split, preprocessing.resize_size, preprocessing.interpolation)
+        for split in ("train", "valid", "test")
+    ]
+    unlabelled = [split.name for split in splits if not split.labelled]
+    if unlabelled:
+        raise ValueError(f"the table probes its students and needs labels; {unlabelled[0]} has images without any")
+    few_shot = {
+        ratio: splits[0].take(select_few_shot(splits[0], ratio=ratio, seed=config.few_shot.seed))
+        for ratio in section.ratios
+    }
+    valid = splits[1]
+    batch = min(HELD_OUT_BATCH, section.held_out)
+    if not 0 < section.held_out <= len(valid) or section.held_out % batch:
+        raise ValueError(
+            f"table.held_out={section.held_out}: expected a multiple of {HELD_OUT_BATCH} (or less than that), at most "
+            f"the {len(valid)} validation images"
+        )
+    rows = np.sort(np.random.default_rng((config.few_shot.seed, 3)).permutation(len(valid))[: section.held_out])
+    held_out = np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows))))
+    if section.probe.per_class:
+        rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
+        splits[0] = splits[0].take(rows)
+    return Bench(config, teacher, few_shot, held_out, tuple(splits), workdir / "teacher_features")
+
+
+def train_student(bench: Bench, config: Any, ratio: float | None) -> Trained:
+    """Trains one student with `config`, in memory; method "copy" (no images) is only copied."""
+    start = time.monotonic()
+    distiller = build_distiller(config, bench.teacher, blocks=_calibrated(bench, config, ratio))
+    if config.student.method == "copy":
+        return Trained(distiller, distiller.base, time.monotonic() - start)
+    state = train(distiller, bench.few_shot[ratio], cache_folder=bench.cache)
+    trainable = jax.device_get(state.ema_params)
+    return Trained(distiller, trainable, time.monotonic() - start)
+
+
+def _calibrated(bench: Bench, config: Any, ratio: float | None) -> tuple[int, ...] | None:
+    """The blocks of student.blocks="calibrated", chosen once for a few-shot set (the largest for "copy"); or None."""
+    if config.student.blocks != "calibrated":
+        return None
+    key = (max(bench.few_shot) if ratio is None else ratio, config.student.reduction)
+    if key not in bench.calibrated:
+        few = bench.few_shot[key[0]]
+        sample = few.images(np.arange(min(len(few), config.calibration.num_images)))
+        bench.calibrated[key] = build_distiller(config, bench.teacher, sample).blocks
+    return bench.calibrated[key]
+
+
+def held_out_metrics(bench: Bench, student: Trained) -> dict[str, float]:
+    """Feature distances on the held-out images: "loss" (what is trained), "l1", "patch_l1", "cls_l1"; means."""
+    distiller, loss_fn = student.distiller, make_loss_fn(student.distiller)
+
+    @jax.jit
+    def evaluate(trainable: Any, base: Any, views: jax.Array, targets: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        loss, (metrics, _) = loss_fn(trainable, {}, {"views": views, "targets": targets}, None, 0, base)
+        return metrics | {"loss": loss}
+
+    base = distiller.base if distiller.lora else {}
+    found = [
+        jax.device_get(evaluate(student.trainable, base, views, targets))
+        for views, targets in zip(_batches(bench.held_out), _held_out_targets(bench, distiller), strict=True)
+    ]
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+
+def _batches(images: np.ndarray) -> list[np.ndarray]:
+    size = min(HELD_OUT_BATCH, len(images))
+    return [images[i : i + size] for i in range(0, len(images), size)]
+
+
+def _held_out_targets(bench: Bench, distiller: Distiller) -> list[tuple[np.ndarray, ...]]:
+    pairs = distiller.pairs if distiller.loss.blocks == "aligned" else distiller.pairs[-1:]
+    if pairs not in bench.targets:
+        targets_fn = make_targets_fn(distiller)
+        bench.targets[pairs] = [
+            jax.device_get(targets_fn(bench.teacher.params, views)) for views in _batches(bench.held_out)
+        ]
+    return bench.targets[pairs]
+
+
+def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float]:
+    """Probes the pooled features (after the final norm) of a model; what `probe` returns."""
+    section = bench.config.table.probe
+    apply = make_feature_fn(config, params, bench.teacher.preprocessing, make_mesh(), dtype=bench.config.train.dtype)
+    pairs = [
+        Labelled(extract_features(apply, images, section.batch_size)["pooled"], images.labels)
+        for images in bench.probe_sets
+    ]
+    options = ProbeOptions(c_values=tuple(section.c_values), max_iterations=section.max_iterations)
+    return probe(*pairs, section.kind, classes=bench.probe_sets[0].classes, options=options)

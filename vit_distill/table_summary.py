@@ -1,0 +1,174 @@
+"""From the cells of an ablation to its table: means and deviations over seeds, the paper's claims, the files.
+
+A cell is the JSON of one trained (or copied) and probed student, see table.py. Axes: none.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.files import write_json
+from core.provenance import environment
+from vit_distill.report_data import ReportData
+from vit_distill.report_figures import cost_figure
+from vit_distill.report_page import TABLE_HEADER, table_cells, write_page
+from vit_distill.table_bench import Bench
+
+# The paper's ordering, and what truncation and DoRA are compared with.
+CLAIMS = (
+    ("enhanced", "full"),
+    ("full", "copy"),
+    ("copy", "scratch"),
+    ("enhanced", "plain"),
+    ("enhanced", "scratch"),
+    ("enhanced", "truncate"),
+    ("dora", "enhanced"),
+)
+TIE = 0.01  # seeds and the test sample move accuracy by half a point each: less than a point says nothing
+
+
+def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each (row, ratio, reduction) in the order of the cells.
+
+    Keys of a row: row, title, ratio (None: no images used), reduction, n; accuracy, l1, cls_l1, loss, seconds (means
+    over seeds, None where not measured), each with "_std" (sample deviation, None for one seed); params, gflops,
+    num_trained, step_gflops, blocks, learning_rate, at_grid_edge.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["row"], cell["ratio"], cell["reduction"]), []).append(cell)
+    rows = []
+    for (name, ratio, reduction), members in groups.items():
+        row = {"row": name, "ratio": ratio, "reduction": reduction, "n": len(members)}
+        for key in (
+            "title",
+            "params",
+            "gflops",
+            "num_trained",
+            "step_gflops",
+            "blocks",
+            "learning_rate",
+            "at_grid_edge",
+        ):
+            row[key] = members[0][key]
+        for key in ("accuracy", "l1", "cls_l1", "loss", "seconds"):
+            values = [member[key] for member in members if member[key] is not None]
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For every claim "a > b" of CLAIMS and every ratio and reduction where both rows are: does it hold?
+
+    Returns:
+      {claim, where, difference (of mean accuracies), margin, verdict: "holds" | "reversed" | "tie"}; a tie is a
+      difference within the margin: TIE, or two standard errors where that is more.
+    """
+    found = []
+    trained = [row for row in rows if row["ratio"] is not None]
+    settings = sorted({(row["ratio"], row["reduction"]) for row in trained})
+    for (better, worse), (ratio, reduction) in itertools.product(CLAIMS, settings):
+        pair = [_find(rows, name, ratio, reduction) for name in (better, worse)]
+        if None in pair:
+            continue
+        a, b = pair
+        difference = a["accuracy"] - b["accuracy"]
+        error = math.sqrt(sum((row["accuracy_std"] or 0.0) ** 2 / row["n"] for row in pair))
+        margin = max(TIE, 2 * error)
+        verdict = "tie" if abs(difference) <= margin else "holds" if difference > 0 else "reversed"
+        found.append(
+            {
+                "claim": f"{better} > {worse}",
+                "where": f"{100 * ratio:g} %, r={reduction}",
+                "difference": difference,
+                "margin": margin,
+                "verdict": verdict,
+            }
+        )
+    return found
+
+
+def _find(rows: Sequence[Mapping[str, Any]], name: str, ratio: float, reduction: int) -> Mapping[str, Any] | None:
+    """The row of that name; one that used no images stands for every ratio."""
+    return next(
+        (r for r in rows if r["row"] == name and r["reduction"] == reduction and r["ratio"] in (None, ratio)), None
+    )
+
+
+def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """The table, what is the same in all its rows (`facts`), and the verdicts, as Markdown."""
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    lines += _table([name.format(metric=metric) for name in TABLE_HEADER], table_cells(rows))
+    lines += ["", "Mean ± standard deviation over n seeds; * a learning rate at the edge of its grid.", ""]
+    judged = verdicts(rows)
+    if judged:
+        cells = [
+            [v["claim"], v["where"], f"{v['difference']:+.4f}", f"{v['margin']:.4f}", v["verdict"]] for v in judged
+        ]
+        lines += ["## Does the paper's ordering hold?", ""]
+        lines += [*_table(["claim", "where", "difference", "margin", "verdict"], cells), ""]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def shared_facts(bench: Bench) -> dict[str, Any]:
+    """What all rows share, for readers."""
+    config, section, train = bench.config, bench.config.table, bench.config.train
+    sizes = ", ".join(f"{100 * ratio:g} % = {len(images)}" for ratio, images in bench.few_shot.items())
+    names = ("train", "valid", "test")
+    probe_sizes = ", ".join(f"{len(images)} {name}" for name, images in zip(names, bench.probe_sets, strict=True))
+    return {
+        "teacher": f"{bench.teacher.name}, sha256 {bench.teacher.report.sha256[:12]}...",
+        "images to distil on": f"{bench.probe_sets[0].name}, {sizes} (few-shot seed {config.few_shot.seed})",
+        "budget of each row": f"{train.num_steps} updates of {train.batch_size} images, seeds {config.seed} to "
+        f"{config.seed + section.num_seeds - 1}",
+        "target": f"{config.loss.kind}, {config.loss.target}, {config.loss.blocks} block, cls weight "
+        f"{config.loss.cls_weight:g}; rank {config.lora.rank}; blocks {config.student.blocks}",
+        "learning rates": f"of {tuple(section.learning_rates)} by the loss on {len(bench.held_out)} held-out images, "
+        f"{section.tune_steps or train.num_steps} updates each",
+        "probe": f"{section.probe.kind} on the pooled feature after the final norm, {probe_sizes} images",
+    }
+
+
+def write_tables(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path) -> list[dict[str, Any]]:
+    """Writes table.md and table.json of the cells there are; returns the rows of `summarise`."""
+    rows = summarise(cells)
+    text = markdown(f"Students of {bench.teacher.name}", shared_facts(bench), rows, bench.metric)
+    temporary = workdir / "table.md.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(workdir / "table.md")
+    content = {"metric": bench.metric, "facts": shared_facts(bench), "rows": rows, "verdicts": verdicts(rows)}
+    write_json(workdir / "table.json", content | {"cells": list(cells), "provenance": environment()})
+    return rows
+
+
+def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path) -> list[dict[str, Any]]:
+    """As `write_tables`, with table.png and report.html; prints the table."""
+    rows = write_tables(bench, cells, workdir)
+    temporary = workdir / "table.tmp.png"
+    cost_figure(rows, bench.metric).savefig(temporary, dpi=150)
+    temporary.replace(workdir / "table.png")
+    write_page(
+        workdir / "report.html",
+        ReportData(
+            title=f"Ablation: students of {bench.teacher.name}",
+            table=rows,
+            metric=bench.metric,
+            verdicts=verdicts(rows),
+            shared=shared_facts(bench),
+            load_report=str(bench.teacher.report).splitlines(),
+            provenance=environment(),
+            config=bench.config.to_dict(),
+        ),
+    )
+    print((workdir / "table.md").read_text(encoding="utf-8"))
+    print(f"table: {workdir / 'table.md'}, table.json, table.png; report: {workdir / 'report.html'}")
+    return rows
