@@ -13,16 +13,22 @@ from ml_collections import ConfigDict
 
 from input_pipeline.decode import Resize
 from input_pipeline.index import DataError
-from input_pipeline.sources import LabelledSet, Sizes
+from input_pipeline.segmentation import read_segmentation
+from input_pipeline.sources import ArraySource, LabelledSet, Sizes
 from input_pipeline.sources_arrays import read_digits, read_npz
 from input_pipeline.sources_folder import read_bmad, read_folder
-from input_pipeline.split import FilePixels
+from input_pipeline.sources_lists import read_chestxray14, read_inat19
+from input_pipeline.sources_tfds import read_tfds
 
 Source = Callable[[ConfigDict, Sizes], dict[str, LabelledSet]]
 
 SOURCES: dict[str, Source] = {
     "folder": lambda data, sizes: read_folder(data.root, data.name, sizes),
     "bmad": lambda data, sizes: read_bmad(data.root, data.name, sizes),
+    "tfds": lambda data, sizes: read_tfds(data.root, data.name, sizes),
+    "chestxray14": lambda data, sizes: read_chestxray14(data.root, data.name, sizes),
+    "inat19": lambda data, sizes: read_inat19(data.root, data.name, sizes),
+    "segmentation": lambda data, sizes: read_segmentation(data.root, data.name, sizes),
     "npz": lambda data, sizes: read_npz(data.root, data.name, sizes),
     "digits": lambda data, sizes: read_digits(sizes),
 }
@@ -69,7 +75,7 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
             f"set data.{split}_fraction above 0 to take it from train"
         )
     found = sets[split]
-    if data.skip_corrupt and isinstance(found.pixels.source, FilePixels):
+    if data.skip_corrupt and not isinstance(found.pixels.source, ArraySource):
         found = _without_corrupt(found, split)
     logging.info("%s %s: %d images; %s", found.name, split, len(found), found.layout)
     return replace(found, pixels=replace(found.pixels, memory_limit=data.memory_limit_gb * 2**30))

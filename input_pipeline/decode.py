@@ -56,6 +56,8 @@ STRETCH = Resize()
 
 def _open(path: Path, load: bool = True) -> Image.Image:
     """Opens and, unless only the header is wanted, decodes one file; DataError naming it."""
+    if path.suffix == ".npy":
+        return _from_npy(path)
     try:
         with path.open("rb") as file:
             image = Image.open(file)
@@ -75,6 +77,28 @@ def _open(path: Path, load: bool = True) -> Image.Image:
     if pages > 1:
         raise DataError(f"{path}: {pages} pages in one TIFF; expected one image a file: split the stack")
     return image
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, without trailing axes of one; DataError naming it."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; was the data moved after it was indexed?") from error
+    except _DAMAGED as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a whole .npy of numbers") from error
+    return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+
+
+def _from_npy(path: Path) -> Image.Image:
+    values = _load_npy(path)
+    unit = values.dtype.kind == "f" and values.size > 0 and bool(values.min() >= 0 and values.max() <= 1)
+    if not (values.ndim == 2 or (values.ndim == 3 and values.shape[-1] == 3)) or not (unit or values.dtype == np.uint8):
+        raise DataError(
+            f"{path}: {values.dtype} {values.shape}; expected uint8 or 0..1 of shape [H, W] or [H, W, 3]: scale it, "
+            f"and choose three bands of a spectral image"
+        )
+    return Image.fromarray(np.rint(values * 255).astype(np.uint8) if unit else values)
 
 
 def native_size(path: Path) -> tuple[int, int]:
@@ -188,6 +212,25 @@ def read_mask(path: Path, size: int, resize: Resize = STRETCH) -> np.ndarray:
     """One mask: uint8 {0, 1} [size, size, 1], resized to the nearest pixel; foreground is every value above zero."""
     mask = Image.fromarray(read_native_mask(path)[..., 0])
     return np.asarray(resize.square(mask, size, nearest=True))[..., None]
+
+
+def read_class_mask(path: Path) -> np.ndarray:
+    """Class ids at the mask's own size: uint8 [H, W], from grey or palette pictures or a .npy of integers 0..255.
+
+    Raises:
+      DataError: an undecodable file, a colour picture, or ids beyond 0..255.
+    """
+    if path.suffix == ".npy":
+        values = _load_npy(path)
+        fits = values.dtype.kind in "iub" and values.size > 0 and values.min() >= 0 and values.max() <= 255
+    else:
+        picture = _open(path)
+        values, fits = np.asarray(picture), picture.mode in ("L", "P", "1")
+    if values.ndim != 2 or not fits:
+        raise DataError(
+            f"{path}: {values.dtype} {values.shape}; expected class ids 0..255 (255: ignored) of shape [H, W]"
+        )
+    return values.astype(np.uint8)
 
 
 def check_mask_size(example: Example) -> None:

@@ -4,6 +4,7 @@ Axis alphabet: N images, H W C image, F findings.
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ def read_npz(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
     if not path.is_file():
         raise DataError(f"{root or 'data.root is empty'}: no such file. {EXPECTED_NPZ}")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:  # .npy: no .files
         raise DataError(f"{path}: cannot be read ({error}). {EXPECTED_NPZ}") from error
     if "train_images" not in arrays:
         raise DataError(f"{path}: no train_images, found {', '.join(sorted(arrays)) or 'nothing'}. {EXPECTED_NPZ}")

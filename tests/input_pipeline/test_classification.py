@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from labelled import data, files
 from PIL import Image
 from trees import make_tree, picture, write
 
@@ -10,19 +10,6 @@ from input_pipeline.classification import carve, load_labelled
 from input_pipeline.decode import Resize
 from input_pipeline.index import DataError
 from input_pipeline.sources import ArraySource, LabelledSet, SelectedPixels, Sizes
-
-
-def data(kind: str, root: object = "", **changes: object) -> ConfigDict:
-    """A `config.data` of labelled sets."""
-    values = dict(
-        kind=kind, name="", root=str(root), channels=3, skip_corrupt=False, memory_limit_gb=1.0, valid_fraction=0.2,
-        test_fraction=0.25, seed=0,
-    )  # fmt: skip
-    return ConfigDict(values | changes)
-
-
-def files(count: int) -> list[str]:
-    return [f"{row:03d}.png" for row in range(count)]
 
 
 @pytest.fixture
