@@ -62,7 +62,7 @@ def warm_start(
         raise ValueError(f"warm start: expected {config.depth} targets of shape {expected}, found {shapes}")
     solver = _Solver(config, params, lora, ridge)
     slices = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
-    tokens = [np.asarray(solver.embed(images[rows])) for rows in slices]
+    tokens = [np.asarray(solver.embed(solver.params, images[rows])) for rows in slices]
     solved = dict(adapters)
     for i in range(config.depth):
         batches = [(x, np.asarray(targets[i][rows])) for x, rows in zip(tokens, slices, strict=True)]
@@ -94,9 +94,9 @@ class _Solver:
     """Solves one block at a time; one compilation of each function serves all blocks."""
 
     def __init__(self, config: VitConfig, params: Mapping[str, Any], lora: LoraConfig, ridge: float):
-        self.params, self.lora, self.ridge = params, lora, ridge
+        self.params, self.lora, self.ridge = jax.tree.map(jnp.asarray, params), lora, ridge
         block, model = build_block(config), VisionTransformer(config)
-        self.embed = jax.jit(lambda images: model.apply({"params": params}, images).embedded)
+        self.embed = jax.jit(lambda p, images: model.apply({"params": p}, images).embedded)
         self.apply = jax.jit(lambda p, x: block.apply({"params": p}, x)[0])
         self.error = jax.jit(lambda p, x, target: jnp.square(block.apply({"params": p}, x)[0] - target).sum())
 

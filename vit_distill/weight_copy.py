@@ -144,15 +144,16 @@ class _Probe:
     """Runs any subset of a teacher's blocks over batches of images; one compilation serves every block."""
 
     def __init__(self, config: VitConfig, params: Mapping[str, Any], images: jax.Array, batch_size: int):
+        params = jax.tree.map(jnp.asarray, params)
         self.params = [params[block_name(i)] for i in range(config.depth)]
         self.num_images = len(images)
         block, model = build_block(config), VisionTransformer(config)
         self.apply = jax.jit(lambda p, x: block.apply({"params": p}, x)[0])
         self.l1 = jax.jit(lambda x, y: jnp.abs(x - y).mean())
-        embed = jax.jit(lambda images: model.apply({"params": params}, images).embedded)
+        embed = jax.jit(lambda p, images: model.apply({"params": p}, images).embedded)
         self.batches = []  # (images in it, tokens before the first block, tokens after the last), on the host
         for start in range(0, len(images), batch_size):
-            tokens = np.asarray(embed(images[start : start + batch_size]))
+            tokens = np.asarray(embed(params, images[start : start + batch_size]))
             self.batches.append((len(tokens), tokens, np.asarray(self._run(range(config.depth), tokens)[-1])))
 
     def _run(self, blocks: Sequence[int], tokens: jax.Array) -> list[jax.Array]:
