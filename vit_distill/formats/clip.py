@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_distill.formats import architectures
 from vit_distill.formats.canonical import Beside, Checkpoint, Reader
-from vit_distill.formats.hugging_face import read_preprocessor, read_settings
+from vit_distill.formats.hugging_face_reader import read_preprocessor, read_settings
 from vit_distill.formats.names import Names
 
 OPENAI = Names(

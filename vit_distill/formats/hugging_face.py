@@ -1,194 +1,142 @@
-"""Hugging Face's ViT and DINOv2 (transformers is not imported): reader, and writer of folders that transformers loads.
+"""Writer of Hugging Face folders: a ViT or DINOv2 that transformers loads (it is not imported); inverse of the reader.
 
-On disk both transformers 4 and 5 write the old names; version 5 has new ones in memory, which a saved state_dict shows.
-Both are read, the old ones written.
+What transformers always has and a model lacks is written so that the function stays the same: zero biases and
+positions, layer scales of one.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_distill.formats import architectures, canonical
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
-from vit_distill.formats.names import Names
-
-_EMBEDDINGS = {
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-    "head": "classifier",
-}
-_OLD_ATTENTION = {
-    "blocks.{i}.attn.q": "encoder.layer.{i}.attention.attention.query",
-    "blocks.{i}.attn.k": "encoder.layer.{i}.attention.attention.key",
-    "blocks.{i}.attn.v": "encoder.layer.{i}.attention.attention.value",
-    "blocks.{i}.attn.proj": "encoder.layer.{i}.attention.output.dense",
-}
-VIT = Names(
-    {
-        **_EMBEDDINGS,
-        **_OLD_ATTENTION,
-        "blocks.{i}.norm1": "encoder.layer.{i}.layernorm_before",
-        "blocks.{i}.norm2": "encoder.layer.{i}.layernorm_after",
-        "blocks.{i}.mlp.fc1": "encoder.layer.{i}.intermediate.dense",
-        "blocks.{i}.mlp.fc2": "encoder.layer.{i}.output.dense",
-    }
-)
-VIT_IN_MEMORY = Names(
-    {
-        **_EMBEDDINGS,
-        **{f"blocks.{{i}}.attn.{short}": f"layers.{{i}}.attention.{short}_proj" for short in "qkv"},
-        "blocks.{i}.attn.proj": "layers.{i}.attention.o_proj",
-        "blocks.{i}.norm1": "layers.{i}.layernorm_before",
-        "blocks.{i}.norm2": "layers.{i}.layernorm_after",
-        "blocks.{i}.mlp.fc1": "layers.{i}.mlp.fc1",
-        "blocks.{i}.mlp.fc2": "layers.{i}.mlp.fc2",
-    }
-)
-_DINOV2_BLOCK = {
-    **{f"blocks.{{i}}.norm{n}": f"encoder.layer.{{i}}.norm{n}" for n in (1, 2)},
-    **{f"blocks.{{i}}.ls{n}.gamma": f"encoder.layer.{{i}}.layer_scale{n}.lambda1" for n in (1, 2)},
-}
-DINOV2 = Names(
-    {
-        **_EMBEDDINGS,
-        **_OLD_ATTENTION,
-        **_DINOV2_BLOCK,
-        **{f"blocks.{{i}}.mlp.fc{n}": f"encoder.layer.{{i}}.mlp.fc{n}" for n in (1, 2)},
-    }
-)
-DINOV2_SWIGLU = Names(
-    {
-        **_EMBEDDINGS,
-        **_OLD_ATTENTION,
-        **_DINOV2_BLOCK,
-        "blocks.{i}.mlp.fc1": "encoder.layer.{i}.mlp.weights_in",
-        "blocks.{i}.mlp.fc2": "encoder.layer.{i}.mlp.weights_out",
-    }
-)
-TABLES = (VIT, VIT_IN_MEMORY, DINOV2, DINOV2_SWIGLU)
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-_RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+from core.files import write_json
+from core.vit import VitConfig
+from vit_distill.formats import canonical
+from vit_distill.formats.hugging_face_reader import DINOV2, DINOV2_SWIGLU, RESAMPLE, VIT
+from vit_distill.formats.tensors import write_tensors
+from vit_distill.preprocessing import Preprocessing
 
 
-def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
-    """Translates ViT or DINOv2 tensors, names already without "vit." or the like.
+def to_hugging_face(config: VitConfig, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json, tensors by their names on disk) of a ViT, or of a DINOv2 for layer scale, registers, SwiGLU.
 
     Raises:
-      ValueError: for a DINOv2 classifier or an unknown activation.
+      ValueError: for what neither model of transformers can express.
     """
-    names = max(TABLES, key=lambda table: sum(table.canonical(name) is not None for name in tensors))
-    is_dinov2 = names in (DINOV2, DINOV2_SWIGLU)
-    state, unused = names.translate(tensors)
-    if is_dinov2 and "head.weight" in state:
-        state["head.weight"] = _class_token_half(state["head.weight"])
-    if "reg_token" in state and "pos_embed" in state and "cls_token" in state:
-        canonical.fold_prefix_positions(state, 1)
-    settings, notes = read_settings(beside.config, is_dinov2)
-    preprocessing, more_notes = read_preprocessor(beside.preprocessor, is_dinov2)
-    if beside.preprocessor:
-        settings |= {key: preprocessing.pop(key) for key in ("image_size",) if key in preprocessing}
-    return Checkpoint(
-        "huggingface",
-        state,
-        names.source,
-        unused=unused,
-        settings=settings,
-        preprocessing=preprocessing,
-        facts={"name": (beside.config or {}).get("_name_or_path")},
-        notes=notes + more_notes,
-        # As transformers does it: with antialias for the register models only.
-        position_resize="timm" if "reg_token" in state else "bicubic",
-    )
+    is_dinov2 = config.layer_scale or config.num_registers > 0 or config.mlp == "swiglu"
+    content = _model_config(config, is_dinov2)
+    state = canonical.from_params(config, params)
+    _express_all(config, state, is_dinov2)
+    names = VIT if not is_dinov2 else DINOV2_SWIGLU if config.mlp == "swiglu" else DINOV2
+    # A classifier holds the model under its name; the bare model has no prefix.
+    prefix = f"{content['model_type']}." if config.num_classes else ""
+    tensors = {}
+    for name, array in state.items():
+        source = names.source(name)
+        tensors[source if source.startswith("classifier") else prefix + source] = array
+    return content, tensors
 
 
-READER = Reader(
-    anchors=("embeddings.patch_embeddings.projection.weight",),
-    read=read,
-    outside=("classifier.*",),
-    ignored={
-        "embeddings.mask_token": "used in masked pre-training only",
-        "pooler.*": "a layer after the encoder that other tools do not have",
-    },
-    ignored_outside={"decoder.*": "the decoder of masked pre-training"},
-    unsupported={
-        "embeddings.distillation_token": "a distilled DeiT has a second class token: take a ViT",
-        "*relative_position*": "relative positions (BEiT) are not a plain ViT's",
-    },
-)
-
-
-def _class_token_half(weight: np.ndarray) -> np.ndarray:
-    """DINOv2's classifier takes [class token, mean of patches]; ours the first, so the other half must be zero."""
-    half = weight.shape[1] // 2
-    if weight.shape[1] % 2 or weight[:, half:].any():
+def _model_config(config: VitConfig, is_dinov2: bool) -> dict[str, Any]:
+    """config.json of transformers."""
+    refused = {
+        "a norm before the blocks": config.pre_norm,
+        "a norm after pooling": config.final_norm == "pooled",
+        "mean pooling": config.pool == "mean",
+    }
+    if any(refused.values()):
+        what = ", ".join(key for key, value in refused.items() if value)
+        raise ValueError(f"Hugging Face's ViT and DINOv2 have no {what}: write a timm folder")
+    ratio = config.mlp_dim // config.width
+    if config.mlp == "swiglu":
+        # transformers derives the hidden width: the smallest whole ratio that gives ours.
+        ratio = next((r for r in range(1, 17) if (int(config.width * r * 2 / 3) + 7) // 8 * 8 == config.mlp_dim), 0)
+    if is_dinov2 and config.mlp == "mlp" and ratio * config.width != config.mlp_dim:
+        ratio = 0
+    if is_dinov2 and not ratio:
         raise ValueError(
-            "tensor 'classifier.weight': DINOv2's classifier also sees the mean of the patches: leave it out with "
-            "allow_unused=['classifier.*']"
+            f"Hugging Face's DINOv2 takes MLP widths from whole multiples of width {config.width}, found "
+            f"{config.mlp_dim}: write a timm folder"
         )
-    return weight[:, :half]
+    kind = ("dinov2_with_registers" if config.num_registers else "dinov2") if is_dinov2 else "vit"
+    stem = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}[kind]
+    content: dict[str, Any] = {
+        "architectures": [f"{stem}{'ForImageClassification' if config.num_classes else 'Model'}"],
+        "model_type": kind,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+        "layer_norm_eps": config.norm_eps,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "qkv_bias": config.qkv_bias,
+        "dtype": "float32",
+    }
+    if is_dinov2:
+        content |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.mlp == "swiglu", "use_mask_token": False}
+        content |= {"num_register_tokens": config.num_registers} if config.num_registers else {}
+    else:
+        content["intermediate_size"] = config.mlp_dim
+    if config.num_classes:
+        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_classes)}
+        content["label2id"] = {f"LABEL_{i}": i for i in range(config.num_classes)}
+    return content
 
 
-def read_settings(config: Mapping[str, Any] | None, torch_default: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of VitConfig in a config.json of transformers, and notes.
+def _express_all(config: VitConfig, state: dict[str, np.ndarray], is_dinov2: bool) -> None:
+    """Adds tensors that transformers always has, with the values that leave the function as it is; changes `state`."""
+    width = config.width
+    if config.position_on_prefix and config.num_registers:
+        canonical.fold_prefix_positions(state, config.num_prefix)
+    if config.num_registers or not config.position_on_prefix:
+        # A position for the class token alone: zero, since its own is in the token.
+        state["pos_embed"] = np.concatenate([np.zeros((1, 1, width), np.float32), state["pos_embed"]], axis=1)
+    if not config.patch_bias:
+        state["patch_embed.proj.bias"] = np.zeros(width, np.float32)
+    if config.num_classes and not config.head_bias:
+        state["head.bias"] = np.zeros(config.num_classes, np.float32)
+    if not is_dinov2:
+        return
+    if not config.layer_scale:
+        state |= {f"blocks.{i}.ls{n}.gamma": np.ones(width, np.float32) for i in range(config.depth) for n in (1, 2)}
+    if config.num_classes:
+        # DINOv2's classifier sees [class token, mean of patches]: nothing of the second.
+        state["head.weight"] = np.concatenate([state["head.weight"], np.zeros_like(state["head.weight"])], axis=1)
+
+
+def write_hugging_face_folder(
+    folder: Path, config: VitConfig, params: Any, preprocessing: Preprocessing, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Writes model.safetensors, config.json and preprocessor_config.json, for transformers and for `load_teacher`.
 
     Args:
-      torch_default: whether a model without config has norm_eps 1e-6 (DINOv2) rather than ViT's 1e-12.
+      facts: plain JSON; "name" is written.
+
+    Raises:
+      ValueError: as `to_hugging_face`.
     """
-    if not config:
-        eps = 1e-6 if torch_default else 1e-12
-        return {"norm_eps": eps, "activation": "gelu"}, (f"norm_eps {eps} and exact GELU assumed: no config.json",)
-    config = config.get("vision_config", config)
-    settings: dict[str, Any] = {}
-    if "layer_norm_eps" in config:
-        settings["norm_eps"] = float(config["layer_norm_eps"])
-    if "num_attention_heads" in config:
-        settings["num_heads"] = int(config["num_attention_heads"])
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act: expected one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
-    return {"norm_eps": 1e-6 if torch_default else 1e-12, **settings, "activation": _ACTIVATIONS[activation]}, ()
-
-
-def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of Preprocessing in a preprocessor_config.json, and notes.
-
-    Args:
-      imagenet: whether a model without one expects ImageNet's mean and std (DINOv2) rather than 0.5 (ViT).
-    """
-    if not content:
-        label, values = ("ImageNet's", architectures.IMAGENET) if imagenet else ("0.5", architectures.HALF)
-        return dict(values), (f"mean and std {label} assumed: no preprocessor_config.json",)
-    fields: dict[str, Any] = {}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in content:
-            fields[ours] = tuple(content[theirs])
-    if content.get("do_normalize") is False:
-        fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if content.get("resample") in _RESAMPLE:
-        fields["interpolation"] = _RESAMPLE[content["resample"]]
-    size, crop = _side(content.get("size")), _side(content.get("crop_size"))
-    notes: tuple[str, ...] = ()
-    if content.get("do_center_crop") and crop and size:
-        fields |= {"image_size": crop, "crop_fraction": min(crop / size, 1.0)}
-    elif size:
-        fields["image_size"] = size
-        notes = ("images are centre-cropped to squares here; transformers squeezes them",)
-    return fields, notes
-
-
-def _side(size: Any) -> int | None:
-    """Short side of the forms that transformers uses: 224, {"height": ..}, {"shortest_edge": ..}."""
-    if isinstance(size, Mapping):
-        return next((int(size[key]) for key in ("shortest_edge", "height") if key in size), None)
-    return int(size) if size else None
+    content, tensors = to_hugging_face(config, params)
+    if facts and facts.get("name"):
+        content["_name_or_path"] = facts["name"]
+    numbers = {name: number for number, name in RESAMPLE.items()}
+    size = preprocessing.image_size
+    preprocessor = {
+        "image_processor_type": "BitImageProcessor",  # short side, then a centre crop; ViT's own squeezes
+        "do_resize": True,
+        "size": {"shortest_edge": preprocessing.resize_size},
+        "resample": numbers[preprocessing.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+        "do_convert_rgb": True,
+    }
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", content)
+    write_json(folder / "preprocessor_config.json", preprocessor)
