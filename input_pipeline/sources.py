@@ -43,7 +43,7 @@ class ArraySource:
         return np.stack(squares) if squares else np.zeros((0, size, size, channels), np.uint8)
 
     def masks(self, rows: Rows) -> np.ndarray:
-        raise DataError("this data has no masks: use data.kind=segmentation, or bmad with a set that has masks")
+        raise DataError("arrays come without masks; expected a set with has_masks")
 
     def batches(
         self, rows: Callable[[], Iterable[Rows]], with_masks: bool
@@ -148,7 +148,13 @@ class LabelledSet:
         return self.pixels.images(rows)
 
     def masks(self, rows: Rows) -> np.ndarray:
-        """uint8 [n, M, M]: class of each pixel (255: not labelled); of BMAD sets 0 and 1, zeros for normal images."""
+        """uint8 [n, M, M]: class of each pixel (255: not labelled); of BMAD sets 0 and 1, zeros for normal images.
+
+        Raises:
+          DataError: the set has no masks, or a file cannot be decoded.
+        """
+        if not self.has_masks:
+            raise DataError(f"{self.name} has no masks: use data.kind=segmentation, or bmad with a set that has masks")
         return self.pixels.masks(rows)[..., 0]
 
     def take(self, rows: Rows) -> "LabelledSet":

@@ -99,6 +99,8 @@ def test_digits():
     sets = read_digits(SIZES)
     assert {split: len(found) for split, found in sets.items()} == {"train": 1437, "test": 360}
     assert np.bincount(sets["train"].labels).min() > 130
+    with pytest.raises(DataError, match="digits has no masks"):
+        sets["train"].masks([0])
     image = sets["train"].images([0])[0]  # the first digit of the file is a zero: ink around a hole
     assert sets["train"].labels[0] == 0
     assert image.shape == (8, 8, 3)
