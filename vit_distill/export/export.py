@@ -65,7 +65,7 @@ def export(student: Student, kind: str, folder: str | Path, images: np.ndarray) 
         differences, skipped = _compare(student, kind, entry, partial, images)
         result = {"kind": kind, "max_difference": max(differences.values()), "tolerance": TOLERANCE}
         result |= {"reloaded_by": differences, "not_reloaded_by": skipped}
-        (partial / "README.md").write_text(model_card(student, usage(student, kind), result))
+        (partial / "README.md").write_text(model_card(student, usage(student, kind, partial), result))
         write_json(partial / RECORD, result | {"num_images": len(images), "environment": environment()})
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return result | {"folder": str(folder), "files": files}

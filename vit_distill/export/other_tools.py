@@ -6,6 +6,7 @@ the tool says.
 
 import importlib
 import importlib.metadata
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def read_timm(folder: Path) -> Reader:
     return call
 
 
+def transformers_class(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Class that the config.json of a folder names, and what its from_pretrained needs beside the folder."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    # Alone, transformers' ViT would add a layer after the encoder that no student has.
+    return name, {"add_pooling_layer": False} if name == "ViTModel" else {}
+
+
 def read_transformers(folder: Path) -> Reader:
     """Model of a Hugging Face folder, of the class its config names.
 
@@ -66,18 +74,15 @@ def read_transformers(folder: Path) -> Reader:
     import torch
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(folder)
-    name = settings.architectures[0]
-    # The pooler is a layer that no student has; only classes of plain models would add one.
-    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    name, options = transformers_class(folder)
     model, loading = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **options)
     wrong = {key: sorted(map(str, values)) for key, values in loading.items() if values}
     if wrong:
         raise ValueError(f"{name} did not load strictly: {wrong}")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    preprocessing = Preprocessing(settings.image_size, mean, std)
-    model = model.eval()
+    preprocessing = Preprocessing(model.config.image_size, mean, std)
+    model.eval()
 
     @torch.inference_mode()
     def call(images: np.ndarray) -> Outputs:

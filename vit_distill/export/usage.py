@@ -3,6 +3,9 @@
 Every snippet stands for itself, expects to run in the export's own folder and ends with `features`.
 """
 
+from pathlib import Path
+
+from vit_distill.export.other_tools import transformers_class
 from vit_distill.student import Student
 
 _TIMM = """
@@ -17,12 +20,12 @@ features = model.forward_head(model.forward_features(transform(image)[None]), pr
 
 _HUGGING_FACE = """
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, {name}
 
 processor = AutoImageProcessor.from_pretrained(".")
-model = AutoModel.from_pretrained(".", add_pooling_layer=False).eval()
-image = Image.open("image.jpg").convert("RGB")
-features = model(**processor(image, return_tensors="pt")).last_hidden_state[:, 0]
+model = {name}.from_pretrained("."{options}).eval()
+image = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
+features = model.base_model(**image).last_hidden_state[:, 0]
 """
 
 _ADAPTERS = """
@@ -67,8 +70,13 @@ image = (image - np.float32({mean})) / np.float32({std})
 """
 
 
-def usage(student: Student, kind: str) -> str:
-    """The snippet for an export of this kind, with the student's preprocessing."""
+def usage(student: Student, kind: str, folder: Path) -> str:
+    """The snippet for an export of this kind, written to `folder`, with the student's preprocessing."""
+    if kind == "huggingface":
+        name, options = transformers_class(folder)
+        return _HUGGING_FACE.strip().format(name=name, options="".join(f", {k}={v}" for k, v in options.items()))
+    if kind == "timm":
+        return _TIMM.strip()
     p = student.preprocessing
     start = round((p.resize_size - p.image_size) / 2)
     image = _IMAGE.strip().format(
@@ -82,11 +90,4 @@ def usage(student: Student, kind: str) -> str:
         mean=list(p.mean),
         std=list(p.std),
     )
-    snippets = {
-        "timm": _TIMM,
-        "huggingface": _HUGGING_FACE,
-        "adapters": _ADAPTERS.format(image=image),
-        "stablehlo": _STABLEHLO.format(image=image),
-        "onnx": _ONNX.format(image=image),
-    }
-    return snippets[kind].strip()
+    return {"adapters": _ADAPTERS, "stablehlo": _STABLEHLO, "onnx": _ONNX}[kind].strip().format(image=image)

@@ -35,6 +35,9 @@ def to_hugging_face(config: VitConfig, params: Any) -> tuple[dict[str, Any], dic
     for name, array in state.items():
         source = names.source(name)
         tensors[source if source.startswith("classifier") else prefix + source] = array
+    if config.num_registers:
+        # Only masked pre-training uses it, but transformers' class with registers always holds it.
+        tensors[f"{prefix}embeddings.mask_token"] = np.zeros((1, config.width), np.float32)
     return content, tensors
 
 

@@ -20,6 +20,7 @@ from vit_distill.lora import merge
 
 # What our own reader and, where it can be installed, the tool of the format find.
 PACKAGES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnxruntime"}
+DINOV2 = dict(mlp_dim=48, layer_scale=True, num_registers=3, position_on_prefix=False)
 # Warnings of other packages about themselves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -71,7 +72,7 @@ def test_export_of_every_kind_is_checked_described_and_loadable(kind, make_stude
 
 def test_timm_loads_the_folder_strictly_with_the_same_outputs(make_student, architecture, images, tmp_path):
     timm, torch = peer("timm"), peer("torch")
-    student = make_student(**(architecture | {"patch_bias": architecture.get("patch_bias", True)}))
+    student = make_student(**architecture)
     export(student, "timm", tmp_path / "out", images)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) >= num_params(student.params)
@@ -87,6 +88,34 @@ def test_timm_loads_the_folder_strictly_with_the_same_outputs(make_student, arch
     assert set(found) == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5 * np.abs(values).max())
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "ViTModel", "Dinov2WithRegistersModel"])
+def test_transformers_loads_the_folder_strictly_with_the_same_outputs(name, make_student, images, tmp_path):
+    transformers, torch = peer("transformers"), peer("torch")
+    options = DINOV2 if "Dinov2" in name else {}
+    student = make_student(**options, num_classes=5 if "Class" in name else 0)
+    export(student, "huggingface", tmp_path / "out", images)
+    pooler = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    make = getattr(transformers, name)
+    model, loading = make.from_pretrained(tmp_path / "out", output_loading_info=True, **pooler)
+    assert not any(loading.values()), loading
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(list(images), return_tensors="pt")
+    expected = _expected(student, images)
+    with torch.inference_mode():
+        found = {"tokens": model.eval().base_model(**inputs).last_hidden_state}
+        if student.config.num_classes:
+            found["logits"] = model(**inputs).logits
+    assert len(found) == 1 + (name == "ViTForImageClassification")
+    for output, values in found.items():
+        np.testing.assert_allclose(values, expected[output], rtol=0, atol=1e-5 * np.abs(expected[output]).max())
+
+
+def test_what_a_format_cannot_hold_is_said_and_nothing_left(make_student, images, tmp_path):
+    with pytest.raises(ValueError, match=r"Hugging Face's ViT and DINOv2 have no .*mean pooling: write a timm folder"):
+        export(make_student(pool="mean"), "huggingface", tmp_path / "out", images)
+    assert not _folder_names(tmp_path)
 
 
 def test_a_model_that_reloads_differently_is_no_export(make_student, images, tmp_path, monkeypatch):

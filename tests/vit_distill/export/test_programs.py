@@ -71,6 +71,9 @@ def test_difference_is_a_share_of_the_largest_value_and_sees_every_output():
     assert compare.largest_difference(expected, expected) == 0
     assert compare.largest_difference(expected, {"pooled": np.array([[1.5, -4.0]])}) == 0.125
     assert compare.largest_difference(expected, expected | {"tokens": np.array([[[2.0, 1.0]]])}) == 0.5
+    zeros = {"logits": np.zeros((1, 2))}
+    assert compare.largest_difference(zeros, zeros) == 0
+    assert compare.largest_difference(zeros, {"logits": np.array([[0.0, 0.25]])}) == 0.25
 
 
 @pytest.mark.parametrize(
