@@ -25,7 +25,7 @@ from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
 from vit_distill.student_io import load_teacher_of
 from vit_distill.weight_copy import choose_blocks
 
-ESTIMATE = "estimate at the measured speed of one matrix product; a real run is slower, up to three times on a CPU"
+ESTIMATE = "a lower bound: all products at the measured speed of one large matrix product; real runs are slower"
 
 
 def run_plan(config: Any, workdir: Path | None) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def matmul_rate(rows: int, inner: int, columns: int, dtype: Any, seconds: float 
 
 
 def measure_latency(
-    config: VitConfig, params: Any, batch_sizes: Sequence[int] = (1, 32), dtype: Any = jnp.float32, seconds: float = 1.0
+    config: VitConfig, params: Any, batch_sizes: Sequence[int] = (1, 32), dtype: Any = jnp.float32, seconds: float = 0.5
 ) -> dict[int, float]:
     """Median seconds of one batch from normalised images [B, H, W, C] to the pooled feature [B, D], by batch size."""
     model = VisionTransformer(dataclasses.replace(config, num_classes=0), dtype=dtype)

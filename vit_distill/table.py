@@ -120,12 +120,23 @@ def run_table(config: Any, workdir: Path) -> list[dict[str, Any]]:
     bench = load_bench(config, teacher, workdir)
     save_config(config, workdir)
     (workdir / "cells").mkdir(exist_ok=True)
+    print(_announcement(groups, config))
     cells: list[dict[str, Any]] = []
     for number, group in enumerate(groups, 1):
         print(f"[{number}/{len(groups)}] {group.where}")
         cells += _run_group(bench, group, plans[group], workdir / "cells")
         write_tables(bench, cells, workdir)
     return write_report(bench, cells, workdir)
+
+
+def _announcement(groups: Sequence[Group], config: Any) -> str:
+    trained, section = sum(group.ratio is not None for group in groups), config.table
+    seeds = section.num_seeds if section.tune_steps else section.num_seeds - 1
+    return (
+        f"at most {trained * seeds} runs of {config.train.num_steps} updates, and "
+        f"{trained * len(section.learning_rates)} of {section.tune_steps or config.train.num_steps} to choose learning "
+        "rates; what workdir/cells holds is not run again"
+    )
 
 
 def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

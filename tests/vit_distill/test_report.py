@@ -184,7 +184,6 @@ def test_report_of_a_distillation(tmp_path: Path, method: str):
         if method == "lora"
         else None,
         lora=None,
-        shared={"budget": "300 updates"},
         facts={"teacher": {"name": "vit_nano"}},
     )
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
