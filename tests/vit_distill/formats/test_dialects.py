@@ -1,0 +1,130 @@
+"""Original files of MAE, DINO, DINOv2 and DeiT III in timm's format, torch files, and the hub."""
+
+import argparse
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peers import peer
+from safetensors.numpy import save_file
+
+from core import tree
+from vit_distill.formats.hub import download
+from vit_distill.formats.timm import to_timm, write_timm_folder
+from vit_distill.teacher import Teacher, load_teacher
+
+OVERRIDES = {"num_heads": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SMALL = {"depth": 2, "width": 32, "num_heads": 2, "mlp_dim": 48, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Teacher:
+    return load_teacher("random:vit_tiny_patch16_224", overrides=SMALL)
+
+
+@pytest.fixture(scope="module")
+def dinov2() -> Teacher:
+    return load_teacher("random:vit_giant_patch14_dinov2", overrides=SMALL)
+
+
+def load(folder: Path, state: dict[str, Any], **options: Any) -> Teacher:
+    save_file(state, folder / "model.safetensors")
+    return load_teacher(str(folder), overrides={**OVERRIDES, **options.pop("overrides", {})}, **options)
+
+
+def same(found: Teacher, expected: Teacher) -> bool:
+    return found.config == expected.config and tree.fingerprint(found.params) == tree.fingerprint(expected.params)
+
+
+def test_mae_decoder_is_known_to_be_left_out(plain: Teacher, tmp_path: Path) -> None:
+    extra = {"mask_token": np.ones((1, 1, 8), np.float32), "decoder_blocks.0.norm1.weight": np.ones(8, np.float32)}
+    found = load(tmp_path, to_timm(plain.config, plain.params) | extra)
+    assert same(found, plain)
+    assert set(found.report.unused) == {
+        "mask_token (used in masked pre-training only)",
+        "decoder_blocks.0.norm1.weight (MAE's decoder)",
+    }
+
+
+def test_prefixes_come_off_and_dino_heads_are_left_out(plain: Teacher, tmp_path: Path) -> None:
+    state = {f"module.backbone.{name}": array for name, array in to_timm(plain.config, plain.params).items()}
+    found = load(tmp_path, state | {"head.last_layer.weight_g": np.ones((8, 1), np.float32)})
+    assert same(found, plain)
+    assert "module.backbone.blocks.1.attn.qkv.weight" in found.report.matched
+    with pytest.raises(ValueError, match=r"1 tensors have no place.*'queue'"):
+        load(tmp_path, state | {"queue": np.ones(3, np.float32)})
+
+
+def test_original_dinov2_and_deit3_names(dinov2: Teacher, tmp_path: Path) -> None:
+    state = to_timm(dinov2.config, dinov2.params)
+    renamed = {n.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): a for n, a in state.items()}
+    renamed = {n.replace("blocks.1.", "blocks.3.1.").replace("blocks.0.", "blocks.2.0."): a for n, a in renamed.items()}
+    found = load(tmp_path, renamed)
+    assert same(found, dinov2)
+    assert "blocks.3.1.mlp.w12.weight" in found.report.matched
+    smaller = load(tmp_path, renamed, overrides={"image_size": 16})
+    assert smaller.report.reshaped == ("pos_embed [1, 17, 32] -> [1, 5, 32] (dinov2)",)
+    deit3 = {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): a for n, a in state.items()}
+    assert same(load(tmp_path, deit3), dinov2)
+
+
+def test_torch_files(plain: Teacher, tmp_path: Path) -> None:
+    torch = peer("torch")
+    state = {name: torch.tensor(array) for name, array in to_timm(plain.config, plain.params).items()}
+    path = tmp_path / "mae_pretrain_vit.pth"
+    torch.save({"model": state, "epoch": 3}, path)
+    found = load_teacher(str(path), overrides={"num_heads": 2})
+    assert same(found, plain)
+    assert found.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert found.name == "mae_pretrain_vit"
+    assert found.report.notes[0] == "weights taken from 'model' of the torch file, not ['epoch']"
+    torch.save({"model": state, "args": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(ValueError, match=r"mae_pretrain_vit\.pth: torch cannot read it with weights_only=True"):
+        load_teacher(str(path))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged"):
+        load_teacher(str(path))
+
+
+def test_torch_file_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    refuse_import(monkeypatch, "torch")
+    with pytest.raises(ValueError, match=r"weights\.pth is a torch pickle and torch is not installed"):
+        load_teacher(str(tmp_path / "weights.pth"))
+
+
+def test_hub(plain: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = peer("huggingface_hub")
+    from huggingface_hub import errors
+
+    write_timm_folder(tmp_path, plain.config, plain.params, plain.preprocessing)
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(hub, "snapshot_download", lambda **options: asked.update(options) or str(tmp_path))
+    found = load_teacher("hf-hub:timm/vit_tiny@v1")
+    assert same(found, plain)
+    assert (asked["repo_id"], asked["revision"]) == ("timm/vit_tiny", "v1")
+    assert (found.name, found.source["licence"]) == ("timm/vit_tiny@v1", "cc-by-nc-4.0")
+
+    def offline(**options: Any) -> None:
+        raise errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="not in the cache, and the hub cannot be reached"):
+        download("timm/vit_tiny")
+    refuse_import(monkeypatch, "huggingface_hub")
+    with pytest.raises(ValueError, match="needs the package huggingface_hub"):
+        download("timm/vit_tiny")
+
+
+def refuse_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    real = builtins.__import__
+
+    def fake(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fake)

@@ -1,0 +1,128 @@
+"""Written folders against timm and transformers, and against our own readers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from peers import peer, to_torch
+from safetensors.numpy import load_file
+
+from core import tree
+from core.vit import VisionTransformer, VitConfig
+from vit_distill.formats.hugging_face import write_hugging_face_folder
+from vit_distill.formats.timm import timm_model, write_timm_folder
+from vit_distill.preprocessing import Preprocessing
+from vit_distill.teacher import Teacher, load_teacher
+
+PLAIN = VitConfig(
+    depth=2, width=32, num_heads=2, mlp_dim=64, patch_size=8, image_size=24, num_classes=3, norm_eps=1e-6
+)  # fmt: skip
+DINOV2 = dataclasses.replace(PLAIN, layer_scale=True, num_registers=2, position_on_prefix=False)
+PREPROCESSING = Preprocessing(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic", 0.75)
+IMAGES = np.random.RandomState(0).standard_normal((2, 24, 24, 3)).astype(np.float32)
+TIMM = {
+    "plain": PLAIN,
+    "odd_mlp": dataclasses.replace(PLAIN, mlp_dim=59, activation="gelu_tanh", head_bias=False, num_classes=0),
+    "fc_norm": dataclasses.replace(PLAIN, final_norm="pooled", pool="mean", class_token=False, head_bias=False),
+    "mean": dataclasses.replace(PLAIN, pool="mean", patch_bias=False, qkv_bias=False),
+    "registers": DINOV2,
+    "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=37, num_registers=3),
+    "clip": dataclasses.replace(PLAIN, pre_norm=True, patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
+}
+HUGGING_FACE = {
+    "plain": dataclasses.replace(PLAIN, mlp_dim=59, norm_eps=1e-5, activation="gelu_tanh"),
+    "headless": dataclasses.replace(PLAIN, num_classes=0, patch_bias=False, position_on_prefix=False),
+    "registers": dataclasses.replace(PLAIN, num_registers=2),
+    "dinov2": dataclasses.replace(DINOV2, head_bias=False),
+    "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=24, num_classes=0),
+}
+
+
+def random_params(config: VitConfig) -> Any:
+    """Every leaf random, so that no layer is the identity."""
+    random = np.random.RandomState(1)
+    abstract = jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), IMAGES)["params"]
+
+    def leaf(path: str, shape: Any) -> np.ndarray:
+        return (path.endswith("scale") + 0.2 * random.standard_normal(shape.shape)).astype(np.float32)
+
+    return tree.map_with_path(leaf, abstract)
+
+
+def outputs(config: VitConfig, params: Any) -> Any:
+    return jax.jit(VisionTransformer(config).apply)({"params": params}, IMAGES)
+
+
+def close(found: Any, expected: Any) -> None:
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def same_model(again: Teacher, config: VitConfig, params: Any, expected: Any) -> None:
+    """The very parameters, or the same function where zero biases and the like were added."""
+    if again.config == config:
+        assert tree.fingerprint(again.params) == tree.fingerprint(params)
+    else:
+        close(outputs(again.config, again.params).pooled, expected.pooled)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_folder(name: str, tmp_path: Path) -> None:
+    config, params = TIMM[name], random_params(TIMM[name])
+    write_timm_folder(tmp_path, config, params, PREPROCESSING, {"licence": "mit"})
+    expected = outputs(config, params)
+    again = load_teacher(str(tmp_path))
+    assert again.preprocessing == PREPROCESSING
+    assert again.source["licence"] == "mit"
+    same_model(again, config, params, expected)
+    timm, torch = peer("timm"), peer("torch")
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert set(model.state_dict()) == set(load_file(tmp_path / "model.safetensors"))
+    with torch.no_grad():
+        features = model.forward_features(to_torch(IMAGES))
+        close(model.forward_head(features, pre_logits=True), expected.pooled)
+        close(features, expected.tokens)
+        if config.num_classes:
+            close(model(to_torch(IMAGES)), expected.logits)
+    data = timm.data.resolve_model_data_config(model)
+    assert (tuple(data["mean"]), data["crop_pct"], data["input_size"]) == (PREPROCESSING.mean, 0.75, (3, 24, 24))
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_folder(name: str, tmp_path: Path) -> None:
+    config, params = HUGGING_FACE[name], random_params(HUGGING_FACE[name])
+    write_hugging_face_folder(tmp_path, config, params, PREPROCESSING, {"name": "student"})
+    expected = outputs(config, params)
+    again = load_teacher(str(tmp_path))
+    assert (again.preprocessing, again.name) == (PREPROCESSING, "student")
+    same_model(again, config, params, expected)
+    transformers, torch = peer("transformers"), peer("torch")
+    kind = "ImageClassification" if config.num_classes else ""
+    loader = getattr(transformers, f"AutoModel{'For' if kind else ''}{kind}")
+    model, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+    absent = {key for key in info["missing_keys"] if "pooler" not in key and "mask_token" not in key}
+    assert not absent
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        out = model.eval()(to_torch(IMAGES), output_hidden_states=True)
+        if config.num_classes:
+            close(out.logits, expected.logits)
+        else:
+            close(out.last_hidden_state, expected.tokens)
+
+
+def test_what_a_tool_cannot_express_is_refused(tmp_path: Path) -> None:
+    clip = TIMM["clip"]
+    with pytest.raises(ValueError, match="norm before the blocks"):
+        write_hugging_face_folder(tmp_path, clip, random_params(clip), PREPROCESSING)
+    odd = dataclasses.replace(DINOV2, mlp_dim=59)
+    with pytest.raises(ValueError, match="whole multiples of width 32, found 59"):
+        write_hugging_face_folder(tmp_path, odd, random_params(odd), PREPROCESSING)
+    with pytest.raises(ValueError, match=r"norm_eps 0\.001"):
+        timm_model(dataclasses.replace(PLAIN, norm_eps=1e-3))
+    with pytest.raises(ValueError, match=r"not those of the architecture:\nmissing: block_02"):
+        write_timm_folder(tmp_path, dataclasses.replace(PLAIN, depth=3), random_params(PLAIN), PREPROCESSING)
+    assert not list(tmp_path.iterdir())
