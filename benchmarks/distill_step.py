@@ -56,11 +56,10 @@ def run_jax(model: str, batch: int, steps: int) -> dict:
 
 def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
     """Times the same update in PyTorch."""
-    import torch
-    from torch import nn
+    from benchmarks.peers import import_timm
 
-    _declare_vision_operators(torch)
-    import timm
+    torch, timm = import_timm()
+    nn = torch.nn
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
@@ -111,15 +110,6 @@ def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
         return loss.item()
 
     return _timed(step, batch, steps)
-
-
-def _declare_vision_operators(torch) -> None:
-    """timm imports torchvision, whose build may not fit a CPU torch; the operators it then misses are never called."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 def _timed(step, batch: int, steps: int) -> dict:

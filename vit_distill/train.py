@@ -87,7 +87,7 @@ def _loop(
     return train_loop(
         state,
         make_step_fn(distiller, tx),
-        _batches(distiller, images, int(state.step), cache_folder),
+        training_batches(distiller, images, int(state.step), cache_folder),
         key=jax.random.key(config.seed + 1),
         num_steps=config.train.num_steps,
         mesh=distiller.mesh,
@@ -99,7 +99,7 @@ def _loop(
     )
 
 
-def _batches(
+def training_batches(
     distiller: Distiller, images: LabelledSet, start: int, cache_folder: Path | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches from update `start` on; with cached views the teacher's features are in them."""

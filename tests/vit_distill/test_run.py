@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import workdir as saved
 from configs.vit_distill import distill
+from core.mesh import make_mesh
 from core.tree import paths
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import run
@@ -25,6 +27,14 @@ CONFIG = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=4, ima
 def write_teacher(folder: Path, seed: int) -> None:
     params = VisionTransformer(CONFIG).init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))["params"]
     write_timm_folder(folder, CONFIG, params, Preprocessing(8, (0.5,) * 3, (0.25,) * 3, "bilinear", 0.8))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device() -> Iterator[None]:
+    """Compiling for eight devices takes several times as long, and test_train.py has a test about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vit_distill.distill.make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")
