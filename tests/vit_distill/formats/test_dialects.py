@@ -11,6 +11,8 @@ from peers import peer
 from safetensors.numpy import save_file
 
 from core import tree
+from vit_distill.formats.architectures import architecture_config
+from vit_distill.formats.canonical import entries, expected_shapes
 from vit_distill.formats.hub import download
 from vit_distill.formats.timm import to_timm, write_timm_folder
 from vit_distill.teacher import Teacher, load_teacher
@@ -128,3 +130,31 @@ def refuse_import(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fake)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_huge_patch14_224",
+        "vit_gigantic_patch14_224",
+        "deit3_base_patch16_384",
+        "vit_large_patch14_clip_quickgelu_336",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_giant_patch14_dinov2",
+    ],
+)
+def test_architectures_have_timms_shapes(name: str) -> None:
+    timm, torch = peer("timm"), peer("torch")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    config = architecture_config(name)
+    shapes = expected_shapes(config)
+    found = {entry.name: shapes[entry.path] for entry in entries(config)}
+    joined = {key.replace(".attn.q.", ".attn.qkv."): value for key, value in found.items()}
+    assert set(expected) == {key for key in joined if ".attn.k." not in key and ".attn.v." not in key}
+    assert found["blocks.0.mlp.fc1.weight"] == expected["blocks.0.mlp.fc1.weight"][::-1]
+    assert found["pos_embed"] == expected["pos_embed"]
+    assert config.num_heads == model.blocks[0].attn.num_heads
+    assert config.norm_eps == model.blocks[0].norm1.eps
