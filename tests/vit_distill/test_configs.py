@@ -1,0 +1,74 @@
+"""The distiller's configs: each loads, and an update of the paper's size goes through as shapes alone."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.vit_distill import distill, probe, quickstart, segment, table, teacher
+from core.optim import build_optimizer
+from core.state import TrainState
+from core.step import make_train_step_fn
+from core.tree import num_params, spec
+from core.vit import VitConfig
+from vit_distill.distill import Distiller, make_loss_fn
+from vit_distill.flops import abstract_params
+from vit_distill.lora import build_lora_config, init_adapters
+from vit_distill.losses import LossConfig
+from vit_distill.run import COMMANDS
+
+CONFIGS = {
+    "distill": distill.get_config,
+    "probe": probe.get_config,
+    "segment": segment.get_config,
+    "table": table.get_config,
+    **{f"teacher:{name}": lambda name=name: teacher.get_config(name) for name in teacher.PRESETS},
+    **{
+        f"quickstart:{step}": lambda step=step: quickstart.get_config(step)
+        for step in ("teacher", "half", "third", "probe", "probe_third")
+    },
+}
+VIT_B = VitConfig(depth=6, width=768, num_heads=12, mlp_dim=3072, patch_size=16, image_size=224)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_names_a_command_of_the_distiller(name):
+    config = CONFIGS[name]()
+    assert config.system == "vit_distill"
+    assert config.command in ("distill", *COMMANDS)
+    config.to_json_best_effort()
+
+
+@pytest.mark.parametrize(("module", "arg"), [(distill, "r=2"), (teacher, "preset=huge"), (quickstart, "quarter")])
+def test_an_unknown_argument_is_an_error(module, arg):
+    with pytest.raises(ValueError, match="expected"):
+        module.get_config(arg)
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "millions"),
+    [("enhanced", "float32", 10.62), ("plain", "float32", 2.36), ("enhanced", "bfloat16", 10.62)],
+)
+def test_the_papers_student_updates_its_adapters_alone(preset, dtype, millions):
+    """ViT-B/16, r=2, R=128: 43.27 M kept weights and 10.62 M (enhanced) or 2.36 M (plain) adapters, as published."""
+    config = distill.get_config()
+    config.lora.preset, config.train.dtype = preset, dtype
+    lora, base = build_lora_config(config.lora), abstract_params(VIT_B)
+    assert num_params(base) == pytest.approx(43.27e6, rel=1e-3)
+    distiller = Distiller(config, SimpleNamespace(config=VIT_B), (), (), VIT_B, base, lora, LossConfig(), (11,), None)
+    tx = build_optimizer(config.optim, 10)
+
+    def build(key, base):
+        adapters = init_adapters(key, base, lora)
+        return TrainState(jnp.zeros((), jnp.int32), adapters, adapters, tx.init(adapters), {})
+
+    before = jax.eval_shape(build, jax.random.key(0), base)
+    assert num_params(before.params) == pytest.approx(millions * 1e6, rel=1e-3)
+    views = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
+    batch = {"views": views, "targets": (jax.ShapeDtypeStruct((8, 197, 768), jnp.float32),)}
+    step = make_train_step_fn(make_loss_fn(distiller), tx, ema_decay=0.0)
+    after, metrics = jax.eval_shape(step, before, batch, jax.random.key(0), base)
+    assert spec(before) == spec(after)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    assert {"loss", "l1", "cls_l1", "patch_l1", "grad_norm"} <= set(metrics)
