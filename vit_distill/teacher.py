@@ -16,7 +16,7 @@ from core import tree
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import positions
 from vit_distill.formats import architectures, canonical, hub
-from vit_distill.formats.canonical import Beside, Checkpoint
+from vit_distill.formats.checkpoint import Beside, Checkpoint
 from vit_distill.formats.reading import read_format
 from vit_distill.formats.tensors import SUFFIXES, read_config_json, read_tensors
 from vit_distill.preprocessing import Preprocessing

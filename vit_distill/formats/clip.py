@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vit_distill.formats import architectures
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
+from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.hugging_face_reader import read_preprocessor, read_settings
 from vit_distill.formats.names import Names
 

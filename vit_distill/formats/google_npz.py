@@ -12,7 +12,7 @@ import einops
 import numpy as np
 
 from vit_distill.formats import architectures
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
+from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.names import Names
 
 _SHARED = {

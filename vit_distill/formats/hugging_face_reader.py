@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_distill.formats import architectures, canonical
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
+from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.names import Names
 
 _EMBEDDINGS = {

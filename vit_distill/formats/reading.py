@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vit_distill.formats import canonical, clip, google_npz, hugging_face_reader, timm
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
+from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 
 READERS = (timm.READER, hugging_face_reader.READER, clip.READER, google_npz.READER)
 

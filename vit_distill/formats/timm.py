@@ -15,7 +15,7 @@ import numpy as np
 from core.files import write_json
 from core.vit import VitConfig
 from vit_distill.formats import architectures, canonical
-from vit_distill.formats.canonical import Beside, Checkpoint, Reader
+from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
 
