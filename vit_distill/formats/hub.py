@@ -16,7 +16,7 @@ def download(name: str) -> Path:
         from huggingface_hub import errors
     except ImportError as error:
         raise ValueError(
-            f"hf-hub:{name} needs the package huggingface_hub: pip install 'mtl-moe-vit-distill[hub]', or download the "
+            f"hf-hub:{name} needs the package huggingface_hub: pip install huggingface-hub, or download the "
             "repository's folder by other means and give its path"
         ) from error
     repository, _, revision = name.partition("@")
