@@ -238,6 +238,6 @@ def _random_teacher(name: str, overrides: Mapping[str, Any]) -> Teacher:
     half = dict.fromkeys(("mean", "std"), (0.5,) * config.in_channels)
     preprocessing = _build_preprocessing(Checkpoint("random", {}, preprocessing=half), config, overrides)
     digest = tree.fingerprint(params)
-    report = LoadReport((), tuple(tree.paths(params)), (), (), digest, "random", ("seeded random weights",))
+    report = LoadReport((), (), (), (), digest, "random", ("seeded random weights",))
     source = {"format": "random", "file": name, "sha256": digest, "licence": "none needed", "architecture": name}
     return Teacher(f"random:{name}", config, params, preprocessing, source, report)
