@@ -171,6 +171,7 @@ def distiller() -> ConfigDict:
         train_norms=False,
         train_biases=False,
         warm_start=False,  # closed-form start from the few-shot images
+        truncate_to=0,  # rank to cut trained adapters to, by --mode=evaluate; 0: as trained
     )
     config.loss = dict(
         kind="l1",  # l1 | mse | smooth_l1 | cosine | l1_kld

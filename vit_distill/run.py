@@ -18,11 +18,18 @@ from input_pipeline.few_shot import read_manifest, select_few_shot, write_manife
 from vit_distill.distill import Distiller, build_distiller
 from vit_distill.evaluate import compare, run_blocks
 from vit_distill.lora import singular_values, suggested_rank
-from vit_distill.student_io import build_student, load_distilled, load_teacher_of, save_facts, student_facts
+from vit_distill.student_io import build_student, load_distilled, load_teacher_of, save_facts, student_facts, truncated
 from vit_distill.train import train
 
 # Fields that may differ between a work directory's config and the one it is run with.
-FREE_FIELDS = ("train.num_steps", "train.tensorboard", "data.root", "data.memory_limit_gb", "teacher.checkpoint")
+FREE_FIELDS = (
+    "train.num_steps",
+    "train.tensorboard",
+    "data.root",
+    "data.memory_limit_gb",
+    "teacher.checkpoint",
+    "lora.truncate_to",
+)
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
     "probe": "vit_distill.probe_command:run_probe",
@@ -52,6 +59,9 @@ def evaluate(config: Any, workdir: Path) -> None:
     if config.command != "distill":
         raise ValueError(f"--mode=evaluate: nothing to restore for command {config.command!r}; run it again instead")
     check_config(config, workdir, FREE_FIELDS)
+    if not (workdir / "student.json").exists():
+        raise ValueError(f"{workdir} holds no distilled student: train first, or check --workdir")
+    save_config(config, workdir)  # a rank to cut adapters to is from now on the student's
     distiller, trainable, facts = load_distilled(workdir)
     images, few, rest = few_shot_images(config, distiller.teacher, workdir)
     _report(distiller, trainable, facts, images, few, rest, workdir)
@@ -110,7 +120,7 @@ def _distill(config: Any, workdir: Path) -> None:
     if config.student.method != "copy":
         start = warm(distiller, sample) if distiller.lora and config.lora.warm_start else None
         state = train(distiller, few_shot, workdir, start)
-        trainable = state.ema_params
+        distiller, trainable = truncated(distiller, state.ema_params)
     if jax.process_index() == 0:
         _report(distiller, trainable, facts, images, few, rest, workdir)
 

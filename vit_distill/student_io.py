@@ -1,5 +1,6 @@
 """A student on disk: student.json and checkpoints of a work directory, read back with its teacher."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from core.files import write_json
 from core.optim import build_optimizer
 from core.tree import num_params
 from vit_distill.distill import Distiller, build_distiller, build_state
+from vit_distill.lora import truncate
 from vit_distill.student import Student
 from vit_distill.teacher import Teacher, load_teacher
 from vit_distill.train import check_base
@@ -41,27 +43,45 @@ def load_teacher_of(config: Any) -> Teacher:
         allow_unused=tuple(section.allow_unused),
     )
     print(teacher.report)
+    print("\n".join(describe(teacher)))
     return teacher
+
+
+def describe(teacher: Teacher) -> list[str]:
+    """What was read or assumed of a teacher, as lines for the console."""
+    config, preprocessing = teacher.config, teacher.preprocessing
+    tokens = f"{config.num_registers} registers, " * bool(config.num_registers) + f"{config.pool} pooling"
+    mean, std = ((", ".join(f"{value:.4g}" for value in values)) for values in (preprocessing.mean, preprocessing.std))
+    return [
+        f"teacher   {teacher.name}: {config.depth} blocks of width {config.width}, {config.num_heads} heads, patch "
+        f"{config.patch_size} at {config.image_size} px, {tokens}",
+        f"          {config.activation if config.mlp == 'mlp' else config.mlp}, norm epsilon {config.norm_eps:g}"
+        + ", layer scale" * config.layer_scale,
+        f"images    resize {preprocessing.resize_size} ({preprocessing.interpolation}), crop "
+        f"{preprocessing.image_size}, mean {mean}, std {std}",
+    ]
 
 
 def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Plain JSON for reports and model cards; `manifest` names the few-shot images' hash and count."""
     config, teacher = distiller.config, distiller.teacher
-    lora = {}
-    if distiller.lora:
-        lora = {"ranks": dict(distiller.lora.ranks), "dora": distiller.lora.dora, "scaling": distiller.lora.scaling}
     return {
         "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
         "blocks": list(distiller.blocks),
         "choice": [dict(row) for row in distiller.choice],
         "method": config.student.method,
-        "lora": lora,
+        "lora": _lora_facts(distiller),
         "loss": {"kind": config.loss.kind, "target": config.loss.target, "cls_weight": config.loss.cls_weight},
         "few_shot": dict(manifest),
         "seed": int(config.seed),
         "num_params": {"teacher": num_params(teacher.params), "student": num_params(distiller.base)},
         "metrics": {},
     }
+
+
+def _lora_facts(distiller: Distiller) -> dict[str, Any]:
+    lora = distiller.lora
+    return {"ranks": dict(lora.ranks), "dora": lora.dora, "scaling": lora.scaling} if lora else {}
 
 
 def build_student(distiller: Distiller, trainable: Any, facts: Mapping[str, Any]) -> Student:
@@ -123,4 +143,14 @@ def load_distilled(workdir: Path) -> tuple[Distiller, Any, dict[str, Any]]:
     finally:
         checkpointer.close()
     check_base(distiller, extra, workdir)
-    return distiller, trainable, facts
+    distiller, trainable = truncated(distiller, trainable)
+    return distiller, trainable, facts | {"lora": _lora_facts(distiller)}
+
+
+def truncated(distiller: Distiller, trainable: Any) -> tuple[Distiller, Any]:
+    """Adapters cut to rank `config.lora.truncate_to`, the best of that rank; unchanged where it is 0."""
+    rank = distiller.config.lora.truncate_to
+    if not rank or not distiller.lora:
+        return distiller, trainable
+    adapters, lora = truncate(jax.device_get(trainable), rank, distiller.lora)
+    return dataclasses.replace(distiller, lora=lora), adapters

@@ -34,6 +34,8 @@ def test_the_example_writes_a_student_that_loads(tmp_path: Path, monkeypatch: py
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     names: dict = {}
     exec(code, names)
+    pixels = np.zeros((8, 8, 8, 3), np.uint8)
+    assert names["features"](pixels).shape == (8, CONFIG.width)
     student = load_teacher("student")
     assert student.config.depth == 2
     written = paths(names["student"].params)

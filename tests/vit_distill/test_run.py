@@ -97,6 +97,21 @@ def test_the_student_comes_back_as_it_was(workdir: Path, capsys: pytest.CaptureF
     assert "held_out/digits/l1" in capsys.readouterr().out
 
 
+def test_adapters_can_be_cut_to_a_lower_rank(workdir: Path, tmp_path: Path):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = saved.get_config(str(copy))
+    config.lora.truncate_to = 1
+    run.evaluate(config, copy)
+    student, whole = load_student(copy), load_student(workdir)
+    assert set(dict(student.lora.ranks).values()) == {1}
+    update = student.params["block_00"]["mlp"]["fc1"]["kernel"] - student.base["block_00"]["mlp"]["fc1"]["kernel"]
+    full = whole.params["block_00"]["mlp"]["fc1"]["kernel"] - whole.base["block_00"]["mlp"]["fc1"]["kernel"]
+    u, values, v = np.linalg.svd(full)
+    np.testing.assert_allclose(update, values[0] * np.outer(u[:, 0], v[0]), atol=1e-5)
+    assert values[1] > 1e-4  # there was something to cut
+
+
 def test_another_config_or_command_is_refused(workdir: Path, teacher: Path):
     config = saved.get_config(str(workdir))
     config.lora.rank = 3
