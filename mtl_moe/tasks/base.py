@@ -155,6 +155,13 @@ def box_filter(images: jax.Array, size: int) -> jax.Array:
     return images
 
 
+def local_gradient(images: jax.Array) -> jax.Array:
+    """Magnitude of the forward differences, mean over channels and 5 x 5 pixels: [B, H, W, C] -> [B, H, W]."""
+    down = jnp.diff(images, axis=1, append=images[:, -1:])
+    right = jnp.diff(images, axis=2, append=images[:, :, -1:])
+    return box_filter(jnp.sqrt(jnp.square(down) + jnp.square(right)).mean(-1, keepdims=True), 5)[..., 0]
+
+
 def body_mask(images: jax.Array) -> jax.Array:
     """Where the patient is, float {0, 1} [B, H, W, 1]: smoothed brightness above 0.05; everything if that is under 5 %.
 

@@ -1,8 +1,9 @@
 """Masked reconstruction: predict hidden patches from their context.
 
 Learns L1 + structural similarity on the hidden patches. At inference two complementary fixed masks, so that every pixel
-is predicted from context only; the map is the absolute error. After MAE-medical (Georgescu, KES 2023) and AED-MAE
-(Ristea et al., CVPR 2024).
+is predicted from context only; the map is the absolute error in units of the image's local gradient, because edges are
+hard to predict in any image (chosen on painted normals, benchmarks/NOTES.md). After MAE-medical (Georgescu, KES 2023)
+and AED-MAE (Ristea et al., CVPR 2024).
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_moe.tasks import base
+
+GRADIENT_FLOOR = 0.03  # grey values per pixel: about the noise of a flat region, so that noise does not count as error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Masked:
         size, patch = self.geometry.image_size, self.geometry.patch_size
         grid = self.geometry.grid
         maps = error.reshape(-1, grid, grid, patch, patch).swapaxes(2, 3).reshape(-1, size, size)
-        return {self.name: maps}
+        return {self.name: maps / (base.local_gradient(images) + GRADIENT_FLOOR)}
 
 
 def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -226,6 +226,24 @@ def test_masked_evidence_ignores_visible_pixels(images):
     np.testing.assert_allclose(task.evidence(outputs, images, None)["masked"], 0, atol=1e-6)
 
 
+def test_local_gradient_of_a_ramp_and_of_an_edge():
+    ramp = jnp.broadcast_to(0.03 * jnp.arange(16.0)[:, None], (16, 16)) + 0.04 * jnp.arange(16.0)[None]
+    images = jnp.stack([ramp, (jnp.arange(16) >= 8).astype(jnp.float32)[None] * jnp.ones((16, 1))])[..., None]
+    slope = np.asarray(base.local_gradient(images))
+    assert slope.shape == (2, 16, 16)
+    np.testing.assert_allclose(slope[0, 2:13, 2:13], 0.05, rtol=1e-4)  # 3, 4, 5
+    np.testing.assert_allclose(slope[1, 5], [0] * 5 + [0.2] * 5 + [0] * 6, atol=1e-6)  # one column of the five
+
+
+def test_masked_error_counts_less_where_the_image_has_edges():
+    images = jnp.zeros((1, SIZE, SIZE, CHANNELS)).at[:, :, SIZE // 2 :: 2].set(0.5)  # right half: stripes
+    task = make_task("masked")
+    answers = jnp.broadcast_to(images + 0.1, (2, *images.shape))
+    maps = np.asarray(task.evidence(answers, images, None)["masked"])[0]
+    np.testing.assert_allclose(maps[:, :10], 0.1 / 0.03, rtol=1e-4)
+    np.testing.assert_allclose(maps[:, SIZE // 2 + 3 : -4], 0.1 / 0.53, rtol=1e-4)
+
+
 def test_jigsaw_order_says_the_source_of_each_place(images):
     view, order = corrupt(make_task("jigsaw"), images)
     assert not np.array_equal(view[..., :1], images)
