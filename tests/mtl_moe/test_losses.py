@@ -43,6 +43,8 @@ class StubDetector:
 def config(tiny_config):
     config = tiny_config()
     config.tasks.names = NAMES
+    for name in NAMES:
+        config.tasks[name].weight = 1.0
     config.train.scale_steps = STEPS
     return config
 
