@@ -16,7 +16,7 @@ TINY_TASKS = ("masked", "denoise", "synthetic", "jigsaw", "transform")
 
 # Sizes of the network by preset, with the input side they are meant for and a jigsaw that divides its token grid.
 PRESETS = {
-    # CPU: about 1.5 M parameters.
+    # CPU: about 1.6 M parameters.
     "tiny": dict(
         image_size=64, tiles=4, width=128, num_heads=4, patch_size=8, num_dense_layers=2, num_moe_layers=2,
         num_neck_layers=1, mlp_dim=512, num_experts=6, expert_dim=128,
