@@ -3,6 +3,12 @@
 Command: python main.py --config=configs/vit_distill/teacher.py:preset=micro --config.data.root=DIR --workdir=W
 Argument: preset=micro (12 blocks of width 96 on 24-pixel crops, for a CPU), vit_s (ViT-S/4 on 32 pixels, for a GPU) or
 digits (12 blocks of width 48, no data needed). WORKDIR/teacher is then a --config.teacher.checkpoint.
+
+Cost and result, one run each, two CPU cores shared with other work:
+  micro   CIFAR-100, 7 epochs (2700 updates): 31 minutes, 50.5 % top-1 on test (49.6 % on valid)
+  digits  18 epochs (400 updates): about a minute of CPU time, 94.2 % on test (a support vector machine on the pixels
+          also has 94.2 %: test holds other writers than train and valid, where this teacher has 100 %)
+  vit_s   not run yet
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +48,7 @@ def get_config(arg=None):
     config.system, config.command, config.seed = defaults.system, "teacher", defaults.seed
     config.data = defaults.data
     config.data.valid_fraction = 0.05
+    del config.data["split"]  # all three are used
     config.model = dict(
         depth=12,
         width=96,
