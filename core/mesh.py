@@ -53,3 +53,13 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 def replicate(values: Any, mesh: Mesh) -> Any:
     """Copies a tree of host arrays to every device."""
     return jax.device_put(values, NamedSharding(mesh, P()))
+
+
+def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ValueError unless a batch divides over the devices that split it and over its micro-batches."""
+    shards = mesh.shape["data"]
+    if batch_size % (shards * accumulation):
+        raise ValueError(
+            f"train.batch_size={batch_size} does not divide by the {shards} devices that split the batch "
+            f"times train.accumulation={accumulation}: choose a multiple of {shards * accumulation}"
+        )

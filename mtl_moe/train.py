@@ -8,6 +8,7 @@ import jax
 from core.checkpoint import Checkpointer
 from core.logs import MetricLogger
 from core.loop import train_loop
+from core.mesh import check_batch_size
 from core.optim import build_optimizer
 from core.state import TrainState
 from core.step import make_train_step_fn
@@ -24,12 +25,7 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
       The last state, saved.
     """
     config = system.config
-    shards, accumulation = system.mesh.shape["data"], config.train.accumulation
-    if config.train.batch_size % (shards * accumulation):
-        raise ValueError(
-            f"train.batch_size={config.train.batch_size} does not divide by the {shards} devices that split the batch "
-            f"times train.accumulation={accumulation}: choose a multiple of {shards * accumulation}"
-        )
+    check_batch_size(config.train.batch_size, config.train.accumulation, system.mesh)
     tx = build_optimizer(config.optim, config.train.num_steps)
     state = system.init_state(tx, dataset)
     checkpointer = Checkpointer(workdir)

@@ -10,6 +10,7 @@ import numpy as np
 from core.checkpoint import Checkpointer, CheckpointError
 from core.logs import MetricLogger
 from core.loop import train_loop
+from core.mesh import check_batch_size
 from core.optim import build_optimizer
 from core.state import TrainState
 from input_pipeline.batches import train_batches
@@ -39,12 +40,7 @@ def train(
       CheckpointError: if the checkpoint was trained on another base.
     """
     config = distiller.config
-    shards, accumulation = distiller.mesh.shape["data"], config.train.accumulation
-    if config.train.batch_size % (shards * accumulation):
-        raise ValueError(
-            f"train.batch_size={config.train.batch_size} does not divide by the {shards} devices that split the batch "
-            f"times train.accumulation={accumulation}: choose a multiple of {shards * accumulation}"
-        )
+    check_batch_size(config.train.batch_size, config.train.accumulation, distiller.mesh)
     tx = build_optimizer(config.optim, config.train.num_steps)
     state = build_state(distiller, tx, start)
     if workdir is None:
