@@ -36,7 +36,7 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
     teacher = load_teacher(f"random:{model}", overrides={"num_classes": 0})
     it = build_distiller(config, teacher)
     trained = it.init_trainable(jax.random.key(0))
-    trained = jax.tree.map(lambda leaf: leaf + 0.01, trained)  # B is zero at the start
+    trained = jax.tree.map(lambda leaf: leaf + 0.001, trained)  # B is zero at the start
     merged = jax.device_put(it.merged(trained))
     network = VisionTransformer(it.student_config)
     plain = jax.jit(lambda params, x: network.apply({"params": params}, x).pooled)
