@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from core.dense import Dense, activation_dtype, apply_dense, dense_params
+
 Dtype = Any
 Aux = Mapping[str, jax.Array]
 
@@ -56,7 +58,7 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         patches = patchify(images, self.patch_size)
         flat = patches.reshape(-1, patches.shape[-1])
-        out = nn.Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name="proj")(flat)
+        out = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name="proj")(flat)
         return out.reshape(*patches.shape[:2], self.width)
 
 
@@ -76,6 +78,17 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
 
 
+class _Projection(nn.Module):
+    """The parameters of one of query, key and value, [D, K * Dh] and [K * Dh]; `SelfAttention` multiplies."""
+
+    shape: tuple[int, int]
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, inputs: tuple[int]) -> tuple[jax.Array, jax.Array | None]:
+        return dense_params(self, inputs, self.shape, self.use_bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, [B, N, D] -> [B, N, D]; kernels q, k, v are [D, K, Dh] and out is [K, Dh, D]."""
 
@@ -91,16 +104,15 @@ class SelfAttention(nn.Module):
         head_dim = width // self.num_heads
         flat = x.reshape(-1, width)
 
-        def heads(name: str) -> jax.Array:
-            shape = (self.num_heads, head_dim)
-            out = nn.DenseGeneral(shape, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(flat)
-            return out.reshape(batch, tokens, self.num_heads, head_dim)
-
-        out = attend(heads("query"), heads("key"), heads("value"))
+        # One product for all three: wider matrices keep a CPU busier.
+        shape = (self.num_heads, head_dim)
+        parts = [_Projection(shape, self.qkv_bias, name=name)((width,)) for name in ("query", "key", "value")]
+        kernel = jnp.concatenate([kernel for kernel, _ in parts], axis=1)
+        bias = jnp.concatenate([bias for _, bias in parts]) if self.qkv_bias else None
+        qkv = apply_dense(flat, kernel, bias, self.dtype).reshape(batch, tokens, 3, *shape)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         self.sow("intermediates", "heads", out)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(
-            out.reshape(-1, self.num_heads, head_dim)
-        )
+        out = Dense(width, dtype=self.dtype, name="out")(out.reshape(-1, *shape))
         return out.reshape(batch, tokens, width)
 
 
@@ -118,9 +130,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
-        hidden = ACTIVATIONS[self.activation](nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(flat))
+        hidden = ACTIVATIONS[self.activation](Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(flat))
         self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        out = Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -137,10 +149,10 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
-        gate, value = jnp.split(nn.Dense(2 * self.hidden_dim, dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
+        gate, value = jnp.split(Dense(2 * self.hidden_dim, dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
         hidden = jax.nn.silu(gate) * value
         self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        out = Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -162,10 +174,10 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *mlp_args: Any) -> tuple[jax.Array, Aux]:
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm1")(x)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=activation_dtype(self.dtype), name="norm1")(x)
         y = SelfAttention(self.num_heads, qkv_bias=self.qkv_bias, dtype=self.dtype, name="attn")(y)
         x = x + self._scaled("ls1", y)
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm2")(x)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=activation_dtype(self.dtype), name="norm2")(x)
         y, aux = self.make_mlp("mlp")(y, *mlp_args)
         return x + self._scaled("ls2", y), aux
 
@@ -287,7 +299,7 @@ class VisionTransformer(nn.Module):
         if images.shape[1:] != (cfg.image_size, cfg.image_size, cfg.in_channels):
             expected = f"[B, {cfg.image_size}, {cfg.image_size}, {cfg.in_channels}]"
             raise ValueError(f"images: expected {expected}, found {list(images.shape)}")
-        norm = functools.partial(nn.LayerNorm, epsilon=cfg.norm_eps, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=cfg.norm_eps, dtype=activation_dtype(self.dtype))
         x = self._embed(images)
         if cfg.pre_norm:
             x = norm(name="norm_pre")(x)
@@ -302,7 +314,7 @@ class VisionTransformer(nn.Module):
             pooled = final(pooled)
         logits = None
         if cfg.num_classes:
-            logits = nn.Dense(cfg.num_classes, use_bias=cfg.head_bias, dtype=self.dtype, name="head")(pooled)
+            logits = Dense(cfg.num_classes, use_bias=cfg.head_bias, dtype=self.dtype, name="head")(pooled)
         return VitOutput(tuple(blocks), tokens, pooled, logits, embedded)
 
     def _embed(self, images: jax.Array) -> jax.Array:

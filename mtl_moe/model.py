@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import Mesh
 
+from core.dense import Dense, activation_dtype
 from core.vit import EncoderBlock, Mlp, PatchEmbed, patchify, unpatchify
 from mtl_moe.moe import MoeMlp, active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
@@ -137,12 +138,13 @@ class Detector(nn.Module):
         patch = self.config.patch_size
         pixels = task.head.kind == "pixels"
         dim = task.head.dim * (patch**2 if pixels else 1)
-        flat = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{task.name}")(x.reshape(-1, width))
+        dtype = activation_dtype(self.dtype)
+        flat = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=f"norm_{task.name}")(x.reshape(-1, width))
         if pixels:
-            detail = patchify(2.0 * views.reshape(-1, *views.shape[2:]) - 1.0, patch).astype(self.dtype)
+            detail = patchify(2.0 * views.reshape(-1, *views.shape[2:]) - 1.0, patch).astype(dtype)
             flat = jnp.concatenate([flat, detail.reshape(flat.shape[0], -1)], axis=-1)
-            flat = jax.nn.gelu(nn.Dense(2 * width, dtype=self.dtype, name=f"detail_{task.name}")(flat))
-        out = nn.Dense(dim, dtype=self.dtype, name=f"head_{task.name}")(flat)
+            flat = jax.nn.gelu(Dense(2 * width, dtype=self.dtype, name=f"detail_{task.name}")(flat))
+        out = Dense(dim, dtype=self.dtype, name=f"head_{task.name}")(flat)
         out = out.reshape(num_views * batch, tokens, dim).astype(jnp.float32)
         if pixels:
             out = unpatchify(out, patch, self.image_size)

@@ -7,6 +7,7 @@ Axes: B batch, N tokens of an image (in the functions: rows, B*N flattened), D w
 of a row (top_k), E experts, T tasks, G tiles. How the tile matmul was chosen: `benchmarks/NOTES.md`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from core.dense import activation_dtype, transposed
 from core.vit import Mlp
 from mtl_moe import routing
 from mtl_moe.routing import Gate, Plan
@@ -38,53 +40,60 @@ def total_hidden_dim(hidden_dim: int, num_experts: int, shared_expert: bool) -> 
     return hidden_dim * (num_experts + shared_expert)
 
 
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
 def _tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, transpose: bool) -> jax.Array:
+    """float32 [G * tile, F or D]; x and w of one dtype."""
     tile = x.shape[0] // plan.tile_expert.shape[0]
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         rows = jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
         weight = jax.lax.dynamic_index_in_dim(w, plan.tile_expert[i], keepdims=False)
-        product = jax.lax.dot_general(rows, weight, (((1,), (1 if transpose else 0,)), ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(out, product, i * tile, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, _dot(rows, weight, (1, int(transpose))), i * tile, 0)
 
-    out = jnp.zeros((x.shape[0], w.shape[1 if transpose else 2]), x.dtype)
+    out = jnp.zeros((x.shape[0], w.shape[1 if transpose else 2]), jnp.float32)
     return jax.lax.fori_loop(0, plan.num_tiles_used, body, out)
 
 
-@jax.custom_vjp
-def tile_matmul(x: jax.Array, w: jax.Array, plan: Plan) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
     """Multiplies each used tile of x [G * tile, D] by its expert's matrix of w [E, D, F]: [G * tile, F], 0 elsewhere.
 
-    The own gradient allows a loop of data-dependent length, so unused tiles cost nothing, and adds each tile's weight
-    gradient into one expert's slice in place.
+    Operands are rounded to `dtype`, sums are float32, the result has the dtype of x. The own gradient allows a loop of
+    data-dependent length, so unused tiles cost nothing, and adds each tile's weight gradient into one expert's slice in
+    place.
     """
-    return _tile_matmul(x, w, plan, transpose=False)
+    return _tile_matmul(x.astype(dtype), w.astype(dtype), plan, transpose=False).astype(x.dtype)
 
 
-def _tile_matmul_bwd(saved: tuple[jax.Array, jax.Array, Plan], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _tile_matmul_bwd(dtype: Any, saved: tuple[jax.Array, jax.Array, Plan], g: jax.Array) -> tuple[Any, Any, None]:
     x, w, plan = saved
     tile = x.shape[0] // plan.tile_expert.shape[0]
+    rounded, g_rounded = transposed(x.astype(dtype)), g.astype(dtype)
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
-        g_rows = jax.lax.dynamic_slice_in_dim(g, i * tile, tile)
-        product = jax.lax.dot_general(rows, g_rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        rows = jax.lax.dynamic_slice_in_dim(rounded, i * tile, tile, axis=1)
+        g_rows = jax.lax.dynamic_slice_in_dim(g_rounded, i * tile, tile)
         expert = plan.tile_expert[i]
         old = jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, old + product, expert, 0)
+        return jax.lax.dynamic_update_index_in_dim(dw, old + _dot(rows, g_rows, (1, 0)), expert, 0)
 
     dw = jax.lax.fori_loop(0, plan.num_tiles_used, body, jnp.zeros(w.shape, jnp.float32))
-    return _tile_matmul(g, w, plan, transpose=True), dw.astype(w.dtype), None
+    return _tile_matmul(g_rounded, w.astype(dtype), plan, transpose=True).astype(x.dtype), dw.astype(w.dtype), None
 
 
-tile_matmul.defvjp(lambda x, w, plan: (tile_matmul(x, w, plan), (x, w, plan)), _tile_matmul_bwd)
+tile_matmul.defvjp(lambda x, w, plan, dtype: (tile_matmul(x, w, plan, dtype), (x, w, plan)), _tile_matmul_bwd)
 
 
-def ragged_matmul(x: jax.Array, w: jax.Array, plan: Plan) -> jax.Array:
+def ragged_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
     """`tile_matmul` for a plan of tile 1, by `jax.lax.ragged_dot`."""
     # ragged_dot does not promise zeros after the last group, which is where rows of other devices' experts lie.
     used = jnp.arange(x.shape[0]) < plan.num_tiles_used
-    return jnp.where(used[:, None], jax.lax.ragged_dot(x, w, plan.group_sizes), 0)
+    out = jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), plan.group_sizes)
+    return jnp.where(used[:, None], out, 0).astype(x.dtype)
 
 
 def _tile_size(num_assignments: int, num_experts: int) -> int:
@@ -94,7 +103,12 @@ def _tile_size(num_assignments: int, num_experts: int) -> int:
 
 
 def _apply_local(
-    x: jax.Array, experts: jax.Array, weights: jax.Array, params: Mapping[str, jax.Array], dispatch: Dispatch
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    params: Mapping[str, jax.Array],
+    dispatch: Dispatch,
+    dtype: Any,
 ) -> jax.Array:
     """`apply_experts` on one device; choices outside [0, E) contribute nothing."""
     num_experts = params["w1"].shape[0]
@@ -104,7 +118,7 @@ def _apply_local(
     chosen = jax.nn.one_hot(plan.tile_expert, num_experts, dtype=x.dtype)
 
     def dense(rows: jax.Array, name: str) -> jax.Array:
-        out = matmul(rows, params[f"w{name}"].astype(x.dtype), plan)
+        out = matmul(rows, params[f"w{name}"], plan, dtype)
         # A one-hot matmul instead of indexing: its gradient is a matmul, not a scatter into few rows.
         bias = chosen @ params[f"b{name}"].astype(x.dtype)
         return (out.reshape(-1, tile, out.shape[-1]) + bias[:, None, :]).reshape(out.shape)
@@ -115,7 +129,12 @@ def _apply_local(
 
 
 def apply_experts(
-    x: jax.Array, gate: Gate, params: Mapping[str, jax.Array], dispatch: Dispatch = "auto", mesh: Mesh | None = None
+    x: jax.Array,
+    gate: Gate,
+    params: Mapping[str, jax.Array],
+    dispatch: Dispatch = "auto",
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """sum_k weights[n, k] * MLP of expert experts[n, k] on x[n]; equal to a loop over rows and experts.
 
@@ -123,12 +142,13 @@ def apply_experts(
     `expert`. Nothing is sorted or gathered across devices.
 
     Args:
-      x: [N, D], float32 or bfloat16; computation is in its dtype, weight gradients are summed in float32.
+      x: [N, D], float32 or bfloat16.
       gate: of the same N rows.
       params: w1 [E, D, F], b1 [E, F], w2 [E, F, D], b2 [E, D].
       dispatch: "tiles" (loop over tiles of one expert each), "ragged" (`jax.lax.ragged_dot`) or "auto": tiles on CPU,
         ragged elsewhere. Same result to float rounding.
       mesh: with axes "data" (splits N) and "expert" (splits E), axis types Auto; None for one device.
+      dtype: that operands of products are rounded to; weight gradients are summed in float32.
 
     Returns:
       [N, D] in the dtype of x.
@@ -141,7 +161,7 @@ def apply_experts(
     if dispatch == "auto":
         dispatch = "tiles" if jax.default_backend() == "cpu" else "ragged"
     if mesh is None:
-        return _apply_local(x, gate.experts, gate.weights, params, dispatch)
+        return _apply_local(x, gate.experts, gate.weights, params, dispatch, dtype)
 
     num_experts = params["w1"].shape[0]
     for what, size, axis in (("rows", x.shape[0], "data"), ("experts", num_experts, "expert")):
@@ -150,7 +170,7 @@ def apply_experts(
 
     def body(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
         first = jax.lax.axis_index("expert") * (num_experts // mesh.shape["expert"])
-        return jax.lax.psum(_apply_local(x, experts - first, weights, params, dispatch), "expert")
+        return jax.lax.psum(_apply_local(x, experts - first, weights, params, dispatch, dtype), "expert")
 
     # check_vma is off because the loops' carries start as constants, which that check takes for equal on all devices.
     shard = jax.shard_map(
@@ -255,8 +275,9 @@ class MoeMlp(nn.Module):
           row_weight: [B], 0 for views that do not count in losses and statistics (padding); None counts all.
 
         Returns:
-          tokens [B, N, D] in `dtype`, and {load_balance [], z_loss [], utilisation [T, E], entropy [T]}, float32, over
-          the whole batch on all devices (see `routing`); both losses are 0 for the router "fixed".
+          tokens [B, N, D] in `activation_dtype(dtype)`, and {load_balance [], z_loss [], utilisation [T, E],
+          entropy [T]}, float32, over the whole batch on all devices (see `routing`); both losses are 0 for the router
+          "fixed".
         """
         batch, num_tokens, width = tokens.shape
         row_tasks = jnp.repeat(task_ids, num_tokens)
@@ -267,8 +288,8 @@ class MoeMlp(nn.Module):
         if mesh is not None and batch % mesh.shape["data"]:
             raise ValueError(f"batch of {batch} does not divide over mesh axis 'data' of size {mesh.shape['data']}")
         params = Experts(self.num_experts, self.hidden_dim, name="experts")(width)
-        flat = tokens.reshape(-1, width).astype(self.dtype)
-        out = apply_experts(flat, gate, params, self.dispatch, mesh).reshape(tokens.shape)
+        flat = tokens.reshape(-1, width).astype(activation_dtype(self.dtype))
+        out = apply_experts(flat, gate, params, self.dispatch, mesh, self.dtype).reshape(tokens.shape)
         if self.shared_expert:
             out = out + Mlp(self.hidden_dim, dtype=self.dtype, name="shared")(tokens)[0]
 

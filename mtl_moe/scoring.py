@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from core.metrics import p_values
 from mtl_moe.losses import to_float
-from mtl_moe.system import System
+from mtl_moe.system import DTYPES, System
 from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import EPS, body_mask, mean_where
 from mtl_moe.teacher import make_teacher, needs_teacher
@@ -48,7 +48,7 @@ def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, j
 
     All views of all tasks go through one forward. An image's result does not depend on the other images.
     """
-    tasks, model = system.tasks, system.model
+    tasks, model = system.tasks, system.model.clone(dtype=DTYPES[system.config.score.dtype])
 
     def score(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
         images = to_float(images)

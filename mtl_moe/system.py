@@ -95,8 +95,9 @@ def build_system(config: Any) -> System:
     Raises:
       ValueError: for any field that does not fit (unknown task, mlp kind, dtype; sizes that do not divide).
     """
-    if config.train.dtype not in DTYPES:
-        raise ValueError(f"train.dtype: expected one of {sorted(DTYPES)}, found {config.train.dtype!r}")
+    for field in ("train", "score"):
+        if config[field].dtype not in DTYPES:
+            raise ValueError(f"{field}.dtype: expected one of {sorted(DTYPES)}, found {config[field].dtype!r}")
     mesh = make_mesh(config.mesh.expert)
     tasks = build_tasks(config.tasks, build_geometry(config))
     model = Detector(

@@ -48,7 +48,8 @@ def tiny_config() -> Callable[[], ConfigDict]:
         config.tasks.jigsaw.tiles = 2
         config.tasks.cluster.num_clusters = 4
         config.train.update(
-            batch_size=8, num_steps=4, refresh_step=2, log_every=1, save_every=2, tensorboard=False
+            batch_size=8, num_steps=4, refresh_step=2, log_every=1, save_every=2, tensorboard=False,
+            dtype="float32",  # what the tests' tolerances are for
         )  # fmt: skip
         config.score.update(batch_size=8, gallery=1, bootstrap=20, untrained=False)
         return config

@@ -21,7 +21,6 @@ def get_config(arg=None):
     if arg.name == "camelyon16":
         config.data.channels = 3
     if arg.preset != "tiny":
-        config.train.dtype = "bfloat16"
         config.train.batch_size = 64
         config.train.num_steps = 20_000
         config.train.refresh_step = 5_000
