@@ -54,7 +54,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     split = dataset.splits["test" if has_test else "calibration"]
     map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if split.has_masks else None
     scored = scorer.split(split, "score", map_fn)
-    corrected = calibration.corrected(scored.raw, scored.log_gradient)
+    corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
 
@@ -120,7 +120,7 @@ class Results:
         self, system: System, calibration: Calibration, corrected: np.ndarray, fused: np.ndarray, scored: Scored
     ) -> None:
         """Fused scores with intervals, each evidence, the best single one, each task left out."""
-        self._covariate = scored.log_gradient
+        self._covariate = scored.texture[:, 0]  # log mean gradient
         self._image("", fused, interval=True)
         if scored.maps is not None:
             self._pixel("", scored.maps, interval=True)
@@ -155,7 +155,7 @@ class Results:
         size, mask_size = dataset.image_size, dataset.mask_size
         map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None
         scored = scorer.split(self._split, "untrained", map_fn)
-        self._image("floor/untrained/", calibration.fuse(calibration.corrected(scored.raw, scored.log_gradient)))
+        self._image("floor/untrained/", calibration.fuse(calibration.corrected(scored.raw, scored.texture)))
         if scored.maps is not None:
             self._pixel("floor/untrained/", scored.maps)
 

@@ -16,7 +16,7 @@ from core.logs import progress_bar
 from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.dataset import Split, eval_batches
-from mtl_moe.floors import log_mean_gradient
+from mtl_moe.floors import texture
 from mtl_moe.scoring import Calibration, fit_calibration, make_map_fn, make_score_fn
 from mtl_moe.system import System
 
@@ -37,12 +37,12 @@ class Scored:
     """What a pass over N images gives.
 
     Attributes:
-      raw: [N, S] raw scores; log_gradient: [N].
+      raw: [N, S] raw scores; texture: [N, 3], see `mtl_moe.floors.texture`.
       maps: finished fused maps [N, M, M] in calibrated units, or None where they were not asked for.
     """
 
     raw: np.ndarray
-    log_gradient: np.ndarray
+    texture: np.ndarray
     maps: np.ndarray | None = None
 
 
@@ -88,17 +88,17 @@ class Scorer:
 
     def split(self, split: Split, description: str, map_fn: Callable[[jax.Array], jax.Array] | None = None) -> Scored:
         """A whole split, every image once; with `map_fn` (`make_map_fn`) also its finished maps."""
-        raw, gradients, maps = [], [], []
+        raw, textures, maps = [], [], []
         with progress_bar(len(split), description=description) as bar:
             for batch in eval_batches(split, self.batch_size):
                 count = int(batch["valid"].sum())
                 result = self.batch(batch["image"])
                 raw.append(np.asarray(result["raw"])[:count])
-                gradients.append(log_mean_gradient(batch["image"][:count]))
+                textures.append(texture(batch["image"][:count]))
                 if map_fn is not None:
                     maps.append(np.asarray(map_fn(result["maps"]))[:count])
                 bar.update(count)
-        return Scored(np.concatenate(raw), np.concatenate(gradients), np.concatenate(maps) if maps else None)
+        return Scored(np.concatenate(raw), np.concatenate(textures), np.concatenate(maps) if maps else None)
 
 
 def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
@@ -114,7 +114,7 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     sample = scorer.images(split.images(rows))
     config = system.config
     calibration = fit_calibration(
-        system.tasks, config.score.fusion, scored.raw, scored.log_gradient, sample["maps"], sample["body"]
+        system.tasks, config.score.fusion, scored.raw, scored.texture, sample["maps"], sample["body"]
     )
     finish = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
     finished = np.concatenate([np.asarray(finish(sample["maps"][i : i + 32])) for i in range(0, len(rows), 32)])

@@ -35,7 +35,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path) -> np.nda
     split = load_images(source, config.data, min_size=config.model.patch_size)
     scorer = Scorer(system, trained)
     scored = scorer.split(split, "score")
-    corrected = calibration.corrected(scored.raw, scored.log_gradient)
+    corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
     evidence = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))

@@ -69,9 +69,9 @@ class Task(Protocol):
     def reductions(self) -> Mapping[str, str]:
         """How each map of `evidence` becomes an image score, by name; the first is called as the task.
 
-        "mean" over the body, for tasks that fail on an image as a whole. "top": logarithm of the mean of the smoothed
-        map's top 1 % inside the body, for tasks that fail in one place. "contrast": the same less its linear fit on the
-        image's log mean gradient, because a smooth image is easy to reconstruct whatever it shows.
+        "mean" over the body, for tasks that fail on an image as a whole. "top", for tasks that fail in places: log of
+        the mean of the smoothed map's top 5 % inside the body, less its linear fit on the image's texture, because a
+        smooth image is easy to reconstruct whatever it shows.
         """
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: Teacher | None) -> tuple[jax.Array, Any]:

@@ -33,7 +33,7 @@ class Denoise:
 
     @property
     def reductions(self) -> Mapping[str, str]:
-        return {self.name: "contrast"}
+        return {self.name: "top"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_noise, key_size = jax.random.split(key)

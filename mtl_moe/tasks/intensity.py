@@ -31,7 +31,7 @@ class Intensity:
 
     @property
     def reductions(self) -> Mapping[str, str]:
-        return {self.name: "contrast"}
+        return {self.name: "top"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         slopes = jnp.exp(self.strength * jax.random.normal(key, (images.shape[0], self.num_knots)))

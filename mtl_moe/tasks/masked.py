@@ -35,7 +35,7 @@ class Masked:
 
     @property
     def reductions(self) -> Mapping[str, str]:
-        return {self.name: "contrast"}
+        return {self.name: "top"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         view, cells = base.hide_random(key, images, self.geometry.patch_size, self.ratio)

@@ -51,7 +51,7 @@ class Synthetic:
 
     @property
     def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top", f"{self.name}_clean": "contrast"}
+        return {self.name: "top", f"{self.name}_clean": "top"}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_count, key_clean, *keys = jax.random.split(key, 2 + self.max_defects)

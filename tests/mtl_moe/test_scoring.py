@@ -23,19 +23,20 @@ from mtl_moe.scoring import (
 from mtl_moe.tasks import TASKS, Geometry
 
 GEOMETRY = Geometry(16, 8, 1, 16)
-# masked: contrast; synthetic: top, and contrast for its second evidence; transform: mean.
+# masked: top; synthetic: top, twice; transform: mean.
 TASK_SET = tuple(TASKS[name](geometry=GEOMETRY) for name in ("masked", "synthetic", "transform"))
 NAMES = ("masked", "synthetic", "synthetic_clean", "transform")
-CONTRAST = np.array([True, False, True, False])
+TOP = np.array([True, True, True, False])
+SLOPES = np.array([[-2.0, 1.0, 0.5], [1.5, 0.0, -1.0], [3.0, -2.0, 0.0], [1.0, 1.0, 1.0]])
 NUM, SIDE = 200, 16
 
 
-def make_data(num=NUM, seed=0, contrast=(0.0, 0.0, 0.0, 0.0)):
-    """Skewed raw scores [N, S] plus `contrast` times the log gradient [N]."""
+def make_data(num=NUM, seed=0, slopes=0.0):
+    """Skewed raw scores [N, S] plus `slopes` [S, 3] times the texture [N, 3]."""
     rng = np.random.default_rng(seed)
-    log_gradient = rng.normal(-3, 0.5, num)
-    raw = rng.gamma(2.0, 0.5, (num, len(NAMES))) + np.array(contrast) * log_gradient[:, None]
-    return raw.astype(np.float32), log_gradient.astype(np.float32)
+    texture = rng.normal(-3, 0.5, (num, 3))
+    raw = rng.gamma(2.0, 0.5, (num, len(NAMES))) + texture @ (np.zeros((len(NAMES), 3)) + slopes).T
+    return raw.astype(np.float32), texture.astype(np.float32)
 
 
 def make_maps(num=8, seed=0):
@@ -46,8 +47,8 @@ def make_maps(num=8, seed=0):
     return maps.astype(np.float32), body
 
 
-def fit(raw, log_gradient, fusion="tail"):
-    return fit_calibration(TASK_SET, fusion, raw, log_gradient, *make_maps())
+def fit(raw, texture, fusion="tail"):
+    return fit_calibration(TASK_SET, fusion, raw, texture, *make_maps())
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,9 @@ def test_tail_scores_rise_without_a_jump(num):
 
 
 def test_tied_normals_get_finite_scores():
-    raw, log_gradient = make_data(20)
+    raw, texture = make_data(20)
     raw[:] = 1.0
-    calibration = fit(raw, log_gradient)
+    calibration = fit(raw, texture)
     u = calibration.tail_scores(np.array([[0.9] * 4, [1.0] * 4, [1.1] * 4]))
     assert np.isfinite(u).all()
     assert np.all(np.diff(u, axis=0) >= 0)
@@ -117,7 +118,7 @@ def test_pareto_moments_recover_a_known_tail(shape, tolerance):
     n = 40_000
     quantiles = stats.genpareto.ppf((np.arange(n) + 0.5) / n, shape, scale=2.0)
     raw = np.repeat(np.random.default_rng(0).permutation(quantiles)[:, None], len(NAMES), axis=1)
-    tail = fit(raw, np.random.default_rng(1).normal(size=n)).tail[1]  # "synthetic": not corrected for contrast
+    tail = fit(raw, np.random.default_rng(1).normal(size=(n, 3))).tail[3]  # "transform": a mean, not corrected
     threshold = stats.genpareto.ppf(1 - TAIL_SHARE, shape, scale=2.0)
     np.testing.assert_allclose(tail[0], threshold, rtol=1e-3)
     np.testing.assert_allclose(tail[2], shape, atol=tolerance)
@@ -125,8 +126,8 @@ def test_pareto_moments_recover_a_known_tail(shape, tolerance):
 
 
 def test_pareto_moments_of_a_small_sample_are_hosking_and_wallis():
-    raw, log_gradient = make_data(60, seed=4)
-    calibration = fit(np.exp(raw), log_gradient)  # a heavy tail: a shape above 0
+    raw, texture = make_data(60, seed=4)
+    calibration = fit(np.exp(raw), texture)  # a heavy tail: a shape above 0
     count, unclipped = 12, 0
     for reference, tail in zip(calibration.reference.T, calibration.tail, strict=True):
         excess = reference[-count:] - reference[-count - 1]
@@ -141,17 +142,28 @@ def test_pareto_moments_of_a_small_sample_are_hosking_and_wallis():
     assert unclipped, "no sample tests the unclipped formula: choose another seed"
 
 
-def test_contrast_evidences_lose_what_contrast_explains_and_others_keep_it():
-    raw, log_gradient = make_data(4000, contrast=(-2.0, 1.5, 3.0, 0.0))
-    calibration = fit(raw, log_gradient)
-    fit_by_scipy = [stats.linregress(log_gradient.astype(float), raw[:, s].astype(float)) for s in range(len(NAMES))]
-    np.testing.assert_allclose(calibration.slope, [r.slope * c for r, c in zip(fit_by_scipy, CONTRAST, strict=True)])
-    fresh, fresh_gradient = make_data(4000, seed=1, contrast=(-2.0, 1.5, 3.0, 0.0))
-    corrected = calibration.corrected(fresh, fresh_gradient)
-    np.testing.assert_array_equal(corrected[:, ~CONTRAST], fresh[:, ~CONTRAST])
-    correlation = np.array([np.corrcoef(column, fresh_gradient)[0, 1] for column in corrected.T])
-    assert np.all(np.abs(correlation[CONTRAST]) < 0.07)  # three standard errors; it was 0.8 and more
-    assert correlation[1] > 0.5
+def test_tops_lose_what_texture_explains_and_means_keep_it():
+    raw, texture = make_data(4000, slopes=SLOPES)
+    calibration = fit(raw, texture)
+    # Standard error of a coefficient: 0.7 / (0.5 * sqrt(4000)).
+    np.testing.assert_allclose(calibration.slope, SLOPES * TOP[:, None], atol=0.1)
+    fresh, fresh_texture = make_data(4000, seed=1, slopes=SLOPES)
+    corrected = calibration.corrected(fresh, fresh_texture)
+    np.testing.assert_array_equal(corrected[:, ~TOP], fresh[:, ~TOP])
+    correlation = np.corrcoef(corrected.T, fresh_texture.T)[: len(NAMES), len(NAMES) :]
+    assert np.abs(correlation[TOP]).max() < 0.07  # three standard errors and what the fit missed; it was 0.8 and more
+    assert correlation[~TOP].min() > 0.3
+
+
+@pytest.mark.parametrize(("num", "used"), [(39, 1), (40, 3)])
+def test_few_normals_are_fitted_on_the_mean_gradient_alone(num, used):
+    raw, texture = make_data(num, slopes=SLOPES)
+    calibration = fit(raw, texture)
+    assert np.count_nonzero(calibration.slope[0]) == used
+    with_one = np.column_stack([np.ones(num), texture[:, :used]]).astype(float)
+    wanted = np.linalg.lstsq(with_one, raw[:, 0].astype(float))[0]
+    np.testing.assert_allclose(calibration.slope[0, :used], wanted[1:], rtol=1e-6)
+    np.testing.assert_allclose(calibration.intercept[0], wanted[0], rtol=1e-6)
 
 
 def test_map_scale_is_read_inside_the_body(calibration):
