@@ -1,29 +1,34 @@
 """How a measurement is recorded: benchmarks/results/<name>.json with hardware, versions, date, command and rows."""
 
 import datetime
-import json
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from core.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_record(name: str, command: str, rows: Sequence[dict], packages: Sequence[str]) -> None:
-    """Writes the record and says where."""
+def write_record(
+    name: str, command: str, rows: Sequence[dict], packages: Sequence[str], folder: Path = RESULTS, **more: Any
+) -> None:
+    """Writes the record into `folder` and says where; `more` is added to it (an accelerator, what failed)."""
     record = {
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "date": datetime.date.today().isoformat(),
         "command": command,
+        **more,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote benchmarks/results/{path.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    write_json(path, record)
+    print(f"wrote {path.relative_to(RESULTS.parents[1]) if folder == RESULTS else path.name}")
 
 
 def hardware() -> dict:

@@ -1,6 +1,14 @@
-"""What measurements beside PyTorch need of it."""
+"""What measurements beside PyTorch need of it, and detectors to compare with, one file each.
+
+`denoising_unet`, `masked_autoencoder` and `synthetic_segmenter` learn from the same normal images as `mtl_moe`, from
+scratch. Each file has `build(...) -> model`, `loss(model, images, generator)`, `train(images, budget, seed) -> (model,
+updates)` and `score(model, images) -> (image scores [N], maps [N, H, W])`, higher is odder. They import torch at module
+level: import them where they are used.
+"""
 
 from types import ModuleType
+
+DETECTORS = ("denoising_unet", "masked_autoencoder", "synthetic_segmenter")
 
 
 def import_timm() -> tuple[ModuleType, ModuleType]:
