@@ -44,8 +44,8 @@ def bmad_set(name: str) -> BmadSet:
 
 
 def _word(folder: str) -> str:
-    """`Retina_RESC_AD` -> `retinaresc`: a folder name without case, separators and the `_AD` of re-packed copies."""
-    return re.sub(r"[^a-z0-9]", "", re.sub(r"_AD$", "", folder, flags=re.IGNORECASE).lower())
+    """`Retina_RESC_AD` -> `retinaresc`: a folder name without case, separators and the archives' `_AD` or `-AD`."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"[_-]AD$", "", folder, flags=re.IGNORECASE).lower())
 
 
 def find_root(name: str, root: str | Path) -> Path:

@@ -102,15 +102,26 @@ def has_splits(root: Path) -> bool:
     return any(_split_and_mask(c.name.lower())[0] for c in root.iterdir() if c.is_dir())
 
 
+def _only_folder(root: Path) -> Path | None:
+    """The one folder that `root` holds, None if it holds anything else."""
+    visible = [c for c in root.iterdir() if not c.name.startswith((".", "__MACOSX"))]
+    return visible[0] if len(visible) == 1 and visible[0].is_dir() else None
+
+
 def unwrap(root: Path) -> Path:
-    """Goes down through folders that hold nothing but one folder of a meaningless name (`Brain_AD/BraTS2021_slice`)."""
+    """Goes down through folders that hold nothing but one folder of a meaningless name (`Brain_AD/BraTS2021_slice`).
+
+    Also through a split's name around a whole set: BMAD's liver comes as `Liver/Train/hist_DIY/{train,valid,test}`.
+    """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.root to the folder of the data set")
-    while True:
-        visible = [c for c in root.iterdir() if not c.name.startswith((".", "__MACOSX"))]
-        if len(visible) != 1 or not visible[0].is_dir() or _known(visible[0].name.lower()):
-            return root
-        root = visible[0]
+    while (child := _only_folder(root)) is not None:
+        if _known(child.name.lower()):
+            child = _only_folder(child)
+            if child is None or _known(child.name.lower()) or not has_splits(child):
+                return root
+        root = child
+    return root
 
 
 def _defects(folders: dict[PurePosixPath, list[str]]) -> set[str]:

@@ -44,6 +44,7 @@ LAYOUTS = {
         "Test/test/Ungood": U,
         "Test/test_label/Ungood": U,
     },
+    "Liver, in its archive": {f"Liver/Train/hist_DIY/{key}": names for key, names in BRAIN.items()},
     "re-packed and wrapped": {f"BraTS2021_slice/{key}": names for key, names in BRAIN.items()},
 }
 
@@ -82,6 +83,7 @@ def test_layouts_of_one_set_are_read_alike(tmp_path, layout):
         ("resc", "RESC"),
         ("oct2017", "RetinaOCT2017_AD"),
         ("rsna", "Chest-RSNA"),
+        ("rsna", "Chest-AD"),
         ("camelyon16", "camelyon16_256"),
         ("camelyon16", "Histopathology_AD"),
     ],
