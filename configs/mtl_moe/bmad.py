@@ -2,7 +2,8 @@
 
 Command: python main.py --config=configs/mtl_moe/bmad.py:brain --config.data.root=DIR --workdir=W
 Argument: the set, and preset=tiny|small|base: --config=configs/mtl_moe/bmad.py:rsna,preset=base
-Layouts and where to get the sets: docs/data.md. Not measured here: the sets cannot be had on the project's machines.
+Where to get the sets, all commands, computed cost: docs/bmad.md. Not measured: the sets cannot be had on the project's
+machines.
 """
 
 from configs import common
