@@ -1,11 +1,11 @@
 """One distillation update, ours against PyTorch doing the same: images/s, peak memory, time to the first update.
 
-  python -m benchmarks.distill_step [--model=vit_base_patch16_224] [--batches=8,16] [--sides=jax,torch,torch_bf16]
+  python -m benchmarks.distill_step [--model=vit_base_patch16_224] [--batches=8,16] [--sides=jax,jax_bf16,torch_bf16]
 
 Both sides run the teacher, the student with enhanced adapters (r=2, R=128), L1 before the final norm, backward, AdamW,
 on the same fixed images of 224 pixels (no augmentation). Each side is a process of its own; the order alternates, and
 the median of the rounds' medians is compared. PyTorch: timm blocks with separate low-rank layers, written here from the
-method's description; bf16 is torch.autocast.
+method's description; bf16 is torch.autocast, ours `train.dtype` and `teacher.dtype`.
 """
 
 import argparse
@@ -16,32 +16,33 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 RANK, REDUCTION, LEARNING_RATE = 128, 2, 1e-3
 
 
-def run_jax(model: str, batch: int, steps: int) -> dict:
-    """Times our update."""
+def jax_step(model: str, batch: int, bf16: bool, overrides: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+    """Our update, each call one more: () -> loss, still on the device. `overrides`: of the teacher's architecture."""
     import jax
 
     from configs.common import distiller
     from core.optim import build_optimizer
     from core.step import make_train_step_fn
-    from vit_distill.distill import build_distiller, build_state, make_loss_fn, make_targets_fn
+    from vit_distill.distill import build_distiller, build_state, frozen_params, make_loss_fn, make_targets_fn
     from vit_distill.teacher import load_teacher
 
     config = distiller()
     config.student.reduction, config.lora.rank, config.train.batch_size = REDUCTION, RANK, batch
-    if jax.default_backend() != "cpu":
-        config.train.dtype = config.teacher.dtype = "bfloat16"
+    config.train.dtype = config.teacher.dtype = "bfloat16" if bf16 else "float32"
     config.optim.learning_rate = LEARNING_RATE
-    it = build_distiller(config, load_teacher(f"random:{model}"))
+    it = build_distiller(config, load_teacher(f"random:{model}", overrides=overrides))
     tx = build_optimizer(config.optim, 1000)
     state = build_state(it, tx)
     update, targets_fn = make_train_step_fn(make_loss_fn(it), tx, ema_decay=0.0), make_targets_fn(it)
-    teacher, base = jax.device_put(it.teacher.params), jax.device_put(it.base)
+    base, teacher = jax.device_put(frozen_params(it))
     side = it.student_config.image_size
     views = jax.device_put(np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32))
     key = jax.random.key(0)
@@ -49,13 +50,15 @@ def run_jax(model: str, batch: int, steps: int) -> dict:
     def step():
         nonlocal state
         state, metrics = update(state, {"views": views, "targets": targets_fn(teacher, views)}, key, base)
-        return float(metrics["loss"])
+        return metrics["loss"]
 
-    return _timed(step, batch, steps)
+    return step
 
 
-def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
-    """Times the same update in PyTorch."""
+def torch_step(
+    model: str, batch: int, bf16: bool, compiler: Callable[[Any], Any] | None = None, **options: Any
+) -> Callable[[], Any]:
+    """The same update in PyTorch. `compiler`: applied to both forward passes; `options`: of `timm.create_model`."""
     from benchmarks.peers import import_timm
 
     torch, timm = import_timm()
@@ -81,8 +84,8 @@ def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
             low = [nn.functional.linear(nn.functional.linear(x, a), b) for a, b in zip(self.a, self.b, strict=True)]
             return self.linear(x) + (torch.cat(low, -1) if len(low) > 1 else low[0])
 
-    teacher = timm.create_model(model, num_classes=0).eval()
-    student = timm.create_model(model, num_classes=0)
+    teacher = timm.create_model(model, num_classes=0, **options).eval()
+    student = timm.create_model(model, num_classes=0, **options)
     student.load_state_dict(teacher.state_dict())
     student.blocks = student.blocks[::REDUCTION]
     for parameter in [*teacher.parameters(), *student.parameters()]:
@@ -97,30 +100,32 @@ def run_torch(model: str, batch: int, steps: int, bf16: bool) -> dict:
     side = teacher.patch_embed.img_size[0]
     images = np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
     views = torch.from_numpy(images).to(device)
+    forward = [teacher.forward_features, student.forward_features]
+    teacher_forward, student_forward = map(compiler, forward) if compiler else forward
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                target = teacher.forward_features(views)
-            loss = (student.forward_features(views) - target).abs().mean()
+                target = teacher_forward(views)
+            loss = (student_forward(views) - target).abs().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
-    return _timed(step, batch, steps)
+    return step
 
 
 def _timed(step, batch: int, steps: int) -> dict:
     start = time.perf_counter()
-    first = step()
+    first = float(step())
     first_seconds = time.perf_counter() - start
-    step()
+    float(step())
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        last = step()
+        last = float(step())
         seconds.append(time.perf_counter() - start)
     assert last < first, f"it does not train: loss {first} at first, {last} at last"
     return {
@@ -131,9 +136,10 @@ def _timed(step, batch: int, steps: int) -> dict:
 
 
 SIDES = {
-    "jax": run_jax,
-    "torch": lambda model, batch, steps: run_torch(model, batch, steps, bf16=False),
-    "torch_bf16": lambda model, batch, steps: run_torch(model, batch, steps, bf16=True),
+    "jax": lambda model, batch: jax_step(model, batch, bf16=False),
+    "jax_bf16": lambda model, batch: jax_step(model, batch, bf16=True),
+    "torch": lambda model, batch: torch_step(model, batch, bf16=False),
+    "torch_bf16": lambda model, batch: torch_step(model, batch, bf16=True),
 }
 
 
@@ -142,13 +148,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batches", default="8")
-    parser.add_argument("--sides", default="jax,torch,torch_bf16")
+    parser.add_argument("--sides", default="jax,jax_bf16,torch,torch_bf16")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(SIDES[args.side](args.model, int(args.batches), args.steps)))
+        step = SIDES[args.side](args.model, int(args.batches))
+        print(json.dumps(_timed(step, int(args.batches), args.steps)))
         return
     sides, rows = args.sides.split(","), []
     for batch in map(int, args.batches.split(",")):

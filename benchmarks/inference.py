@@ -26,6 +26,7 @@ from core.vit import VisionTransformer
 from vit_distill.distill import build_distiller
 from vit_distill.export import onnx_file
 from vit_distill.formats.timm import to_timm
+from vit_distill.lora import merge
 from vit_distill.student_io import build_student
 from vit_distill.teacher import load_teacher
 
@@ -40,7 +41,7 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
     merged = jax.device_put(it.merged(trained))
     network = VisionTransformer(it.student_config)
     plain = jax.jit(lambda params, x: network.apply({"params": params}, x).pooled)
-    apart = jax.jit(lambda base, adapters, x: network.apply({"params": it.merged(adapters, base)}, x).pooled)
+    apart = jax.jit(lambda base, adapters, x: network.apply({"params": merge(base, adapters, it.lora)}, x).pooled)
     base, trained = jax.device_put(it.base), jax.device_put(trained)
 
     torch, timm = import_timm()

@@ -23,6 +23,7 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from core.vit import VisionTransformer
 from vit_distill.distill import build_distiller, build_state, make_step_fn
+from vit_distill.lora import merge
 from vit_distill.run import few_shot_images, warm
 from vit_distill.teacher import load_teacher
 from vit_distill.train import training_batches
@@ -41,7 +42,7 @@ def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, 
     network = VisionTransformer(it.student_config)
     error_fn = jax.jit(
         lambda p, base: jnp.abs(
-            network.apply({"params": it.merged(p, base)}, held_out[0]).blocks[-1] - held_out[1]
+            network.apply({"params": merge(base, p, it.lora)}, held_out[0]).blocks[-1] - held_out[1]
         ).mean()
     )
     paused, curve = 0.0, []

@@ -3,19 +3,46 @@
 "bfloat16" means bfloat16 activations and operands on GPU and TPU. On a CPU it means float32 activations whose matmul
 operands are rounded to bfloat16: XLA's CPU backend uses the bfloat16 units (AMX, AVX512-BF16) only for products that
 come out as float32, and rounding activations as well costs more time than it saves (benchmarks/NOTES.md). Parameters
-are float32 everywhere. Axes: M rows, D inputs, F outputs.
+are float32 everywhere. Axes: M rows, D inputs, F outputs, R rank.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
+
+@flax.struct.dataclass
+class AdaptedKernel:
+    """A frozen kernel and low-rank factors beside it, in place of a layer's kernel: W + scale * AB.
+
+    The gradients of a and b need products of rank R only; through the sum W + scale * AB they would need the whole
+    kernel's gradient first. W comes first: Flax compares a parameter's first leaf with the declared shape.
+
+    Attributes:
+      kernel: W [*inputs, *outputs], constant in the gradient.
+      a, b: [*inputs, R] and [R, *outputs].
+    """
+
+    kernel: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+
+    def reshape(self, shape: tuple[int, int]) -> "AdaptedKernel":
+        """The same with one input and one output axis."""
+        a, b = self.a.reshape(shape[0], -1), self.b.reshape(-1, shape[1])
+        return AdaptedKernel(self.kernel.reshape(shape), a, b, self.scale)
+
+
+Kernel = jax.Array | AdaptedKernel
 
 
 def activation_dtype(dtype: Dtype) -> Dtype:
@@ -24,82 +51,115 @@ def activation_dtype(dtype: Dtype) -> Dtype:
     return jnp.float32 if on_cpu and dtype == jnp.bfloat16 else dtype
 
 
-def matmul(x: jax.Array, w: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
-    """x [M, D] times w [D, F] with operands in `dtype`; [M, F] in `activation_dtype(dtype)`."""
-    if activation_dtype(dtype) != dtype:
-        return _rounded_matmul(x.astype(jnp.float32), w.astype(jnp.float32))
-    return x.astype(dtype) @ w.astype(dtype)
+def rounded_kernels(params: Any, dtype: Dtype) -> Any:
+    """Parameters with every "kernel" in `dtype`, which layers of that dtype would round it to in each call."""
+
+    def rounded(path: Any, leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(leaf, dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, params)
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """x [M, D] -> [D, M], written out so in memory where x is bfloat16 on a CPU.
+    """x [..., M, D] -> [..., D, M], written out so in memory where x is bfloat16 on a CPU.
 
     XLA would fold the transposition into the product that follows, and the bfloat16 units are used for a row-major left
     operand only.
     """
     if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
-        return with_layout_constraint(x.T, Layout((0, 1)))
-    return x.T
+        return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
+    return x.mT
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Product of operands of one dtype over the named axes, float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _rounded_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """float32 x [M, D] @ w [D, F] with both rounded to bfloat16; so are the operands of both gradients."""
-    return _dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), (1, 0))
+def matmul(x: jax.Array, kernel: Kernel, dtype: Dtype = jnp.float32) -> jax.Array:
+    """x [M, D] times kernel [D, F] with operands in `dtype`; [M, F] in `activation_dtype(dtype)`."""
+    x = x.astype(activation_dtype(dtype))
+    if not isinstance(kernel, AdaptedKernel):
+        return _matmul(x, kernel, dtype)
+    w, a, b, scale = kernel.kernel, kernel.a, kernel.b, kernel.scale
+    # One product of the sum is fewer FLOPs; but rounding the sum to bfloat16 would lose what small factors add to it.
+    merged = jnp.dtype(dtype) == jnp.float32
+    if merged:
+        product = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+        w = jax.lax.stop_gradient(w + scale * product)
+    return _low_rank_matmul(x, w, a, b, scale, merged, dtype)
 
 
-def _rounded_matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return _dot(x, w, (1, 0)), (x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
+    return _dot(x.astype(dtype), w.astype(dtype), (1, 0)).astype(x.dtype)
 
 
-def _rounded_matmul_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    g = g.astype(jnp.bfloat16)
-    return _dot(g, w, (1, 1)), _dot(transposed(x), g, (1, 0))
+def _matmul_bwd(dtype: Dtype, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[Any, Any]:
+    # What does not train (a frozen kernel, the first layer's input) is not used: XLA drops its product.
+    x, w, example = saved
+    g = g.astype(dtype)
+    dx = _dot(g, w.astype(dtype), (1, 1)).astype(example.dtype)
+    return dx, _dot(transposed(x), g, (1, 0)).astype(w.dtype)
 
 
-_rounded_matmul.defvjp(_rounded_matmul_fwd, _rounded_matmul_bwd)
+_matmul.defvjp(
+    lambda x, w, dtype: (_matmul(x, w, dtype), (x.astype(dtype), w, jnp.zeros((), x.dtype))),
+    _matmul_bwd,
+)
 
 
-def dense_params(
-    module: nn.Module, inputs: Sequence[int], outputs: Sequence[int], use_bias: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Declares `kernel` [*inputs, *outputs] and `bias` [*outputs] of `module`, float32, started as `nn.DenseGeneral`'s.
-
-    Returns:
-      The kernel as [D, F], and the bias as [F] or None.
-    """
-    flat = (math.prod(inputs), math.prod(outputs))
-
-    def init(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-        return nn.initializers.lecun_normal()(key, flat).reshape(shape)
-
-    kernel = module.param("kernel", init, (*inputs, *outputs)).reshape(flat)
-    if not use_bias:
-        return kernel, None
-    return kernel, module.param("bias", nn.initializers.zeros, tuple(outputs)).reshape(flat[1])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _low_rank_matmul(
+    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float, merged: bool, dtype: Dtype
+) -> jax.Array:
+    """x @ w where w holds scale * AB already (merged), else x @ w + scale * (x @ a) @ b."""
+    rounded = x.astype(dtype)
+    out = _dot(rounded, w.astype(dtype), (1, 0))
+    if not merged:
+        low = _dot(rounded, a.astype(dtype), (1, 0)).astype(dtype)
+        out += scale * _dot(low, b.astype(dtype), (1, 0))
+    return out.astype(x.dtype)
 
 
-def apply_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Dtype) -> jax.Array:
-    """x [M, D] @ kernel [D, F] + bias [F]; see `matmul`."""
-    out = matmul(x, kernel, dtype)
-    return out if bias is None else out + bias.astype(out.dtype)[None, :]
+def _low_rank_matmul_fwd(x, w, a, b, scale, merged, dtype):
+    saved = (x.astype(dtype), w, a, b, jnp.zeros((), x.dtype))
+    return _low_rank_matmul(x, w, a, b, scale, merged, dtype), saved
+
+
+def _low_rank_matmul_bwd(scale, merged, dtype, saved, g):
+    x, w, a, b, example = saved
+    a, b, g = a.astype(dtype), b.astype(dtype), g.astype(dtype)
+    low, g_low = _dot(x, a, (1, 0)).astype(dtype), _dot(g, b, (1, 1)).astype(dtype)  # [M, R] both
+    dx = _dot(g, w.astype(dtype), (1, 1))
+    if not merged:
+        dx += scale * _dot(g_low, a, (1, 1))
+    da, db = scale * _dot(transposed(x), g_low, (1, 0)), scale * _dot(transposed(low), g, (1, 0))
+    return dx.astype(example.dtype), jnp.zeros_like(w), da, db
+
+
+_low_rank_matmul.defvjp(_low_rank_matmul_fwd, _low_rank_matmul_bwd)
 
 
 class Dense(nn.Module):
-    """[M, *inputs] -> [M, F] in `activation_dtype(dtype)`; parameters kernel [*inputs, F] and bias [F]."""
+    """[M, *inputs] -> [M, *features] in `activation_dtype(dtype)`; kernel [*inputs, *features], bias [*features]."""
 
-    features: int
+    features: Sequence[int]
     use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = dense_params(self, x.shape[1:], (self.features,), self.use_bias)
-        return apply_dense(x.reshape(x.shape[0], -1), kernel, bias, self.dtype)
+        inputs, features = x.shape[1:], tuple(self.features)
+        flat = (math.prod(inputs), math.prod(features))
+
+        def init(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+            return nn.initializers.lecun_normal()(key, flat).reshape(shape)  # as nn.DenseGeneral
+
+        kernel = self.param("kernel", init, (*inputs, *features)).reshape(flat)
+        out = matmul(x.reshape(-1, flat[0]), kernel, self.dtype).reshape(-1, *features)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, features)
+            out = out + bias.astype(out.dtype)[None]
+        return out

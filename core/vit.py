@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from core.dense import Dense, activation_dtype, apply_dense, dense_params
+from core.attention import attend
+from core.dense import Dense, activation_dtype
 
 Dtype = Any
 Aux = Mapping[str, jax.Array]
@@ -58,35 +59,8 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         patches = patchify(images, self.patch_size)
         flat = patches.reshape(-1, patches.shape[-1])
-        out = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name="proj")(flat)
+        out = Dense((self.width,), use_bias=self.use_bias, dtype=self.dtype, name="proj")(flat)
         return out.reshape(*patches.shape[:2], self.width)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(Dh)) v for [B, N, K, Dh] each, softmax in float32; [B, N, K, Dh].
-
-    `jax.nn.dot_product_attention` off the CPU. There its einsums take twice as long as batched matmuls over heads laid
-    out contiguously (benchmarks/NOTES.md).
-    """
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(query, key, value)
-    batch, _, num_heads, head_dim = query.shape
-    q, k, v = (rearrange(x, "b n k d -> (b k) n d") for x in (query, key, value))
-    logits = jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * head_dim**-0.5).astype(v.dtype)
-    out = jax.lax.dot_general(weights, v, (((2,), (1,)), ((0,), (0,))))
-    return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
-
-
-class _Projection(nn.Module):
-    """The parameters of one of query, key and value, [D, K * Dh] and [K * Dh]; `SelfAttention` multiplies."""
-
-    shape: tuple[int, int]
-    use_bias: bool
-
-    @nn.compact
-    def __call__(self, inputs: tuple[int]) -> tuple[jax.Array, jax.Array | None]:
-        return dense_params(self, inputs, self.shape, self.use_bias)
 
 
 class SelfAttention(nn.Module):
@@ -101,18 +75,16 @@ class SelfAttention(nn.Module):
         batch, tokens, width = x.shape
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
-        head_dim = width // self.num_heads
+        shape = (self.num_heads, width // self.num_heads)
         flat = x.reshape(-1, width)
 
-        # One product for all three: wider matrices keep a CPU busier.
-        shape = (self.num_heads, head_dim)
-        parts = [_Projection(shape, self.qkv_bias, name=name)((width,)) for name in ("query", "key", "value")]
-        kernel = jnp.concatenate([kernel for kernel, _ in parts], axis=1)
-        bias = jnp.concatenate([bias for _, bias in parts]) if self.qkv_bias else None
-        qkv = apply_dense(flat, kernel, bias, self.dtype).reshape(batch, tokens, 3, *shape)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        def heads(name: str) -> jax.Array:
+            out = Dense(shape, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(flat)
+            return out.reshape(batch, tokens, *shape)
+
+        out = attend(heads("query"), heads("key"), heads("value"), self.dtype)
         self.sow("intermediates", "heads", out)
-        out = Dense(width, dtype=self.dtype, name="out")(out.reshape(-1, *shape))
+        out = Dense((width,), dtype=self.dtype, name="out")(out.reshape(-1, *shape))
         return out.reshape(batch, tokens, width)
 
 
@@ -130,9 +102,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
-        hidden = ACTIVATIONS[self.activation](Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(flat))
+        hidden = ACTIVATIONS[self.activation](Dense((self.hidden_dim,), dtype=self.dtype, name="fc1")(flat))
         self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        out = Dense((x.shape[-1],), dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -149,10 +121,10 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
         flat = x.reshape(-1, x.shape[-1])
-        gate, value = jnp.split(Dense(2 * self.hidden_dim, dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
+        gate, value = jnp.split(Dense((2 * self.hidden_dim,), dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
         hidden = jax.nn.silu(gate) * value
         self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        out = Dense((x.shape[-1],), dtype=self.dtype, name="fc2")(hidden)
         return out.reshape(x.shape), {}
 
 
@@ -314,7 +286,7 @@ class VisionTransformer(nn.Module):
             pooled = final(pooled)
         logits = None
         if cfg.num_classes:
-            logits = Dense(cfg.num_classes, use_bias=cfg.head_bias, dtype=self.dtype, name="head")(pooled)
+            logits = Dense((cfg.num_classes,), use_bias=cfg.head_bias, dtype=self.dtype, name="head")(pooled)
         return VitOutput(tuple(blocks), tokens, pooled, logits, embedded)
 
     def _embed(self, images: jax.Array) -> jax.Array:

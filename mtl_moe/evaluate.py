@@ -69,7 +69,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         "metrics": results.metrics,
         "intervals": results.intervals,
         "thresholds": thresholds,
-        "provenance": provenance(system, dataset, trained.step, time.time() - start),
+        "provenance": provenance(system, dataset, workdir, trained.step, time.time() - start),
     }
     evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
     write_predictions(workdir / "predictions.csv", split, fused, p, evidence_scores)
@@ -120,7 +120,7 @@ class Results:
         self, system: System, calibration: Calibration, corrected: np.ndarray, fused: np.ndarray, scored: Scored
     ) -> None:
         """Fused scores with intervals, each evidence, the best single one, each task left out."""
-        self._covariate = scored.texture[:, 0]  # log mean gradient
+        self._covariate = scored.texture
         self._image("", fused, interval=True)
         if scored.maps is not None:
             self._pixel("", scored.maps, interval=True)

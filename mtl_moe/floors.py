@@ -106,21 +106,6 @@ def log_mean_gradient(images: np.ndarray) -> np.ndarray:
     return _statistics(images, ("gradient",))["gradient"]
 
 
-def texture(images: np.ndarray) -> np.ndarray:
-    """How much structure an image has at three scales, in logarithms; what makes an image hard to reconstruct.
-
-    Args:
-        images: [N, H, W, C] uint8, H and W at least 3.
-
-    Returns:
-        [N, 3] float32: `log_mean_gradient`, and the log mean absolute value of the differences of Gaussians of sigma 1
-        and 2, and 2 and 4 pixels.
-    """
-    _check_images(images=images)
-    found = _statistics(images, ("gradient", "bands"))
-    return np.stack([found["gradient"], found["bands"][:, 1], found["bands"][:, 2]], axis=1)
-
-
 def _distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Two-sided robust-centred z: |test - median(train)| / std(train), along the first axis."""
     return np.abs(test - np.median(train, axis=0)) / (train.std(axis=0) + LOG_EPS)

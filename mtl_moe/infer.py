@@ -16,7 +16,7 @@ from core.logs import progress_bar
 from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.dataset import Split, eval_batches
-from mtl_moe.floors import texture
+from mtl_moe.floors import log_mean_gradient
 from mtl_moe.scoring import Calibration, fit_calibration, make_map_fn, make_score_fn
 from mtl_moe.system import System
 
@@ -37,7 +37,7 @@ class Scored:
     """What a pass over N images gives.
 
     Attributes:
-      raw: [N, S] raw scores; texture: [N, 3], see `mtl_moe.floors.texture`.
+      raw: [N, S] raw scores; texture: [N] log mean gradients.
       maps: finished fused maps [N, M, M] in calibrated units, or None where they were not asked for.
     """
 
@@ -94,7 +94,7 @@ class Scorer:
                 count = int(batch["valid"].sum())
                 result = self.batch(batch["image"])
                 raw.append(np.asarray(result["raw"])[:count])
-                textures.append(texture(batch["image"][:count]))
+                textures.append(log_mean_gradient(batch["image"][:count]))
                 if map_fn is not None:
                     maps.append(np.asarray(map_fn(result["maps"]))[:count])
                 bar.update(count)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from core.dense import Dense, activation_dtype
 from core.vit import EncoderBlock, Mlp, PatchEmbed, patchify, unpatchify
-from mtl_moe.moe import MoeMlp, active_hidden_dim, total_hidden_dim
+from mtl_moe.moe import Dispatch, MoeMlp, active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
 
 MLP_KINDS = ("moe", "dense_active", "dense_params")
@@ -72,13 +72,14 @@ class Trunk(nn.Module):
 
 
 class Detector(nn.Module):
-    """See the module's docstring."""
+    """See the module's docstring; `dispatch` as in `mtl_moe.moe.apply_experts`."""
 
     config: ModelConfig
     tasks: Sequence[Task]
     image_size: int
     dtype: Any = jnp.float32
     mesh: Mesh | None = None
+    dispatch: Dispatch = "auto"
 
     @nn.compact
     def __call__(
@@ -109,7 +110,7 @@ class Detector(nn.Module):
         x = Trunk(cfg, dtype=self.dtype, name="trunk")(rows, use_position)
         embedding = self.param("task_embedding", nn.initializers.normal(0.02), (len(self.tasks), cfg.width))
         x = x + embedding[task_ids][:, None].astype(x.dtype)
-        make_mlp = functools.partial(_expert_mlp, cfg, len(self.tasks), self.dtype, self.mesh)
+        make_mlp = functools.partial(_expert_mlp, cfg, len(self.tasks), self.dtype, self.mesh, self.dispatch)
         aux = {}
         names = [f"expert_{i:02d}" for i in range(cfg.num_moe_layers)]
         names += [f"neck_{i:02d}" for i in range(cfg.num_neck_layers)]
@@ -143,8 +144,8 @@ class Detector(nn.Module):
         if pixels:
             detail = patchify(2.0 * views.reshape(-1, *views.shape[2:]) - 1.0, patch).astype(dtype)
             flat = jnp.concatenate([flat, detail.reshape(flat.shape[0], -1)], axis=-1)
-            flat = jax.nn.gelu(Dense(2 * width, dtype=self.dtype, name=f"detail_{task.name}")(flat))
-        out = Dense(dim, dtype=self.dtype, name=f"head_{task.name}")(flat)
+            flat = jax.nn.gelu(Dense((2 * width,), dtype=self.dtype, name=f"detail_{task.name}")(flat))
+        out = Dense((dim,), dtype=self.dtype, name=f"head_{task.name}")(flat)
         out = out.reshape(num_views * batch, tokens, dim).astype(jnp.float32)
         if pixels:
             out = unpatchify(out, patch, self.image_size)
@@ -153,7 +154,9 @@ class Detector(nn.Module):
         return out.reshape(num_views, batch, *out.shape[1:])
 
 
-def _expert_mlp(cfg: ModelConfig, num_tasks: int, dtype: Any, mesh: Mesh | None, name: str) -> nn.Module:
+def _expert_mlp(
+    cfg: ModelConfig, num_tasks: int, dtype: Any, mesh: Mesh | None, dispatch: Dispatch, name: str
+) -> nn.Module:
     """The MLP of an expert block. A function, not a method: Linen would make a method's modules the detector's own."""
     if cfg.mlp == "moe":
         return MoeMlp(
@@ -165,6 +168,7 @@ def _expert_mlp(cfg: ModelConfig, num_tasks: int, dtype: Any, mesh: Mesh | None,
             router=cfg.router,
             dtype=dtype,
             mesh=mesh,
+            dispatch=dispatch,
             name=name,
         )
     if cfg.mlp == "dense_active":

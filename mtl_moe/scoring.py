@@ -1,11 +1,11 @@
 """From head outputs to raw scores, from raw scores to calibrated ones, from maps to the fused map.
 
-Axes: B or N images, S evidences (a task gives one or two), H W map, M side of the finished map, n calibration normals,
-F = 3 measures of texture (`mtl_moe.floors.texture`).
+Axes: B or N images, S evidences (a task gives one or two), H W map, M side of the finished map, n calibration normals.
 On the device `make_score_fn` solves every task's views and reduces each map to a number. On the host `Calibration`,
 fitted on held-out training normals only, makes the numbers comparable and fuses them:
 
-- scores that are a map's top lose their linear fit on the image's texture (smooth images are easy to reconstruct);
+- scores that are a map's top lose their linear fit on the image's log mean gradient, called its texture below: a smooth
+  image is easy to reconstruct, and gives few false alarms, whatever it shows;
 - u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
 - image score = mean of u over the evidences; p-value = share of calibration normals at least as odd;
 - map = mean over evidences of (map - median) / (95th percentile - median), one scale for the whole data set, smoothed.
@@ -32,8 +32,6 @@ from mtl_moe.teacher import make_teacher, needs_teacher
 
 FUSIONS = ("tail", "robust_z", "max", "mean")
 TOP_SHARE = 0.05  # of the body's pixels
-# Normals for each coefficient of the fit on texture; with fewer only the mean gradient is used.
-NORMALS_PER_COEFFICIENT = 10
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 # One evidence may not outvote the others in the fused map: calibrated values are cut here, ten times the distance
 # from the normals' median to their 95th percentile.
@@ -94,7 +92,7 @@ class Calibration:
     Attributes:
       names: evidences, length S.
       fusion: one of FUSIONS.
-      slope, intercept: [S, F] and [S], linear fit of raw scores on texture; 0 where a score is a map's mean.
+      slope, intercept: [S] linear fit of raw scores on texture; 0 where a score is a map's mean.
       reference: [n, S] corrected scores of the calibration normals, each column sorted.
       tail: [S, 3] threshold, scale and shape of the Pareto tail.
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
@@ -115,8 +113,8 @@ class Calibration:
     fused_scale: float = 1.0
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
-        """Raw scores [N, S] and textures [N, F] -> scores [N, S] without the texture's share."""
-        return raw - self.intercept - np.asarray(texture, np.float64) @ self.slope.T
+        """Raw scores [N, S] and textures [N] -> scores [N, S] without the texture's share."""
+        return raw - self.intercept - np.asarray(texture)[:, None] * self.slope
 
     def tail_scores(self, corrected: np.ndarray) -> np.ndarray:
         """u = -log(1 - F(s)), [N, S]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
@@ -170,8 +168,6 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): run --mode=evaluate again, it writes the file anew") from error
-    if calibration.slope.ndim != 2:
-        raise ValueError(f"{path} is of an earlier version: run --mode=evaluate again, it writes the file anew")
     if found != tuple(names) or saved_step != step:
         raise ValueError(
             f"{path} was made for evidences {found} at step {saved_step}; expected {tuple(names)} at step {step}: run "
@@ -201,7 +197,7 @@ def fit_calibration(
     """Fits on calibration normals.
 
     Args:
-      raw, texture: [n, S] and [n, F].
+      raw, texture: [n, S] and [n].
       maps, body: [m, S, H, W] and [m, H, W] of some of the normals.
 
     Raises:
@@ -210,12 +206,12 @@ def fit_calibration(
     check_calibration(fusion, len(raw))
     raw, texture = raw.astype(np.float64), texture.astype(np.float64)
     reductions = [reduction for task in tasks for reduction in task.reductions.values()]
-    slope, intercept = _fit_texture(raw, texture)
-    corrected_ones = np.array([reduction == "top" for reduction in reductions])
-    slope, intercept = slope * corrected_ones[:, None], intercept * corrected_ones
+    # Linear and of one measure: a curve, or several that vary together, extrapolate badly to images unlike the normals.
+    fits = [np.polyfit(texture, raw[:, i], 1) if r == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
+    slope, intercept = np.array(fits).T
     inside = body > 0
     quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
-    corrected = raw - intercept - texture @ slope.T
+    corrected = raw - intercept - texture[:, None] * slope
     reference = np.sort(corrected, axis=0)
     calibration = Calibration(
         names=tuple(evidence_names(tasks)),
@@ -252,20 +248,6 @@ def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[
 def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
     """Evidence names by task."""
     return {task.name: tuple(task.reductions) for task in tasks}
-
-
-def _fit_texture(raw: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares of raw [n, S] on texture [n, F]: slope [S, F] and intercept [S]; a curve extrapolates badly.
-
-    What counts is the balance between the scales, along which normals differ little: shrinking the coefficients would
-    lose it, so few normals get fewer coefficients instead.
-    """
-    num_used = texture.shape[1] if len(raw) >= NORMALS_PER_COEFFICIENT * (texture.shape[1] + 1) else 1
-    centre = texture[:, :num_used].mean(0)
-    used, *_ = np.linalg.lstsq(texture[:, :num_used] - centre, raw - raw.mean(0))
-    slope = np.zeros((raw.shape[1], texture.shape[1]))
-    slope[:, :num_used] = used.T
-    return slope, raw.mean(0) - centre @ used
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

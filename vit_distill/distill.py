@@ -17,12 +17,13 @@ import optax
 from jax.sharding import Mesh
 
 from core import tree
+from core.dense import rounded_kernels
 from core.mesh import make_mesh, replicate
 from core.state import TrainState, init_state
 from core.step import make_train_step_fn
 from core.vit import VisionTransformer, VitConfig
 from vit_distill.augment import fixed_view, random_resized_crop
-from vit_distill.lora import LoraConfig, build_lora_config, init_adapters, merge
+from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
 from vit_distill.teacher import Teacher
 from vit_distill.weight_copy import aligned_targets, calibrated_blocks, choose_blocks, copy_blocks
@@ -63,9 +64,9 @@ class Distiller:
         """What trains, at its start: fresh adapters, or the weights of the copy."""
         return init_adapters(key, self.base, self.lora) if self.lora else jax.tree.map(jnp.asarray, self.base)
 
-    def merged(self, trainable: Any, base: Any = None) -> Any:
-        """The student's weights with what was trained; `base` instead of the held one inside compiled functions."""
-        return merge(self.base if base is None else base, trainable, self.lora) if self.lora else trainable
+    def merged(self, trainable: Any) -> Any:
+        """The student's weights with what was trained."""
+        return merge(self.base, trainable, self.lora) if self.lora else trainable
 
 
 def build_distiller(
@@ -176,13 +177,22 @@ def make_loss_fn(distiller: Distiller) -> Callable[..., tuple[jax.Array, tuple[d
     config, model = distiller.student_config, distiller.student
 
     def loss_fn(trainable, extra, batch, key, step, base):
-        params = distiller.merged(trainable, base)
+        params = attach(base, trainable, distiller.lora) if distiller.lora else trainable
         output = model.apply({"params": params}, batch["views"])
         found = student_targets(config, params, output, distiller.loss)
         loss, metrics = distill_loss(found, batch["targets"], distiller.loss, config)
         return loss, (metrics, extra)
 
     return loss_fn
+
+
+def frozen_params(distiller: Distiller) -> tuple[Any, Any]:
+    """(student's base, teacher) as an update reads them: kernels rounded once to the dtype of their products."""
+    config = distiller.config
+    # A DoRA kernel is a sum with the base's: it wants all digits.
+    whole = distiller.lora is None or distiller.lora.dora
+    base = distiller.base if whole else rounded_kernels(distiller.base, DTYPES[config.train.dtype])
+    return base, rounded_kernels(distiller.teacher.params, DTYPES[config.teacher.dtype])
 
 
 def make_step_fn(
@@ -197,8 +207,9 @@ def make_step_fn(
         make_loss_fn(distiller), tx, ema_decay=config.train.ema_decay, accumulation=config.train.accumulation
     )
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
-    base = replicate(distiller.base, distiller.mesh) if distiller.lora else {}
-    teacher = None if config.train.cached_views else replicate(distiller.teacher.params, distiller.mesh)
+    base, teacher = frozen_params(distiller)
+    base = replicate(base, distiller.mesh) if distiller.lora else {}
+    teacher = None if config.train.cached_views else replicate(teacher, distiller.mesh)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
         views = views_fn(batch, key, state.step)

@@ -8,7 +8,7 @@ Trained norms and biases are whole leaves that replace those of the parameters. 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import tree
+from core.dense import AdaptedKernel
 
 # Where each target lies in a block, and how many input axes its kernel has: q, k, v (D, K, Dh), out (K, Dh, D).
 TARGETS: Mapping[str, tuple[str, int]] = {
@@ -153,7 +154,23 @@ def merge(params: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> di
     Raises:
       ValueError: for adapters of layers that the parameters do not have.
     """
-    return _merge(params, adapters, lora, 1.0, "")
+    return _replace(params, adapters, lambda *layer: _adapted(*layer, lora), "")
+
+
+def attach(params: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> dict[str, Any]:
+    """As `merge`, for the loss: layers take kernel and factors apart and give gradients of the factors alone.
+
+    The frozen kernels may be in another dtype than float32 (`core.dense.rounded_kernels`). With DoRA it is `merge`:
+    magnitudes need every output's whole gradient.
+    """
+
+    def make(kernel: jax.Array, layer: Mapping[str, jax.Array], path: str) -> jax.Array | AdaptedKernel:
+        if "magnitude" in layer:
+            return _adapted(kernel, layer, path, lora)
+        _check_fit(kernel, layer, path)
+        return AdaptedKernel(kernel, layer["a"], layer["b"], lora.scale(layer["b"].shape[0]))
+
+    return _replace(params, adapters, make, "")
 
 
 def unmerge(merged: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> dict[str, Any]:
@@ -167,10 +184,11 @@ def unmerge(merged: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> 
             "unmerge: expected adapters that were added; DoRA, train_norms and train_biases replace leaves of the base:"
             " keep the base's parameters instead"
         )
-    return _merge(merged, adapters, lora, -1.0, "")
+    return _replace(merged, adapters, lambda *layer: _adapted(*layer, lora, sign=-1.0), "")
 
 
-def _merge(params: Any, adapters: Any, lora: LoraConfig, sign: float, path: str) -> dict[str, Any]:
+def _replace(params: Any, adapters: Any, make_kernel: Callable[..., Any], path: str) -> dict[str, Any]:
+    """Parameters with trained leaves in their places and make_kernel(kernel, layer's adapters, path) for kernels."""
     updated = dict(params)
     for name, update in adapters.items():
         if name in ("a", "b", "magnitude"):
@@ -178,19 +196,26 @@ def _merge(params: Any, adapters: Any, lora: LoraConfig, sign: float, path: str)
         if name not in params:
             raise ValueError(f"adapters do not fit these parameters: {path}{name} expected, found {sorted(params)}")
         updated[name] = (
-            _merge(params[name], update, lora, sign, f"{path}{name}/") if isinstance(update, Mapping) else update
+            _replace(params[name], update, make_kernel, f"{path}{name}/") if isinstance(update, Mapping) else update
         )
     if "a" in adapters:
-        updated["kernel"] = _adapted(params["kernel"], adapters, sign * lora.scale(adapters["b"].shape[0]), path)
+        updated["kernel"] = make_kernel(params["kernel"], adapters, path)
     return updated
 
 
-def _adapted(kernel: jax.Array, layer: Mapping[str, jax.Array], scale: float, path: str) -> jax.Array:
+def _check_fit(kernel: jax.Array, layer: Mapping[str, jax.Array], path: str) -> None:
+    a, b = layer["a"].shape, layer["b"].shape
+    if (*a[:-1], *b[1:]) != kernel.shape:
+        raise ValueError(f"adapters do not fit {path}kernel {kernel.shape}: found {a} and {b}")
+
+
+def _adapted(
+    kernel: jax.Array, layer: Mapping[str, jax.Array], path: str, lora: LoraConfig, sign: float = 1.0
+) -> jax.Array:
+    _check_fit(kernel, layer, path)
     a, b = layer["a"], layer["b"]
-    if (*a.shape[:-1], *b.shape[1:]) != kernel.shape:
-        raise ValueError(f"adapters do not fit {path}kernel {kernel.shape}: found {a.shape} and {b.shape}")
     product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-    kernel = jnp.asarray(kernel, jnp.float32) + scale * product
+    kernel = jnp.asarray(kernel, jnp.float32) + sign * lora.scale(b.shape[0]) * product
     if "magnitude" not in layer:
         return kernel
     norm = jax.lax.stop_gradient(_norm(kernel, a.ndim - 1))

@@ -70,8 +70,8 @@ class Task(Protocol):
         """How each map of `evidence` becomes an image score, by name; the first is called as the task.
 
         "mean" over the body, for tasks that fail on an image as a whole. "top", for tasks that fail in places: log of
-        the mean of the smoothed map's top 5 % inside the body, less its linear fit on the image's texture, because a
-        smooth image is easy to reconstruct whatever it shows.
+        the mean of the smoothed map's top 5 % inside the body, less its linear fit on the image's log mean
+        gradient, because a smooth image is easy to reconstruct whatever it shows.
         """
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: Teacher | None) -> tuple[jax.Array, Any]:

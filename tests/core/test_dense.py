@@ -47,11 +47,11 @@ def test_bfloat16_really_rounds():
 def test_layer_has_the_parameters_and_the_output_of_flax_layers():
     """Same names, shapes and start values; sums in another order."""
     x = jax.random.normal(jax.random.key(0), (ROWS, 3, 4))
-    ours, theirs = dense.Dense(OUTPUTS), nn.DenseGeneral(OUTPUTS, axis=(-2, -1))
+    ours, theirs = dense.Dense((OUTPUTS,)), nn.DenseGeneral(OUTPUTS, axis=(-2, -1))
     params = theirs.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), params)
     np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=0, atol=1e-5)
-    assert set(dense.Dense(OUTPUTS, use_bias=False).init(jax.random.key(1), x)["params"]) == {"kernel"}
+    assert set(dense.Dense((OUTPUTS,), use_bias=False).init(jax.random.key(1), x)["params"]) == {"kernel"}
 
 
 def test_bfloat16_gradients_are_the_same_with_rows_on_eight_devices():

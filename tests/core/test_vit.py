@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from core import vit
+from core.attention import attend
 
 BATCH, TOKENS, WIDTH, HEADS, HIDDEN = 2, 5, 8, 2, 12
 
@@ -88,13 +89,19 @@ def test_values_and_gradients_are_those_of_numpy(name):
         np.testing.assert_allclose((grad * direction).sum(), slope, rtol=2e-4, atol=2e-4, err_msg=f"leaf {i}")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)])
 def test_attention_on_the_cpu_is_that_of_other_backends(dtype, tolerance):
-    """Tolerances: a few roundings, 2^-24 or 2^-8 each, of averages of values below 4."""
-    q, k, v = jax.random.normal(jax.random.key(0), (3, BATCH, TOKENS, HEADS, 4), dtype)
-    out, expected = vit.attend(q, k, v), jax.nn.dot_product_attention(q, k, v)
-    assert out.dtype == dtype
-    np.testing.assert_allclose(np.float32(out), np.float32(expected), rtol=0, atol=tolerance)
+    """Values and gradients. Tolerances: a few roundings, 2^-24 or 2^-8 each, of averages of values below 4."""
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, BATCH, TOKENS, HEADS, 4))
+
+    def run(function):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(g)
+
+    ours = jax.jit(lambda: run(lambda *x: attend(*x, dtype)))()
+    for found, expected in zip(ours, run(jax.nn.dot_product_attention), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 def test_attention_rejects_a_width_that_heads_do_not_divide():

@@ -156,11 +156,3 @@ def test_floors_refuse():
         floors.floor_scores(images[:0], images)
     with pytest.raises(ValueError, match="of one size"):
         floors.floor_maps(images, _images(0, 3, (40, 40)))
-
-
-def test_texture_is_the_gradient_and_two_bands():
-    images = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 1), dtype=np.uint8)
-    found = floors.texture(images)
-    np.testing.assert_array_equal(found[:, 0], floors.log_mean_gradient(images))
-    low = floors.floor_scores(images, images)
-    np.testing.assert_array_equal(found[:, 1:], -np.stack([low["band_1_low"], low["band_2_low"]], axis=1))

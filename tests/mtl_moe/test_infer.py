@@ -15,7 +15,7 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from core.step import make_train_step_fn
 from input_pipeline.dataset import load_dataset
-from mtl_moe.floors import texture
+from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.scoring import SMOOTHING, TOP_SHARE, evidence_names, make_map_fn
@@ -97,7 +97,7 @@ def test_a_split_is_scored_once_in_order(tiny_run, scorer):
     wanted = scorer.images(split.images(np.arange(len(split))))
     np.testing.assert_allclose(scored.raw, wanted["raw"], **TOLERANCE)
     np.testing.assert_allclose(scored.maps, wanted["maps"].mean(axis=1), **TOLERANCE)
-    np.testing.assert_allclose(scored.texture, texture(split.images(np.arange(18))), rtol=1e-6)
+    np.testing.assert_allclose(scored.texture, log_mean_gradient(split.images(np.arange(18))), rtol=1e-6)
     assert scorer.split(split.take(np.arange(3)), "test").maps is None
 
 

@@ -27,15 +27,15 @@ GEOMETRY = Geometry(16, 8, 1, 16)
 TASK_SET = tuple(TASKS[name](geometry=GEOMETRY) for name in ("masked", "synthetic", "transform"))
 NAMES = ("masked", "synthetic", "synthetic_clean", "transform")
 TOP = np.array([True, True, True, False])
-SLOPES = np.array([[-2.0, 1.0, 0.5], [1.5, 0.0, -1.0], [3.0, -2.0, 0.0], [1.0, 1.0, 1.0]])
+SLOPES = (-2.0, 1.5, 3.0, 1.0)
 NUM, SIDE = 200, 16
 
 
-def make_data(num=NUM, seed=0, slopes=0.0):
-    """Skewed raw scores [N, S] plus `slopes` [S, 3] times the texture [N, 3]."""
+def make_data(num=NUM, seed=0, slopes=(0.0, 0.0, 0.0, 0.0)):
+    """Skewed raw scores [N, S] plus `slopes` times the texture [N]."""
     rng = np.random.default_rng(seed)
-    texture = rng.normal(-3, 0.5, (num, 3))
-    raw = rng.gamma(2.0, 0.5, (num, len(NAMES))) + texture @ (np.zeros((len(NAMES), 3)) + slopes).T
+    texture = rng.normal(-3, 0.5, num)
+    raw = rng.gamma(2.0, 0.5, (num, len(NAMES))) + np.array(slopes) * texture[:, None]
     return raw.astype(np.float32), texture.astype(np.float32)
 
 
@@ -118,7 +118,7 @@ def test_pareto_moments_recover_a_known_tail(shape, tolerance):
     n = 40_000
     quantiles = stats.genpareto.ppf((np.arange(n) + 0.5) / n, shape, scale=2.0)
     raw = np.repeat(np.random.default_rng(0).permutation(quantiles)[:, None], len(NAMES), axis=1)
-    tail = fit(raw, np.random.default_rng(1).normal(size=(n, 3))).tail[3]  # "transform": a mean, not corrected
+    tail = fit(raw, np.random.default_rng(1).normal(size=n)).tail[3]  # "transform": a mean, not corrected
     threshold = stats.genpareto.ppf(1 - TAIL_SHARE, shape, scale=2.0)
     np.testing.assert_allclose(tail[0], threshold, rtol=1e-3)
     np.testing.assert_allclose(tail[2], shape, atol=tolerance)
@@ -145,25 +145,14 @@ def test_pareto_moments_of_a_small_sample_are_hosking_and_wallis():
 def test_tops_lose_what_texture_explains_and_means_keep_it():
     raw, texture = make_data(4000, slopes=SLOPES)
     calibration = fit(raw, texture)
-    # Standard error of a coefficient: 0.7 / (0.5 * sqrt(4000)).
-    np.testing.assert_allclose(calibration.slope, SLOPES * TOP[:, None], atol=0.1)
+    fit_by_scipy = [stats.linregress(texture.astype(float), raw[:, s].astype(float)) for s in range(len(NAMES))]
+    np.testing.assert_allclose(calibration.slope, [r.slope * top for r, top in zip(fit_by_scipy, TOP, strict=True)])
     fresh, fresh_texture = make_data(4000, seed=1, slopes=SLOPES)
     corrected = calibration.corrected(fresh, fresh_texture)
     np.testing.assert_array_equal(corrected[:, ~TOP], fresh[:, ~TOP])
-    correlation = np.corrcoef(corrected.T, fresh_texture.T)[: len(NAMES), len(NAMES) :]
-    assert np.abs(correlation[TOP]).max() < 0.07  # three standard errors and what the fit missed; it was 0.8 and more
-    assert correlation[~TOP].min() > 0.3
-
-
-@pytest.mark.parametrize(("num", "used"), [(39, 1), (40, 3)])
-def test_few_normals_are_fitted_on_the_mean_gradient_alone(num, used):
-    raw, texture = make_data(num, slopes=SLOPES)
-    calibration = fit(raw, texture)
-    assert np.count_nonzero(calibration.slope[0]) == used
-    with_one = np.column_stack([np.ones(num), texture[:, :used]]).astype(float)
-    wanted = np.linalg.lstsq(with_one, raw[:, 0].astype(float))[0]
-    np.testing.assert_allclose(calibration.slope[0, :used], wanted[1:], rtol=1e-6)
-    np.testing.assert_allclose(calibration.intercept[0], wanted[0], rtol=1e-6)
+    correlation = np.array([np.corrcoef(column, fresh_texture)[0, 1] for column in corrected.T])
+    assert np.all(np.abs(correlation[TOP]) < 0.07)  # three standard errors; it was 0.7 and more
+    assert np.all(correlation[~TOP] > 0.5)
 
 
 def test_map_scale_is_read_inside_the_body(calibration):

@@ -290,3 +290,60 @@ def test_adapters_of_another_model_are_refused(params):
         lora_lib.merge(params, adapters, ENHANCED)
     with pytest.raises(ValueError, match="blocks"):
         lora_lib.init_adapters(jax.random.key(0), {"norm": params["norm"]}, ENHANCED)
+
+
+def _loss_and_gradient(params, adapters, lora, place, dtype=jnp.float32):
+    images = jax.random.normal(jax.random.key(3), (2, 16, 16, 3))
+
+    def loss(adapters):
+        tokens = VisionTransformer(CONFIG, dtype=dtype).apply({"params": place(params, adapters, lora)}, images).tokens
+        return (tokens * jnp.sin(jnp.arange(tokens.size, dtype=jnp.float32)).reshape(tokens.shape)).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(adapters)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        ENHANCED,
+        LoraConfig((("query", 2), ("fc2", 5)), scaling="alpha", alpha=3.0, train_norms=True, train_biases=True),
+        LoraConfig((("value", 2), ("out", 3)), dora=True),
+    ],
+)
+def test_attached_adapters_have_the_value_and_the_gradients_of_merged_ones(params, lora):
+    """Low-rank gradients against those through whole kernels; sums in another order, relative to the largest entry."""
+    adapters = _trained(params, lora)
+    value, gradients = _loss_and_gradient(params, adapters, lora, lora_lib.attach)
+    wanted, wanted_gradients = _loss_and_gradient(params, adapters, lora, lora_lib.merge)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    found, wanted = tree.paths(gradients), tree.paths(wanted_gradients)
+    assert set(found) == set(wanted)
+    for path, gradient in wanted.items():
+        scale = max(np.abs(gradient).max(), 1e-2)  # the key biases' gradient is 0 but for rounding
+        np.testing.assert_allclose(found[path], gradient, rtol=0, atol=2e-5 * scale, err_msg=path)
+
+
+def test_attached_gradients_in_bfloat16_are_close(params):
+    """Kernel and factors apart, each rounded."""
+    adapters = _trained(params, ENHANCED)
+    _, found = _loss_and_gradient(params, adapters, ENHANCED, lora_lib.attach, jnp.bfloat16)
+    _, wanted = _loss_and_gradient(params, adapters, ENHANCED, lora_lib.attach)
+    for path, gradient in tree.paths(wanted).items():
+        error = np.linalg.norm(tree.paths(found)[path] - gradient) / np.linalg.norm(gradient)
+        assert 1e-4 < error < 0.05, f"{path}: {error}"  # a dozen roundings of 2^-9 in a row, and not none
+
+
+def test_attached_adapters_cost_less(params):
+    """What attaching is for: of rank 1, the six layers' weight gradients nearly vanish from the compiled program."""
+    lora = LoraConfig(tuple((target, 1) for target in lora_lib.TARGETS))
+    adapters = lora_lib.init_adapters(jax.random.key(0), params, lora)
+    images = jnp.zeros((64, 16, 16, 3))
+
+    def flops(place):
+        def loss(adapters):
+            return VisionTransformer(CONFIG).apply({"params": place(params, adapters, lora)}, images).tokens.sum()
+
+        return jax.jit(jax.grad(loss)).lower(adapters).compile().cost_analysis()["flops"]
+
+    rows, weights = 64 * CONFIG.num_tokens, CONFIG.depth * (4 * 16 * 16 + 2 * 16 * 24)
+    assert flops(lora_lib.merge) - flops(lora_lib.attach) > 0.5 * 2 * rows * weights

@@ -1,0 +1,62 @@
+"""Multi-head attention: the library's kernels off the CPU, batched matmuls over heads with an own gradient on it.
+
+Axes: B batch, N tokens, K heads, Dh width of a head, G = B * K.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from core.dense import transposed
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """softmax(q k^T / sqrt(Dh)) v for [B, N, K, Dh] each, softmax in float32; [B, N, K, Dh] in the dtype of `query`.
+
+    `jax.nn.dot_product_attention` off the CPU. There its einsums take twice as long as batched matmuls over heads laid
+    out contiguously (benchmarks/NOTES.md). Operands of products are rounded to `dtype`, in the gradient too.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(query, key, value)
+    batch, _, num_heads, _ = query.shape
+    out = _attention(*(rearrange(x, "b n k d -> (b k) n d") for x in (query, key, value)), dtype)
+    return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Products of operands of one dtype, one for each of the G first indices, over the named axes; float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """`attend` for [G, N, Dh]."""
+    return _attention_fwd(query, key, value, dtype)[0]
+
+
+def _attention_fwd(query, key, value, dtype):
+    q, k, v = (x.astype(dtype) for x in (query, key, value))
+    weights = jax.nn.softmax(_dot(q, k, (2, 2)) * query.shape[-1] ** -0.5).astype(dtype)
+    out = _dot(weights, v, (2, 1)).astype(query.dtype)
+    return out, (q, k, v, weights, out)
+
+
+def _attention_bwd(dtype, saved, g):
+    q, k, v, weights, out = saved
+    # The softmax's own term, sum_m w_nm (g v^T)_nm, is g . out: no second sum over [N, N] (as in FlashAttention).
+    own = (g * out).astype(jnp.float32).sum(-1, keepdims=True)
+    g = g.astype(dtype)
+    logits = (weights * (_dot(g, v, (2, 2)) - own) * q.shape[-1] ** -0.5).astype(dtype)
+    gradients = (
+        _dot(logits, k, (2, 1)),
+        _dot(transposed(logits), q, (2, 1)),
+        _dot(transposed(weights), g, (2, 1)),
+    )
+    return tuple(x.astype(out.dtype) for x in gradients)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
