@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two processes on two cores: each test process keeps to one intra-op thread pool, see tests/conftest.py.
 WORKERS ?= 2
 
-.PHONY: install quickstart quickstart-detector quickstart-distiller test test-all lint format bench clean
+.PHONY: install quickstart quickstart-detector quickstart-distiller test test-all lint format bench bench-gpu bench-detector bench-peers clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,17 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.moe
+
+# Needs JAX with CUDA and PyTorch; ten minutes on one GPU. Not in .venv: PYTHON is the interpreter that has them.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+bench-detector: install
+	$(BIN)/python -m benchmarks.detector
+
+# make bench-peers ROOT=folder NAME=set MINUTES=80
+bench-peers: install
+	$(BIN)/python -m benchmarks.peer_quality --root=$(ROOT) --name=$(NAME) --minutes=$(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,42 +49,58 @@ def _weights(rng: np.random.Generator, experts: int, width: int, hidden: int) ->
 
 
 def _dense(x: jax.Array, logits: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
-    hidden = jax.nn.gelu(x @ params["w1"][0] + params["b1"], approximate=True)
-    return hidden @ params["w2"][0] + params["b2"]
+    w1, b1, w2, b2 = (params[name].astype(x.dtype) for name in ("w1", "b1", "w2", "b2"))
+    return jax.nn.gelu(x @ w1[0] + b1, approximate=True) @ w2[0] + b2
 
 
 def _moe(dispatch: str) -> Callable[..., jax.Array]:
-    return lambda x, logits, params: moe.apply_experts(x, routing.gate(logits, TOP_K), params, dispatch)
+    return lambda x, logits, params: moe.apply_experts(x, routing.gate(logits, TOP_K), params, dispatch, dtype=x.dtype)
 
 
-def _seconds(function: Callable[..., object], arguments: tuple) -> float:
+def _seconds(function: Callable[..., object], arguments: tuple, calls: int = 1) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
+    for _ in range(calls):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
 
 
-def measure(tokens: int, width: int, hidden: int, experts: int, dispatches: tuple[str, ...], budget: float) -> dict:
-    """Milliseconds of one forward and backward of each contender, median of 3 to 9 repeats within `budget` seconds."""
+def measure(
+    tokens: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    dispatches: tuple[str, ...],
+    budget: float,
+    dtype: Any = jnp.float32,
+    calls: int = 1,
+) -> dict:
+    """Milliseconds of one forward and backward of each contender, median of 3 to 9 repeats within `budget` seconds.
+
+    Args:
+      dtype: of tokens and operands.
+      calls: in a row for one repeat; on an accelerator one call is too short to be timed.
+    """
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
     logits = jnp.asarray(rng.normal(size=(tokens, experts)), jnp.float32)
     weights = _weights(rng, experts, width, hidden)
     contenders = {"dense": (_dense, _weights(rng, 1, width, TOP_K * hidden))}
     contenders |= {name: (_moe(name), weights) for name in dispatches}
-    calls = {}
+    steps = {}
     for name, (function, params) in contenders.items():
 
         def loss(x: jax.Array, logits: jax.Array, params: dict, function: Callable = function) -> jax.Array:
-            return (function(x, logits, params) ** 2).sum()
+            return (function(x, logits, params).astype(jnp.float32) ** 2).sum()
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-        calls[name] = (step, (x, logits, params))
-        _seconds(*calls[name])  # compiles
-    seconds = {name: [_seconds(*call)] for name, call in calls.items()}
-    repeats = int(min(max(budget / sum(sum(values) for values in seconds.values()), 3), 9))
+        steps[name] = (step, (x, logits, params))
+        _seconds(*steps[name])  # compiles
+    seconds = {name: [_seconds(*step, calls)] for name, step in steps.items()}
+    repeats = int(min(max(budget / calls / sum(sum(values) for values in seconds.values()), 3), 9))
     for _ in range(repeats - 1):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(*call))
+        for name, step in steps.items():
+            seconds[name].append(_seconds(*step, calls))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "tokens": tokens,
@@ -92,8 +109,8 @@ def measure(tokens: int, width: int, hidden: int, experts: int, dispatches: tupl
         "experts": experts,
         "top_k": TOP_K,
         "repeats": repeats,
-        "ms_median": {name: round(value * 1e3, 1) for name, value in median.items()},
-        "ms_min": {name: round(min(values) * 1e3, 1) for name, values in seconds.items()},
+        "ms_median": {name: round(value * 1e3, 3) for name, value in median.items()},
+        "ms_min": {name: round(min(values) * 1e3, 3) for name, values in seconds.items()},
         "ratio_to_dense": {name: round(median[name] / median["dense"], 2) for name in dispatches},
         "ratio_of_minima": {name: round(min(seconds[name]) / min(seconds["dense"]), 2) for name in dispatches},
         "load_average": round(os.getloadavg()[0], 2),

@@ -1,4 +1,4 @@
-"""How well peers trained from scratch find anomalies: the splits, resolution, evaluation and time of our detector's run.
+"""How well peers trained from scratch find anomalies, with the splits, resolution and evaluation of our detector.
 
   python -m benchmarks.peer_quality --root=DIR --name=NAME --minutes=M [--seeds=0,1,2] [--peers=denoising_unet]
 
@@ -55,15 +55,12 @@ def accuracy(split: Split, scores: np.ndarray, maps: np.ndarray, mask_size: int,
     Args:
       scores, maps: [N] and [N, H, W], higher is odder.
     """
-    groups, found = np.array(split.groups), {}
-    for name, metric, function in (
-        ("image_auroc", "auroc", auroc),
-        ("image_ap", "average_precision", average_precision),
-    ):
-        found[name] = function(scores, split.labels)
-        found[f"{name}_95"] = bootstrap_interval(metric, scores, split.labels, groups, resamples)
+    groups, labels = np.array(split.groups), split.labels
+    found: dict[str, Any] = {"image_auroc": auroc(scores, labels), "image_ap": average_precision(scores, labels)}
+    for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
+        found[f"{name}_95"] = bootstrap_interval(metric, scores, labels, groups, resamples)
     if split.has_masks:
-        masks, maps = split.masks(np.arange(len(split)))[..., 0] > 0, finished(maps, mask_size)
+        masks, maps = split.masks(np.arange(len(labels)))[..., 0] > 0, finished(maps, mask_size)
         found |= pixel_metrics(maps, masks)
         intervals = pixel_intervals(maps, masks, groups, resamples)
         found |= {f"{name}_95": interval for name, interval in intervals.items()}
@@ -84,8 +81,6 @@ def measure(peer: str, dataset: Dataset, budget: Any, seed: int, resamples: int 
         "peer": peer,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    row |= {
         "train_images": len(images),
         "test_images": len(test),
         "updates": updates,

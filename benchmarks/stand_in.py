@@ -6,7 +6,7 @@ that read its configs need is here; nothing is locked or type-checked.
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +44,19 @@ class ConfigDict(dict):
                 self[name] = value
 
 
+class _Without:
+    """Finds modules as `finders` do, but none of ABSENT: to whoever asks, they are not installed."""
+
+    def __init__(self, finders: Sequence[Any]):
+        self._finders = tuple(finders)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] in ABSENT:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self._finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+
 def provide(hide: bool = False) -> None:
     """Makes `ml_collections` importable where it is absent.
 
@@ -51,7 +64,7 @@ def provide(hide: bool = False) -> None:
       hide: first makes this process as poor as a machine without ABSENT.
     """
     if hide:
-        sys.modules.update(dict.fromkeys(ABSENT))
+        sys.meta_path[:] = [_Without(sys.meta_path)]
     if importlib.util.find_spec("ml_collections") is not None:
         return
     package, part = ModuleType("ml_collections"), ModuleType("ml_collections.config_dict")
