@@ -1,42 +1,26 @@
 """Which reduction of a map to an image score finds painted defects best: `python -m benchmarks.reductions WORKDIR ...`.
 
 For choosing on normal images only: each trained detector scores its calibration normals as they are and with one defect
-of each synthetic family, and the table gives the AUROC between the two, mean over families. The family "synthetic"
-itself has been trained on these families, the other tasks have not seen any. No test image is read.
+of each family of `mtl_moe.painted`, and the table gives the AUROC between the two, mean over the families that the task
+`synthetic` trains on and mean over those that nothing trains on. No test image is read.
 Axes: n calibration normals, S evidences, H W map.
 """
 
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
 from benchmarks.record import write_record
 from configs.workdir import get_config
-from core.metrics import auroc
 from input_pipeline.dataset import load_dataset
 from mtl_moe.infer import Scorer, restore
+from mtl_moe.painted import by_kind, criteria, painted_auroc, painted_normals
 from mtl_moe.scoring import SMOOTHING, evidence_names
-from mtl_moe.system import System, build_system
-from mtl_moe.tasks.synthetic import FAMILIES, Synthetic
+from mtl_moe.system import build_system
 
 SHARES = {"mean": 1.0, "top 5 %": 0.05, "top 1 %": 0.01}
-
-
-def painted(system: System, images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """uint8 images [n, H, W, C] with one defect each, by family."""
-    result = {}
-    for i, family in enumerate(FAMILIES):
-        task = Synthetic(geometry=system.tasks[0].geometry, families=(family,), clean_share=0.0, max_defects=1)
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        view, _ = jax.jit(lambda k, x, task=task: task.corrupt(k, x, None))(
-            key, jnp.asarray(images / 255.0, jnp.float32)
-        )
-        result[family] = np.asarray(jnp.round(view[..., :-1] * 255)).astype(np.uint8)
-    return result
 
 
 def reduced(maps: np.ndarray, body: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,36 +36,36 @@ def reduced(maps: np.ndarray, body: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measure(workdir: Path) -> list[dict]:
-    """One row an evidence: its AUROC by reduction."""
+    """One row an evidence: its AUROC by reduction, for trained and unseen families."""
     config = get_config(workdir)
     system = build_system(config)
     normals = load_dataset(config.data).splits["calibration"]
-    images = normals.images(np.arange(len(normals)))
+    painted = painted_normals(normals, len(normals))
     scorer = Scorer(system, restore(system, workdir))
 
-    def score(images: np.ndarray) -> dict[str, np.ndarray]:
-        result = scorer.images(images)
+    def score(rows: np.ndarray) -> dict[str, np.ndarray]:
+        result = scorer.images(painted.images(rows))
         return reduced(result["maps"], result["body"])
 
-    clean, defects = score(images), [score(x) for x in painted(system, images, config.seed).values()]
-    labels = np.repeat([0, 1], len(images))
+    scores = {kind: score(rows) for kind, rows in by_kind(np.arange(len(painted))).items()}
     rows = []
     for s, evidence in enumerate(evidence_names(system.tasks)):
-        by_reduction = {
-            name: float(np.mean([auroc(np.concatenate([clean[name][:, s], d[name][:, s]]), labels) for d in defects]))
-            for name in clean
+        found = {
+            name: criteria(painted_auroc({kind: by_name[name][:, s] for kind, by_name in scores.items()}))
+            for name in next(iter(scores.values()))
         }
-        rows.append({"dataset": config.data.name, "evidence": evidence, "normals": len(images), "auroc": by_reduction})
+        rows.append({"dataset": config.data.name, "evidence": evidence, "normals": len(normals), "auroc": found})
     return rows
 
 
 def main() -> None:
     rows = [row for workdir in sys.argv[1:] for row in measure(Path(workdir))]
     names = list(rows[0]["auroc"])
+    print("AUROC, trained families / unseen families")
     print(f"{'set':<12} {'evidence':<16} " + " ".join(f"{name:>17}" for name in names))
     for row in rows:
-        values = " ".join(f"{row['auroc'][name]:>17.3f}" for name in names)
-        print(f"{row['dataset']:<12} {row['evidence']:<16} {values}")
+        cells = [f"{found['trained']:.3f} / {found['unseen']:.3f}" for found in row["auroc"].values()]
+        print(f"{row['dataset']:<12} {row['evidence']:<16} " + " ".join(f"{cell:>17}" for cell in cells))
     write_record("reductions_cpu", "python -m benchmarks.reductions WORKDIR ...", rows, ("jax", "numpy", "scipy"))
 
 

@@ -98,10 +98,11 @@ def bootstrap_difference(
 ) -> tuple[float, float]:
     """Paired interval (low, high) of metric(scores) - metric(other_scores): both see the same resampled images.
 
-    Arguments as in `bootstrap_interval`.
+    Arguments as in `bootstrap_interval`; either scores may also be [K, N], of K runs whose metrics are averaged.
     """
-    first, second = _bootstrap(metric, [scores, other_scores], labels, groups, num_resamples, seed)
-    return _interval(first - second, level)
+    first, second = np.atleast_2d(scores), np.atleast_2d(other_scores)
+    values = _bootstrap(metric, [*first, *second], labels, groups, num_resamples, seed)
+    return _interval(values[: len(first)].mean(axis=0) - values[len(first) :].mean(axis=0), level)
 
 
 def pixel_intervals(
