@@ -58,7 +58,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
     """What any reader written by hand does: uint8 [SIZE, SIZE, C]."""
     with Image.open(path) as file:
         picture = file.convert("L" if channels == 1 else "RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(picture).reshape(SIZE, SIZE, channels)
+    return np.array(picture).reshape(SIZE, SIZE, channels)  # a copy: torch wants writable arrays
 
 
 class Photos:
