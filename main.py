@@ -4,9 +4,11 @@
   python main.py --mode=evaluate --workdir=W            restores the newest checkpoint and evaluates
   python main.py --mode=predict --workdir=W --input=DIR scores any folder of images
   python main.py --mode=prepare --config=... --output=CACHE.npz   checks a data folder and writes a decoded cache
+  python main.py --mode=compress --workdir=W --reduction=2 --output=S   distils a trained detector into a smaller one
   python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T --config.data.root=D --workdir=W
   python main.py --mode=plan --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T   what it will cost
   python main.py --mode=export --workdir=W --export=timm   writes the merged student for other tools
+  python main.py --mode=export --workdir=W --export=stablehlo   writes it, or a detector, as a program of its own
 
 Any config field can be changed on the command line: --config.train.num_steps=500.
 """
@@ -23,7 +25,7 @@ from ml_collections import config_flags
 NO_CONFIG = "--config is missing, and --workdir holds no config.json of an earlier run"
 # What each system offers; functions of the same name in its run.py.
 MODES = {
-    "mtl_moe": ("train", "evaluate", "predict", "prepare"),
+    "mtl_moe": ("train", "evaluate", "predict", "prepare", "compress", "export"),
     "vit_distill": ("train", "evaluate", "plan", "export"),
 }
 WITHOUT_WORKDIR = ("prepare", "plan")
@@ -37,12 +39,14 @@ MODE = flags.DEFINE_enum(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: config, checkpoints, metrics, report.")
 INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict.")
-EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes.")
+EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes; a detector: stablehlo.")
 OUTPUT = flags.DEFINE_string(
     "output",
     "",
-    "Where predict writes (default WORKDIR/predict), prepare its .npz, export its folder (WORKDIR/export/KIND).",
+    "Where predict writes (default WORKDIR/predict), prepare its .npz, export its folder (WORKDIR/export/KIND), "
+    "compress the smaller detector's work directory.",
 )
+REDUCTION = flags.DEFINE_integer("reduction", None, "For --mode=compress: one block in so many is kept.", lower_bound=2)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise jax.distributed first.")
 
 
@@ -66,6 +70,7 @@ def main(argv: list[str]) -> None:
         "evaluate": lambda: run.evaluate(config, workdir),
         "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value),
         "prepare": lambda: run.prepare(config, OUTPUT.value),
+        "compress": lambda: run.compress(config, workdir, OUTPUT.value, REDUCTION.value),
         "plan": lambda: run.plan(config, workdir if WORKDIR.value else None),
         "export": lambda: run.export(config, workdir, EXPORT.value, OUTPUT.value),
     }

@@ -101,6 +101,13 @@ def detector(preset: str = "tiny") -> ConfigDict:
         save_every=1000,
         tensorboard=True,
     )
+    config.compress = dict(  # --mode=compress; the optimiser's other fields, batches and logs are those of training
+        reduction=2,  # r: one block in r is kept, of the trunk and of the expert blocks
+        rank=32,  # of the updates of the kept blocks' kernels
+        num_steps=600,
+        learning_rate=3e-3,
+        save_every=200,
+    )
     config.score = dict(
         fusion="tail",  # tail | robust_z | max | mean, see mtl_moe/scoring.py
         dtype="float32",  # as train.dtype; in float32 an image's score hardly depends on its batch mates

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(arg):
     """`arg`: the work directory."""
     path = Path(arg) / "config.json"
     if not path.exists():
         raise ValueError(f"no config.json in {arg}: expected the work directory of an earlier training run")
-    text = json.loads(path.read_text())
-    return ConfigDict(_tuples(text))
+    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    if config.get("system") == "mtl_moe" and "compress" not in config:  # trained before detectors could be compressed
+        config.compress = common.detector().compress
+    return config
 
 
 def _tuples(value):

@@ -26,21 +26,15 @@ def init_extra(num_tasks: int) -> dict[str, jax.Array]:
     return {"loss_sum": jnp.zeros(num_tasks), "loss_count": jnp.zeros(())}
 
 
-def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callable[..., Any]:
-    """Loss function for `core.step`: (params, extra, batch, key, step) -> (loss, (metrics, extra)).
+def make_corrupt_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callable[..., Any]:
+    """Function (extra, images, augmentation key, task key) -> (inputs, targets): every task's corruption of the images.
 
-    `batch` holds uint8 `image` [B, H, W, C]. Metrics: loss/<task> unscaled, router/<block>/{balance, entropy/<task>}.
+    Images are float32 [B, H, W, C] in [0, 1]; inputs are the model's, one view a task [1, B, H, W, C + 1]; targets are
+    what `Task.loss` takes. Both are dicts by task name.
     """
-    if config.train.scale_steps < 1:
-        raise ValueError(
-            f"train.scale_steps={config.train.scale_steps}: expected at least 1 update to measure scales on"
-        )
-    weights = jnp.array([config.tasks.get(task.name, {}).get("weight", 1.0) for task in tasks], jnp.float32)
     augments = [config.tasks.get(task.name, {}).get("augment", "none") for task in tasks]
 
-    def loss_fn(params: Any, extra: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
-        images = to_float(batch["image"])
-        key_augment, key_router, key_tasks = jax.random.split(key, 3)
+    def corrupt(extra: Any, images: jax.Array, key_augment: jax.Array, key_tasks: jax.Array) -> Any:
         # One augmented copy for all tasks that ask for the same kind: pseudo-labels are computed once for it.
         copies = {
             kind: augment(jax.random.fold_in(key_augment, i), images, kind)
@@ -54,6 +48,26 @@ def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callabl
         for i, (task, kind) in enumerate(zip(tasks, augments, strict=True)):
             view, target = task.corrupt(jax.random.fold_in(key_tasks, i), copies[kind], teachers.get(kind))
             inputs[task.name], targets[task.name] = view[None], target
+        return inputs, targets
+
+    return corrupt
+
+
+def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callable[..., Any]:
+    """Loss function for `core.step`: (params, extra, batch, key, step) -> (loss, (metrics, extra)).
+
+    `batch` holds uint8 `image` [B, H, W, C]. Metrics: loss/<task> unscaled, router/<block>/{balance, entropy/<task>}.
+    """
+    if config.train.scale_steps < 1:
+        raise ValueError(
+            f"train.scale_steps={config.train.scale_steps}: expected at least 1 update to measure scales on"
+        )
+    weights = jnp.array([config.tasks.get(task.name, {}).get("weight", 1.0) for task in tasks], jnp.float32)
+    corrupt = make_corrupt_fn(model, config, tasks)
+
+    def loss_fn(params: Any, extra: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
+        key_augment, key_router, key_tasks = jax.random.split(key, 3)
+        inputs, targets = corrupt(extra, to_float(batch["image"]), key_augment, key_tasks)
         outputs, aux = model.apply({"params": params}, inputs, train=True, rngs={"router": key_router})
 
         losses = jnp.stack([task.loss(outputs[task.name][0], targets[task.name]).mean() for task in tasks])

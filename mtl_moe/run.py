@@ -1,4 +1,4 @@
-"""The commands of the detector, as main.py calls them: train and evaluate, evaluate, predict, prepare."""
+"""The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, compress, export."""
 
 import os
 from collections.abc import Mapping
@@ -14,10 +14,13 @@ from core.workdir import check_config, save_config
 from input_pipeline.dataset import load_dataset
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
+from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
+from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
+from mtl_moe.infer import restore
 from mtl_moe.scoring import check_calibration
-from mtl_moe.system import build_system
+from mtl_moe.system import build_system, sample_images
 from mtl_moe.train import train
 
 # Fields that may differ between a work directory's config and the one it is run with: none changes the training done
@@ -31,6 +34,7 @@ FREE_FIELDS = (
     "score.",
     "train.tensorboard",
     "num_seeds",
+    "compress.",
 )
 
 
@@ -84,6 +88,40 @@ def prepare(config: Any, output: str) -> None:
     print(format_report(prepare_data(config.data, output, min_size=config.model.patch_size)))
 
 
+def compress(config: Any, workdir: Path, output: str, reduction: int | None = None) -> None:
+    """Distils a trained detector into a shallower one, whose work directory is `output`, and evaluates that."""
+    if not output or Path(output).absolute() == workdir.absolute():
+        raise ValueError("--output: expected the work directory of the smaller detector, another than --workdir")
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no work directory of a trained detector: train one, or check --workdir")
+    enable_compilation_cache()
+    check_config(config, workdir, FREE_FIELDS)
+    small = build_system(compression.small_config(config, reduction))
+    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
+    folder = Path(output)
+    facts = compression.compress(build_system(config), small, dataset, workdir, folder)
+    if (folder / "report.json").exists():
+        print(f"{folder} is finished; evaluate it again with --mode=evaluate --workdir={folder}")
+    else:
+        _print_report(evaluation.evaluate(small, dataset, folder), folder)
+    _print_compression(facts)
+
+
+def export(config: Any, workdir: Path, kind: str, output: str) -> None:
+    """Writes the detector's scoring as a program of its own, compared on some training normals."""
+    if kind != "stablehlo":
+        raise ValueError(f"a detector is exported as one program: expected --export=stablehlo, found {kind!r}")
+    enable_compilation_cache()
+    check_config(config, workdir, FREE_FIELDS)
+    system = build_system(config)
+    trained = restore(system, workdir)
+    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    folder = Path(output) if output else workdir / "export" / kind
+    facts = exporting.export(system, trained, sample_images(dataset, config.seed, config.score.batch_size), folder)
+    print(f"exported to {folder}; reloaded, it differs by {max(facts['max_difference'].values()):.1e}")
+
+
 def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation of each metric over seeds, beside the single values."""
     keys = [key for key in reports[0]["metrics"] if all(key in report["metrics"] for report in reports)]
@@ -127,3 +165,13 @@ def _print_report(report: Mapping[str, Any], workdir: Path) -> None:
         interval = report["intervals"].get(key)
         print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
     print(f"report: {os.path.join(workdir, 'report.html')}")
+
+
+def _print_compression(facts: Mapping[str, Any]) -> None:
+    for name in ("num_params", "gflops_per_image", "ms_per_image"):
+        print(f"  {name:<48} {facts[name]['full']:.4g} -> {facts[name]['small']:.4g}")
+    error = facts["token_error"]
+    print(f"  {'token_error, copied -> distilled':<48} {error['copied']:.3f} -> {error['distilled']:.3f}")
+    print(f"  {'speedup':<48} {facts['speedup']:.2f}")
+    for name, value in facts.get("source_metrics", {}).items():
+        print(f"  {'full detector: ' + name:<48} {value:.3f}")

@@ -24,7 +24,9 @@ DIRECTION = {
 # Modules that run a system: the only ones of it that see data sets. The rest is functions over arrays.
 RUN_THE_SYSTEM = {
     f"mtl_moe/{name}.py"
-    for name in ("run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "painted")
+    for name in (
+        "run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "compress", "painted",
+    )
 } | {
     f"vit_distill/{name}.py"
     for name in ("run", "train", "supervised", "probe_command", "segment", "table_bench")

@@ -47,7 +47,7 @@ def test_help_comes_without_jax():
     """Importing JAX takes seconds; nothing that only parses flags waits for it."""
     done = call("--help", options=("-X", "importtime"))
     assert "--workdir" in done.stdout
-    assert "--mode: <train|evaluate|predict|prepare|plan|export>" in done.stdout
+    assert "--mode: <train|evaluate|predict|prepare|compress|export|plan>" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "ml_collections" in imported  # the list is that of the program itself
     assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
@@ -61,7 +61,7 @@ def test_help_comes_without_jax():
         (["--workdir"], ["Missing value for flag --workdir"]),
         ([QUICKSTART], ["--workdir is missing"]),
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
-        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|plan|export>"]),
+        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|compress|export|plan>"]),
         ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
         ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
         ([QUICKSTART, "--workdir=w", "--config.train.num_steps=many"], ["config.train.num_steps=many", "int"]),

@@ -1,0 +1,240 @@
+"""A smaller detector from a trained one: distils its encoder into a shallower one and makes that a work directory.
+
+The output is an ordinary work directory with one thing more, compress.json: what it was made from and what that cost,
+shown in every report of it. Only training normals are used, without labels; held-out (calibration) normals tell how far
+the tokens are from the full detector's and, in the evaluation that follows, calibrate the scores anew. Run the same
+command again to resume. See `mtl_moe.shrink` for what is kept and what trains.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core.checkpoint import Checkpointer
+from core.files import write_json
+from core.logs import MetricLogger
+from core.loop import train_loop
+from core.low_rank import init_low_rank, merge
+from core.mesh import check_batch_size, shard_batch, shardings
+from core.optim import build_optimizer
+from core.state import TrainState, init_state
+from core.step import make_train_step_fn
+from core.tree import fingerprint, num_params
+from core.workdir import check_config, save_config
+from input_pipeline.dataset import Dataset, train_batches
+from mtl_moe.cost import score_macs
+from mtl_moe.infer import Scorer, Trained, restore
+from mtl_moe.model import build_geometry
+from mtl_moe.provenance import COMPRESS_FILE, compressed_from
+from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
+from mtl_moe.system import System
+
+# Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
+FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "train.tensorboard")
+TIMING_ROUNDS = 7  # batches scored by each detector, in turn; the median counts
+MAX_HELD_OUT = 256  # normals on which tokens are compared
+
+
+def small_config(config: Any, reduction: int | None = None) -> Any:
+    """The config of the smaller detector; `reduction` None: as in config.compress.
+
+    Raises:
+      ValueError: for a reduction that this detector does not allow, or a folder of several seeds.
+    """
+    if config.num_seeds != 1:
+        raise ValueError(f"num_seeds={config.num_seeds}: name the folder of one seed, such as --workdir=W/seed_0")
+    small = config.copy_and_resolve_references()
+    if reduction is not None:
+        small.compress.reduction = reduction
+    kept = kept_blocks(config.model, small.compress.reduction)
+    small.model.update(num_dense_layers=len(kept["block"]), num_moe_layers=len(kept["expert"]))
+    return small
+
+
+def compress(full: System, small: System, dataset: Dataset, workdir: Path, output: Path) -> dict[str, Any]:
+    """Distils the detector of `workdir` and leaves a work directory in `output` that lacks nothing but its evaluation.
+
+    Args:
+      full, small: built from the config of `workdir` and from its `small_config`.
+
+    Returns:
+      The content of compress.json.
+
+    Raises:
+      ValueError: if `output` is a work directory of another run, or was made from another detector or config.
+    """
+    config = small.config
+    check_batch_size(config.train.batch_size, config.train.accumulation, small.mesh)
+    trained = restore(full, workdir)
+    weights = weights_of(trained.params, trained.extra)
+    kept = kept_blocks(full.model.config, config.compress.reduction)
+    base = copy_blocks(weights, kept)
+    jax.eval_shape(_init_fn(base, config.compress.rank), jax.random.key(0))  # a rank too high ends here
+    facts = {
+        "source_sha256": fingerprint(jax.device_get(weights)),
+        "source_step": trained.step,
+        "blocks": {"trunk": list(kept["block"]), "expert": list(kept["expert"])},
+        **config.compress.to_dict(),
+    }
+    found = _claim(output, facts, config)
+    if "ms_per_image" in found:
+        return found
+    facts |= {"source": workdir.absolute().name} | _source_metrics(workdir, trained.step)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / COMPRESS_FILE, facts)
+    save_config(config, output)
+
+    adapters = _distil(full, small, trained, base, dataset, output)
+    distilled = merge(base, adapters)
+    extra = _extra(trained.extra, distilled)
+    _save_detector(small, distilled["params"], extra, trained.step, output)
+    facts |= _measure(full, small, trained, base["params"], Trained(distilled["params"], extra, trained.step), dataset)
+    write_json(output / COMPRESS_FILE, facts)
+    return facts
+
+
+def _claim(output: Path, facts: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The content of an earlier compress.json of `output`, empty where there is none; writes nothing."""
+    found = compressed_from(output)
+    if not found:
+        if (output / "config.json").exists() or (output / "checkpoints").exists():
+            raise ValueError(f"{output} is the work directory of another run: choose another --output")
+        return {}
+    different = [name for name, value in facts.items() if found.get(name) != json.loads(json.dumps(value))]
+    if different:
+        lines = [f"  {name}: there {found.get(name)}, now {facts[name]}" for name in different]
+        raise ValueError(
+            f"{output} was compressed from another detector or with other settings; use another --output, or the same:"
+            "\n" + "\n".join(lines)
+        )
+    check_config(config, output, FREE_FIELDS)
+    return found
+
+
+def _source_metrics(workdir: Path, step: int) -> dict[str, Any]:
+    """Fused metrics of the full detector, where its report is of this checkpoint."""
+    path = workdir / "report.json"
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    if report["provenance"].get("checkpoint_step") != step:
+        return {}
+    fused = {name: value for name, value in report["metrics"].items() if name.count("/") == 2}
+    return {"source_metrics": fused, "source_git_revision": report["provenance"]["git_revision"]}
+
+
+def _distil(full: System, small: System, trained: Trained, base: Any, dataset: Dataset, output: Path) -> Any:
+    """Trains the adapters from the newest checkpoint of `output`/distillation, if there is one."""
+    config = small.config
+    options, optim = config.compress, config.optim.copy_and_resolve_references()
+    optim.learning_rate = options.learning_rate
+    tx = build_optimizer(optim, options.num_steps)
+    state = init_state(_init_fn(base, options.rank), jax.random.key(config.seed), tx, small.mesh)
+    # The average is the last state: the cosine schedule ends at 0.
+    loss_fn = make_distill_loss_fn(full, small)
+    step_fn = make_train_step_fn(loss_fn, tx, ema_decay=0.0, accumulation=config.train.accumulation)
+    frozen = ({"params": trained.params, "extra": trained.extra}, base)
+    checkpointer = Checkpointer(output / "distillation", keep=1)
+    try:
+        if checkpointer.latest_step() is not None:
+            state = checkpointer.restore_train(state)
+            print(f"resuming after step {int(state.step)}")
+        start = int(state.step)
+        split, size = dataset.splits["train"], config.train.batch_size
+        batches = train_batches(split, size, seed=config.seed, start_step=start, num_steps=options.num_steps)
+        with MetricLogger(output, start, config.train.tensorboard) as logger:
+            state = train_loop(
+                state,
+                lambda state, batch, key: step_fn(state, batch, key, *frozen),
+                ({"image": batch["image"]} for batch in batches),
+                key=jax.random.key(config.seed + 1),
+                num_steps=options.num_steps,
+                mesh=small.mesh,
+                logger=logger,
+                checkpointer=checkpointer,
+                log_every=config.train.log_every,
+                save_every=options.save_every,
+                images_per_step=size,
+            )
+    finally:
+        checkpointer.close()
+    return state.params
+
+
+def _init_fn(base: Any, rank: int) -> Callable[[jax.Array], tuple[Any, Any]]:
+    """Function key -> (adapters, extra) for `core.state.init_state`."""
+    return lambda key: (init_low_rank(key, base, TARGETS, rank), {})
+
+
+def _extra(extra: Mapping[str, Any], distilled: Mapping[str, Any]) -> dict[str, Any]:
+    """The full detector's state beside its parameters, the frozen encoder of pseudo-labels made shallower."""
+    if "teacher" not in distilled:
+        return dict(extra)
+    return dict(extra) | {"teacher": dict(extra["teacher"]) | {"trunk": distilled["teacher"]}}
+
+
+def _save_detector(small: System, params: Any, extra: Any, step: int, output: Path) -> None:
+    """A checkpoint as training writes it, of the full detector's step: it can be evaluated, and trained on."""
+    tx = build_optimizer(small.config.optim, small.config.train.num_steps)
+    state = TrainState(jnp.asarray(step, jnp.int32), params, params, tx.init(params), extra)
+    checkpointer = Checkpointer(output)
+    try:
+        if checkpointer.latest_step() is None:
+            checkpointer.save(jax.device_put(state, shardings(state, small.mesh)))
+    finally:
+        checkpointer.close()
+
+
+def _measure(
+    full: System, small: System, trained: Trained, copied: Any, distilled: Trained, dataset: Dataset
+) -> dict[str, Any]:
+    """Size, multiply-adds and speed of both detectors; token errors of the copied and of the distilled parameters."""
+    macs = [score_macs(s.model.config, s.tasks, build_geometry(s.config)) for s in (full, small)]
+    held_out = dataset.splits["calibration"]
+    rows = np.unique(np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_HELD_OUT)).round().astype(int))
+    images, scorers = held_out.images(rows), (Scorer(full, trained), Scorer(small, distilled))
+    errors = _token_errors(full, small, trained.params, (copied, distilled.params), images, scorers[0].batch_size)
+    times = _time_in_turn(scorers, images)
+    return {
+        "num_params": {"full": num_params(trained.params), "small": num_params(distilled.params)},
+        "gflops_per_image": {"full": 2e-9 * macs[0], "small": 2e-9 * macs[1]},
+        "token_error": {"copied": errors[0], "distilled": errors[1]},
+        "ms_per_image": {"full": times[0], "small": times[1]},
+        "speedup": times[0] / times[1],
+    }
+
+
+def _token_errors(
+    full: System, small: System, full_params: Any, candidates: Sequence[Any], images: np.ndarray, batch_size: int
+) -> list[float]:
+    """For each of the small parameter trees its mean token error on uint8 images [n, H, W, C]."""
+    error_fn = make_error_fn(full, small)
+    errors = np.zeros((len(candidates), len(images)))
+    for start in range(0, len(images), batch_size):
+        rows = images[start : start + batch_size]
+        padded = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), axis=0)])
+        batch = shard_batch({"image": padded}, small.mesh)["image"]
+        for i, params in enumerate(candidates):
+            errors[i, start : start + len(rows)] = np.asarray(error_fn(full_params, params, batch))[: len(rows)]
+    return [float(value) for value in errors.mean(1)]
+
+
+def _time_in_turn(scorers: Sequence[Scorer], images: np.ndarray) -> list[float]:
+    """Milliseconds an image for each scorer, median over batches that they score in turn."""
+    size = scorers[0].batch_size
+    batch = images[np.arange(size) % len(images)]
+    for scorer in scorers:
+        jax.block_until_ready(scorer.batch(batch))  # compiles
+    seconds = np.zeros((len(scorers), TIMING_ROUNDS))
+    for turn in range(TIMING_ROUNDS):
+        for i, scorer in enumerate(scorers):
+            start = time.perf_counter()
+            jax.block_until_ready(scorer.batch(batch))
+            seconds[i, turn] = time.perf_counter() - start
+    return [float(1e3 * value / size) for value in np.median(seconds, axis=1)]

@@ -1,0 +1,73 @@
+"""A trained detector as one StableHLO file: images in, raw scores and maps out, for any JAX or XLA without this code.
+
+Axes: B batch (config.score.batch_size, fixed in the file), H W C image, S evidences. Input: uint8 images [B, H, W, C].
+Output: raw [B, S], maps [B, S, H, W] and body [B, H, W], float32, as in `mtl_moe.scoring.make_score_fn`; export.json
+beside the file names the evidences. What calibrates them is the work directory's calibration.npz. Weights are constants
+of the program.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from core.files import write_json
+from core.provenance import environment
+from mtl_moe.infer import Trained
+from mtl_moe.scoring import evidence_names, make_score_fn
+from mtl_moe.system import System
+
+FILE = "detector.stablehlo"
+TOLERANCE = 1e-4  # of an output's largest value: float32 sums in another order
+
+
+def export(system: System, trained: Trained, images: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Writes FILE and export.json into `folder`, after the reloaded program was compared with the detector.
+
+    Args:
+      images: uint8 [n, H, W, C], n > 0, to compare on.
+
+    Returns:
+      The content of export.json.
+
+    Raises:
+      ValueError: if the reloaded program's outputs differ by more than the tolerance; nothing is written then.
+    """
+    # One device, whatever was trained on.
+    single = dataclasses.replace(system, model=system.model.clone(mesh=None))
+    params, extra = jax.device_get((trained.params, trained.extra))
+    score_fn = make_score_fn(single)
+    batch = images[np.arange(system.config.score.batch_size) % len(images)]
+    # The precision becomes part of the program: it gives the same scores on every machine.
+    with jax.default_matmul_precision("highest"):
+        expected = jax.device_get(score_fn(params, extra, batch))
+        program = jax.export.export(jax.jit(lambda images: score_fn(params, extra, images)))(
+            jax.ShapeDtypeStruct(batch.shape, jnp.uint8)
+        )
+    content = program.serialize()
+    found = jax.device_get(jax.export.deserialize(bytearray(content)).call(jnp.asarray(batch)))
+    differences = {name: float(np.abs(found[name] - v).max() / np.abs(v).max()) for name, v in expected.items()}
+    if not max(differences.values()) <= TOLERANCE:
+        raise ValueError(
+            f"the exported program differs from the detector by {differences} of the largest value, expected at most "
+            f"{TOLERANCE:.0e}; nothing was written"
+        )
+    facts = {
+        "input": {"dtype": "uint8", "shape": list(batch.shape)},
+        "outputs": {name: list(value.shape) for name, value in expected.items()},
+        "evidences": evidence_names(system.tasks),
+        "platforms": list(program.platforms),
+        "checkpoint_step": trained.step,
+        "max_difference": differences,
+        "environment": environment(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{FILE}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(folder / FILE)
+    write_json(folder / "export.json", facts)
+    return facts
