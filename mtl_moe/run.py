@@ -18,6 +18,7 @@ from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
+from mtl_moe.ablation import run_ablation
 from mtl_moe.infer import restore
 from mtl_moe.scoring import check_calibration
 from mtl_moe.system import build_system, sample_images
@@ -39,10 +40,17 @@ FREE_FIELDS = (
 
 
 def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) -> None:
-    """Trains (or resumes) and evaluates; with `num_seeds` above 1 each seed in its own folder, then all together."""
+    """Trains (or resumes) and evaluates; with `num_seeds` above 1 each seed in its own folder, then all together.
+
+    A config with `command="ablation"` (configs/mtl_moe/ablation.py) trains and compares many detectors instead.
+    """
     enable_compilation_cache()
     if distributed:
         jax.distributed.initialize()
+    if config.get("command") == "ablation":
+        run_ablation(config, workdir)
+        return
+    _check_single(config)
     if config.num_seeds == 1:
         _train_one(config, workdir)
         return
@@ -65,6 +73,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
 
 def evaluate(config: Any, workdir: Path) -> None:
     """Restores the newest checkpoint and evaluates; needs nothing but the work directory and the data."""
+    _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
@@ -76,6 +85,7 @@ def predict(config: Any, workdir: Path, source: str, output: str) -> None:
     """Scores a folder of images with a trained and calibrated detector."""
     if not source:
         raise ValueError("--input is missing: the folder of images to score")
+    _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
     folder = Path(output) if output else workdir / "predict"
@@ -132,6 +142,14 @@ def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
         "values": values,
         "provenance": [report["provenance"] for report in reports],
     }
+
+
+def _check_single(config: Any) -> None:
+    """An ordinary detector's config has no command."""
+    if config.get("command") == "ablation":
+        raise ValueError("an ablation is many detectors: evaluate, or predict with, one of WORKDIR/cells/*")
+    if "command" in config:
+        raise ValueError(f"command: expected 'ablation' or none, found {config.command!r}")
 
 
 def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ DIRECTION = {
 RUN_THE_SYSTEM = {
     f"mtl_moe/{name}.py"
     for name in (
-        "run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "compress", "painted",
+        "run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "compress", "ablation",
+        "ablation_cell", "painted",
     )
 } | {
     f"vit_distill/{name}.py"

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, workdir
-from configs.mtl_moe import bmad, folder, quickstart
+from configs.mtl_moe import ablation, bmad, folder, quickstart
 from core.files import write_json
 from core.optim import build_optimizer
 from core.step import make_train_step_fn
@@ -27,6 +27,7 @@ CONFIGS = {
     "camelyon16,preset=base": lambda: bmad.get_config("camelyon16,preset=base"),
     "name=rsna,preset=tiny": lambda: bmad.get_config("name=rsna,preset=tiny"),
     "folder": folder.get_config,
+    "ablation": ablation.get_config,
     "quickstart": quickstart.get_config,
 }
 
@@ -66,7 +67,7 @@ def test_config_takes_a_training_step(name: str):
 def test_every_config_file_is_tested():
     """workdir.py and common.py are no configs; each file of configs/mtl_moe is in CONFIGS."""
     files = {path.stem for path in Path(bmad.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == {"bmad", "folder", "quickstart"}
+    assert files == {"ablation", "bmad", "folder", "quickstart"}
 
 
 @pytest.mark.parametrize("preset", sorted(common.PRESETS))

@@ -1,0 +1,195 @@
+"""One cell of the ablation: a row trained with one seed, its raw scores on disk, and what is measured from them.
+
+A cell is an ordinary work directory (config.json, checkpoints, calibration.npz: --mode=evaluate and --mode=predict work
+on it) with two files more: scores.npz, the raw scores of calibration, painted and test images, and cell.json, written
+last, which says that the cell is finished. What differs from a trained row in fusion or calibration alone is measured
+from the same scores.npz without training. Axes: N test images, n calibration normals, S evidences.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from core.files import write_json
+from core.loop import NonFiniteLossError
+from core.metrics import auroc, average_precision, pixel_metrics
+from core.tree import num_params
+from core.workdir import check_config, save_config
+from input_pipeline.dataset import Dataset, Split
+from mtl_moe.cost import score_macs
+from mtl_moe.infer import Scored, Scorer, calibrate, restore
+from mtl_moe.model import build_geometry
+from mtl_moe.painted import by_kind, criteria, painted_auroc
+from mtl_moe.scoring import Calibration, evidence_names, fit_calibration, load_calibration, make_map_fn
+from mtl_moe.system import System, build_system
+from mtl_moe.tasks import Task
+from mtl_moe.train import train
+
+# Of a cell's config, what does not change its training or its scores.
+FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.tensorboard", "compress.")
+FUSED = "fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a trained cell keeps for being measured; `scored`: "calibration", "painted", "test", no maps."""
+
+    names: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    scored: Mapping[str, Scored]
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz, beside and renamed."""
+        arrays = {"names": self.names, "groups": self.groups, "labels": self.labels}
+        for name, scored in self.scored.items():
+            fields = {field.name: getattr(scored, field.name) for field in dataclasses.fields(scored)}
+            arrays |= {f"{name}/{key}": value for key, value in fields.items() if key != "maps"}
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+
+
+def read_stored(path: Path) -> Stored:
+    """Reads `Stored.save`'s file."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    fields: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in arrays.items():
+        if "/" in name:
+            part, _, key = name.partition("/")
+            fields.setdefault(part, {})[key] = value
+    scored = {part: Scored(**found) for part, found in fields.items()}
+    return Stored(arrays["names"], arrays["groups"], arrays["labels"], scored)
+
+
+def run_cell(config: Any, load: Callable[[Any], tuple[Dataset, Split]], folder: Path) -> dict[str, Any]:
+    """Trains (or resumes) and scores the detector of `config` in `folder`; a finished cell is read.
+
+    Args:
+      load: from a config to its data set and painted normals (`mtl_moe.painted.painted_normals`).
+
+    Returns:
+      The content of cell.json. A training whose loss became infinite gives {"error"} instead of results.
+
+    Raises:
+      ValueError: if the folder was made with another config.
+    """
+    path = folder / "cell.json"
+    check_config(config, folder, FREE_FIELDS)
+    if path.exists():
+        return json.loads(path.read_text())
+    dataset, painted = load(config)
+    resumed, start = (folder / "metrics.jsonl").exists(), time.monotonic()
+    save_config(config, folder)
+    system = build_system(config)
+    facts = _size(system) | {"seed": int(config.seed), "num_steps": int(config.train.num_steps)}
+    try:
+        train(system, dataset, folder)
+    except NonFiniteLossError as error:
+        facts["error"] = str(error)
+    else:
+        # Of a training that was stopped in between the time is not known.
+        facts["train_seconds"] = None if resumed else time.monotonic() - start
+        facts |= _score(system, dataset, painted, folder)
+    write_json(path, facts)
+    return facts
+
+
+def _size(system: System) -> dict[str, Any]:
+    geometry = build_geometry(system.config)
+    return {
+        "num_params": num_params(jax.eval_shape(system.init_params, jax.random.key(0))),
+        "gflops": 2e-9 * score_macs(system.model.config, system.tasks, geometry),
+        "num_tasks": len(system.tasks),
+    }
+
+
+def _score(system: System, dataset: Dataset, painted: Split, folder: Path) -> dict[str, Any]:
+    """Writes calibration.npz and scores.npz; returns what needs the maps or the clock."""
+    trained = restore(system, folder)
+    scorer = Scorer(system, trained)
+    normals, test = dataset.splits["calibration"], dataset.splits["test"]
+    calibration = calibrate(system, scorer, normals)
+    calibration.save(folder / "calibration.npz", trained.step)
+    start = time.monotonic()
+    scored = {"painted": scorer.split(painted, "painted")}
+    speed = len(painted) / (time.monotonic() - start)
+    scored["calibration"] = scorer.split(normals, "calibration")
+    map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if test.has_masks else None
+    scored["test"] = scorer.split(test, "test", map_fn)
+    pixels = {}
+    if test.has_masks:
+        found = pixel_metrics(scored["test"].maps, test.masks(np.arange(len(test)))[..., 0] > 0)
+        pixels = {name: value for name, value in found.items() if np.isfinite(value)}
+    Stored(np.array(test.names), np.array(test.groups), test.labels, scored).save(folder / "scores.npz")
+    return {"step": trained.step, "pixels": pixels, "score_images_per_second": speed}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a cell's scores say.
+
+    Attributes:
+      test: {"image_auroc", "image_ap"} of the fused scores.
+      evidences: image AUROC by evidence, each by itself.
+      painted: by FUSED and evidence, AUROC by painted family.
+      scores: [N] fused scores.
+    """
+
+    test: Mapping[str, float]
+    evidences: Mapping[str, float]
+    painted: Mapping[str, Mapping[str, float]]
+    scores: np.ndarray
+
+    @property
+    def criteria(self) -> dict[str, float]:
+        """Means of the fused scores' painted AUROC over "trained" and "unseen" families."""
+        return criteria(self.painted[FUSED])
+
+
+def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] = ()) -> Measured:
+    """Measures scores under a calibration, without the named evidences."""
+    corrected = {name: calibration.corrected(scored.raw, scored.texture) for name, scored in stored.scored.items()}
+    keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
+
+    fused = {name: calibration.fuse(scores, leave_out) for name, scores in corrected.items()}
+    return Measured(
+        test={
+            "image_auroc": auroc(fused["test"], stored.labels),
+            "image_ap": average_precision(fused["test"], stored.labels),
+        },
+        evidences={name: auroc(corrected["test"][:, i], stored.labels) for name, i in keep.items()},
+        painted={FUSED: painted_auroc(by_kind(fused["painted"]))}
+        | {name: painted_auroc(by_kind(corrected["painted"][:, i])) for name, i in keep.items()},
+        scores=fused["test"],
+    )
+
+
+def load_trained(folder: Path, tasks: Sequence[Task], step: int) -> tuple[Stored, Calibration]:
+    """Stored scores and calibration of a finished cell of these tasks."""
+    stored = read_stored(folder / "scores.npz")
+    return stored, load_calibration(folder / "calibration.npz", evidence_names(tasks), step)
+
+
+class _Uncorrected(NamedTuple):
+    """As much of a task as a calibration reads. Scores that are means are not corrected for texture."""
+
+    reductions: Mapping[str, str]
+
+
+def without_texture(stored: Stored, calibration: Calibration) -> Calibration:
+    """The calibration fitted anew on the same normals, with no evidence corrected for texture.
+
+    For image scores only: its maps' scales are empty.
+    """
+    normals, names = stored.scored["calibration"], calibration.names
+    tasks = [_Uncorrected(dict.fromkeys(names, "mean"))]
+    maps, body = np.zeros((1, len(names), 1, 1)), np.ones((1, 1, 1))
+    return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture, maps, body)
