@@ -19,6 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
 
+
 @flax.struct.dataclass
 class AdaptedKernel:
     """A frozen kernel and low-rank factors beside it, in place of a layer's kernel: W + scale * AB.
