@@ -3,8 +3,8 @@
   python -m benchmarks.inference [--model=vit_base_patch16_224] [--batches=1,8,32]
 
 All sides run the same student (every second block, the same weights, adapters of rank 128 merged but for "adapters") on
-the same normalised images to the same pooled feature, float32; outputs are compared before anything is timed. One
-process; the sides take turns, and medians of their times are compared.
+the same normalised images to the same pooled feature, in float32 or (bf16) with operands rounded to bfloat16; outputs
+are compared before anything is timed. One process; the sides take turns, and medians of their times are compared.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.peers import import_timm
 from benchmarks.record import write_record
 from configs.common import distiller
+from core.dense import rounded_kernels
 from core.vit import VisionTransformer
 from vit_distill.distill import build_distiller
 from vit_distill.export import onnx_file
@@ -43,6 +44,9 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
     plain = jax.jit(lambda params, x: network.apply({"params": params}, x).pooled)
     apart = jax.jit(lambda base, adapters, x: network.apply({"params": merge(base, adapters, it.lora)}, x).pooled)
     base, trained = jax.device_put(it.base), jax.device_put(trained)
+    half = VisionTransformer(it.student_config, dtype=jnp.bfloat16)
+    rounded = jax.device_put(rounded_kernels(merged, jnp.bfloat16))
+    plain_half = jax.jit(lambda params, x: half.apply({"params": params}, x).pooled)
 
     torch, timm = import_timm()
     peer = timm.create_model(model, num_classes=0, depth=it.student_config.depth).eval()
@@ -50,9 +54,9 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
         {name: torch.from_numpy(np.array(x)) for name, x in to_timm(it.student_config, merged).items()}
     )
 
-    def eager(x: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return peer(torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))).numpy()
+    def eager(x: np.ndarray, bf16: bool = False) -> np.ndarray:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return peer(torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))).float().numpy()
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_file.write(build_student(it, trained, {}), Path(folder))
@@ -60,8 +64,10 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
 
     sides = {
         "merged": lambda x: np.asarray(plain(merged, x)),
+        "merged_bf16": lambda x: np.asarray(plain_half(rounded, x)),
         "adapters": lambda x: np.asarray(apart(base, trained, x)),
         "torch": eager,
+        "torch_bf16": lambda x: eager(x, bf16=True),
         "onnxruntime": lambda x: runtime(x)["pooled"],
     }
     return sides, it.student_config.image_size
@@ -81,7 +87,7 @@ def main() -> None:
         expected = sides["torch"](images)
         for name, run in sides.items():  # the first call compiles
             difference = float(np.abs(run(images) - expected).max() / np.abs(expected).max())
-            if difference > 1e-4:
+            if difference > (5e-2 if name.endswith("bf16") else 1e-4):
                 raise ValueError(f"{name}: pooled features differ from PyTorch's by {difference:.1e} of the largest")
         seconds = {name: [] for name in sides}
         for turn in range(args.rounds):
