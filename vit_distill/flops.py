@@ -56,7 +56,7 @@ class StepCost:
     Attributes:
       teacher: the teacher's forward pass; 0 with cached features.
       forward, backward: of the student.
-      merge: W + A B of the adapters and its gradient, once a micro-batch.
+      merge: A B of the adapters, once a micro-batch; with DoRA also the gradients of both factors.
     """
 
     teacher: int
@@ -90,7 +90,13 @@ def forward_cost(config: VitConfig) -> ForwardCost:
     )
 
 
-def backward_macs(config: VitConfig, kernels: Collection[str] | None, norms: bool = False, biases: bool = False) -> int:
+def backward_macs(
+    config: VitConfig,
+    kernels: Collection[str] | None,
+    norms: bool = False,
+    biases: bool = False,
+    ranks: Mapping[str, int] | None = None,
+) -> int:
     """MACs of the gradient for one image, from the loss on the last block's tokens down.
 
     Products whose result nobody needs are not counted (JAX leaves them out too): no gradient of frozen kernels, none
@@ -99,22 +105,34 @@ def backward_macs(config: VitConfig, kernels: Collection[str] | None, norms: boo
     Args:
       kernels: LoRA targets whose kernels get a gradient in every block; None: every parameter of the model is trained.
       norms, biases: whether the blocks' norms or the dense layers' biases are trained as well.
+      ranks: of low-rank factors that get the gradient instead of the named kernels (`lora.attach`).
     """
     everything = kernels is None
     kernels = set(TARGETS) if everything else set(kernels)
     if not (kernels or norms or biases):
         return 0
-    first = _block_backward(config, kernels, upstream=everything, norms=norms, biases=biases)
-    others = _block_backward(config, kernels, upstream=True, norms=norms, biases=biases)
+    options = {"norms": norms, "biases": biases, "ranks": ranks or {}}
+    first = _block_backward(config, kernels, upstream=everything, **options)
+    others = _block_backward(config, kernels, upstream=True, **options)
     embed = forward_cost(config).embed if everything else 0  # of its kernel; pixels need no gradient
     return embed + first + (config.depth - 1) * others
 
 
-def _block_backward(config: VitConfig, kernels: Collection[str], *, upstream: bool, norms: bool, biases: bool) -> int:
+def _block_backward(
+    config: VitConfig,
+    kernels: Collection[str],
+    *,
+    upstream: bool,
+    norms: bool,
+    biases: bool,
+    ranks: Mapping[str, int],
+) -> int:
     """As `backward_macs`, of one block; `upstream`: whether its input depends on trained parameters."""
     tokens, width = config.num_tokens, config.width
     dense = {name: tokens * inputs * outputs for name, (inputs, outputs) in dense_shapes(config).items()}
-    macs = sum(dense[name] for name in kernels)
+    # Of factors: x A and g B^T, and from these the gradients of B and A.
+    low_rank = {name: 2 * tokens * rank * sum(dense_shapes(config)[name]) for name, rank in ranks.items()}
+    macs = sum((dense | low_rank)[name] for name in kernels)
     touched = set(TARGETS) if biases else set(kernels)
     depends = upstream or norms  # the input of query, key and value depends on trained parameters
     query, key, value = (depends or name in touched for name in ("query", "key", "value"))
@@ -145,7 +163,7 @@ def step_cost(
     accumulation: int = 1,
     cached: bool = False,
 ) -> StepCost:
-    """MACs of one update.
+    """MACs of one update in float32 (in bfloat16 factors are applied beside the kernel: near enough the same).
 
     Args:
       method: "lora" | "full" | "scratch" | "copy" (no training: all zero).
@@ -162,15 +180,15 @@ def step_cost(
         return StepCost(0, 0, 0, 0)
     if method == "lora" and lora is None:
         raise ValueError('method "lora" needs the LoRA config')
-    merge, kernels, norms, biases = 0, None, True, True
+    merge, kernels, norms, biases, ranks = 0, None, True, True, {}
     if method == "lora":
         ranks = dict(lora.ranks)
-        merge = 3 * accumulation * merge_macs(student, ranks)  # the product and the gradients of both factors
+        merge = (3 if lora.dora else 1) * accumulation * merge_macs(student, ranks)
         kernels, norms, biases = set(ranks), lora.train_norms, lora.train_biases
     return StepCost(
         teacher=0 if cached else batch_size * forward_cost(teacher).encoder,
         forward=batch_size * forward_cost(student).encoder,
-        backward=batch_size * backward_macs(student, kernels, norms, biases),
+        backward=batch_size * backward_macs(student, kernels, norms, biases, {} if lora and lora.dora else ranks),
         merge=merge,
     )
 
@@ -212,7 +230,7 @@ def train_memory(
       batch, micro_batch: images that the teacher and the student's gradient take at once.
       num_trained: trained scalars (`core.tree.num_params`), float32: value, average, two moments and gradient.
       compute_bytes, teacher_bytes: bytes a number of the student's computation and of the teacher.
-      ranks: of the adapters; the adapted kernels exist once more merged, and their gradients in full.
+      ranks: of the adapters; the adapted kernels exist once more merged.
       cached: no teacher in memory.
 
     Activations kept for the gradient: 8 D + 2 M + K N numbers a token and block (Korthikanti et al., arXiv 2205.05198,
@@ -229,7 +247,7 @@ def train_memory(
     }
     if method == "lora":
         shapes = dense_shapes(student)
-        memory["merged kernels"] = 2 * 4 * student.depth * sum(shapes[t][0] * shapes[t][1] for t in dict(ranks or {}))
+        memory["merged kernels"] = 4 * student.depth * sum(shapes[t][0] * shapes[t][1] for t in dict(ranks or {}))
     return memory | {"total": sum(memory.values())}
 
 

@@ -71,7 +71,7 @@ def test_constants_agree_with_the_cost_model(model: str):
     lora = LoraConfig(tuple((target, 128) for target in TARGETS))
     cost = step_cost(dataclasses.replace(teacher, depth=6), teacher, 1, "lora", lora)
     gflop = FLOPS_PER_MAC * (cost.teacher + cost.forward + cost.backward) / 1e9
-    # That model differentiates whole kernels, the constant is of layers apart.
+    # That model merges kernels first, the constant is of layers apart.
     assert gpu.GFLOP_PER_IMAGE[model] == pytest.approx(gflop, rel=0.06)
 
 
