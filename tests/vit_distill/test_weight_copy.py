@@ -109,6 +109,18 @@ def test_greedy_removal_drops_the_least_missed_block_each_time(teacher):
         assert row["loss"] == pytest.approx(_loss(params, images, row["blocks"]), rel=1e-5)
 
 
+def test_removal_weighs_batches_by_their_images():
+    """A batch of four images misses block 0 less, a batch of one misses block 1 less: four outvote one."""
+    missed = {"four": {0: 1.0, 1: 2.0, 2: 9.0}, "one": {0: 3.0, 1: 0.0, 2: 9.0}}  # unweighted, block 1 would go
+    probe = object.__new__(weight_copy._Probe)
+    probe.params, probe.num_images = [0, 1, 2], 5
+    probe.batches = [(4, ("four", ()), None), (1, ("one", ()), None)]
+    probe.apply = lambda block, tokens: (tokens[0], (*tokens[1], block))
+    probe.l1 = lambda tokens, _: sum(missed[tokens[0]][block] for block in {0, 1, 2} - set(tokens[1]))
+    assert probe.greedy(2) == (1, 2)
+    assert probe.loss((1, 2)) == (4 * 1.0 + 3.0) / 5
+
+
 def test_influence_keeps_the_blocks_that_turn_the_tokens_most(teacher):
     params, images = teacher
     out = VisionTransformer(CONFIG).apply({"params": params}, images)
