@@ -72,7 +72,7 @@ def transposed(x: jax.Array) -> jax.Array:
     return x.mT
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product of operands of one dtype over the named axes, float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
@@ -94,15 +94,15 @@ def matmul(x: jax.Array, kernel: Kernel, dtype: Dtype = jnp.float32) -> jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
-    return _dot(x.astype(dtype), w.astype(dtype), (1, 0)).astype(x.dtype)
+    return dot(x.astype(dtype), w.astype(dtype), (1, 0)).astype(x.dtype)
 
 
 def _matmul_bwd(dtype: Dtype, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[Any, Any]:
     # What does not train (a frozen kernel, the first layer's input) is not used: XLA drops its product.
     x, w, example = saved
     g = g.astype(dtype)
-    dx = _dot(g, w.astype(dtype), (1, 1)).astype(example.dtype)
-    return dx, _dot(transposed(x), g, (1, 0)).astype(w.dtype)
+    dx = dot(g, w.astype(dtype), (1, 1)).astype(example.dtype)
+    return dx, dot(transposed(x), g, (1, 0)).astype(w.dtype)
 
 
 _matmul.defvjp(
@@ -117,10 +117,10 @@ def _low_rank_matmul(
 ) -> jax.Array:
     """x @ w where w holds scale * AB already (merged), else x @ w + scale * (x @ a) @ b."""
     rounded = x.astype(dtype)
-    out = _dot(rounded, w.astype(dtype), (1, 0))
+    out = dot(rounded, w.astype(dtype), (1, 0))
     if not merged:
-        low = _dot(rounded, a.astype(dtype), (1, 0)).astype(dtype)
-        out += scale * _dot(low, b.astype(dtype), (1, 0))
+        low = dot(rounded, a.astype(dtype), (1, 0)).astype(dtype)
+        out += scale * dot(low, b.astype(dtype), (1, 0))
     return out.astype(x.dtype)
 
 
@@ -132,11 +132,11 @@ def _low_rank_matmul_fwd(x, w, a, b, scale, merged, dtype):
 def _low_rank_matmul_bwd(scale, merged, dtype, saved, g):
     x, w, a, b, example = saved
     a, b, g = a.astype(dtype), b.astype(dtype), g.astype(dtype)
-    low, g_low = _dot(x, a, (1, 0)).astype(dtype), _dot(g, b, (1, 1)).astype(dtype)  # [M, R] both
-    dx = _dot(g, w.astype(dtype), (1, 1))
+    low, g_low = dot(x, a, (1, 0)).astype(dtype), dot(g, b, (1, 1)).astype(dtype)  # [M, R] both
+    dx = dot(g, w.astype(dtype), (1, 1))
     if not merged:
-        dx += scale * _dot(g_low, a, (1, 1))
-    da, db = scale * _dot(transposed(x), g_low, (1, 0)), scale * _dot(transposed(low), g, (1, 0))
+        dx += scale * dot(g_low, a, (1, 1))
+    da, db = scale * dot(transposed(x), g_low, (1, 0)), scale * dot(transposed(low), g, (1, 0))
     return dx.astype(example.dtype), jnp.zeros_like(w), da, db
 
 

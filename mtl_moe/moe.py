@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from core.dense import activation_dtype, transposed
+from core.dense import activation_dtype, dot, transposed
 from core.vit import Mlp
 from mtl_moe import routing
 from mtl_moe.routing import Gate, Plan
@@ -40,11 +40,6 @@ def total_hidden_dim(hidden_dim: int, num_experts: int, shared_expert: bool) -> 
     return hidden_dim * (num_experts + shared_expert)
 
 
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
-
-
 def _tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, transpose: bool) -> jax.Array:
     """float32 [G * tile, F or D]; x and w of one dtype."""
     tile = x.shape[0] // plan.tile_expert.shape[0]
@@ -52,7 +47,7 @@ def _tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, transpose: bool) -> jax
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         rows = jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
         weight = jax.lax.dynamic_index_in_dim(w, plan.tile_expert[i], keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(out, _dot(rows, weight, (1, int(transpose))), i * tile, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, dot(rows, weight, (1, int(transpose))), i * tile, 0)
 
     out = jnp.zeros((x.shape[0], w.shape[1 if transpose else 2]), jnp.float32)
     return jax.lax.fori_loop(0, plan.num_tiles_used, body, out)
@@ -79,7 +74,7 @@ def _tile_matmul_bwd(dtype: Any, saved: tuple[jax.Array, jax.Array, Plan], g: ja
         g_rows = jax.lax.dynamic_slice_in_dim(g_rounded, i * tile, tile)
         expert = plan.tile_expert[i]
         old = jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, old + _dot(rows, g_rows, (1, 0)), expert, 0)
+        return jax.lax.dynamic_update_index_in_dim(dw, old + dot(rows, g_rows, (1, 0)), expert, 0)
 
     dw = jax.lax.fori_loop(0, plan.num_tiles_used, body, jnp.zeros(w.shape, jnp.float32))
     return _tile_matmul(g_rounded, w.astype(dtype), plan, transpose=True).astype(x.dtype), dw.astype(w.dtype), None

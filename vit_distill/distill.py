@@ -187,12 +187,18 @@ def make_loss_fn(distiller: Distiller) -> Callable[..., tuple[jax.Array, tuple[d
 
 
 def frozen_params(distiller: Distiller) -> tuple[Any, Any]:
-    """(student's base, teacher) as an update reads them: kernels rounded once to the dtype of their products."""
-    config = distiller.config
-    # A DoRA kernel is a sum with the base's: it wants all digits.
-    whole = distiller.lora is None or distiller.lora.dora
-    base = distiller.base if whole else rounded_kernels(distiller.base, DTYPES[config.train.dtype])
-    return base, rounded_kernels(distiller.teacher.params, DTYPES[config.teacher.dtype])
+    """(student's base, teacher) as an update reads them: kernels rounded once to the dtype of their products.
+
+    Whichever an update does not read is {}: the base without adapters, the teacher with cached views.
+    """
+    config, base, teacher = distiller.config, {}, {}
+    if distiller.lora:
+        # A DoRA kernel is a sum with the base's: it wants all digits.
+        dtype = jnp.float32 if distiller.lora.dora else DTYPES[config.train.dtype]
+        base = rounded_kernels(distiller.base, dtype)
+    if not config.train.cached_views:
+        teacher = rounded_kernels(distiller.teacher.params, DTYPES[config.teacher.dtype])
+    return base, teacher
 
 
 def make_step_fn(
@@ -207,13 +213,11 @@ def make_step_fn(
         make_loss_fn(distiller), tx, ema_decay=config.train.ema_decay, accumulation=config.train.accumulation
     )
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
-    base, teacher = frozen_params(distiller)
-    base = replicate(base, distiller.mesh) if distiller.lora else {}
-    teacher = None if config.train.cached_views else replicate(teacher, distiller.mesh)
+    base, teacher = (replicate(params, distiller.mesh) for params in frozen_params(distiller))
 
     def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
         views = views_fn(batch, key, state.step)
-        if teacher is None:
+        if config.train.cached_views:
             targets = tuple(batch[name] for name in sorted(n for n in batch if n.startswith("target_")))
         else:
             targets = targets_fn(teacher, views)
