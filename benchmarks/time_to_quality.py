@@ -24,9 +24,9 @@ from core.optim import build_optimizer
 from core.vit import VisionTransformer
 from vit_distill.distill import build_distiller, build_state, make_step_fn
 from vit_distill.lora import merge
-from vit_distill.run import few_shot_images, warm
+from vit_distill.run import few_shot_images
 from vit_distill.teacher import load_teacher
-from vit_distill.train import training_batches
+from vit_distill.train import start_values, training_batches
 
 EVERY = 10
 
@@ -35,10 +35,12 @@ def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, 
     """(update, seconds, held-out error) along a run; stops when the error reaches `target`."""
     start = time.perf_counter()
     it = build_distiller(config, teacher)
-    sample = images.pixels.images(np.arange(min(len(images), config.calibration.num_images)))
-    begin = warm(it, sample) if config.lora.warm_start else None
     tx = build_optimizer(config.optim, config.train.num_steps)
-    state, step_fn, key = build_state(it, tx, begin), make_step_fn(it, tx), jax.random.key(config.seed + 1)
+    state, step_fn, key = (
+        build_state(it, tx, start_values(it, images)),
+        make_step_fn(it, tx),
+        jax.random.key(config.seed + 1),
+    )
     network = VisionTransformer(it.student_config)
     error_fn = jax.jit(
         lambda p, base: jnp.abs(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from core.compilation import enable_compilation_cache
@@ -16,7 +15,7 @@ from core.workdir import check_config, save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from vit_distill.distill import Distiller, build_distiller
-from vit_distill.evaluate import compare, run_blocks
+from vit_distill.evaluate import compare
 from vit_distill.lora import singular_values, suggested_rank
 from vit_distill.student_io import build_student, load_distilled, load_teacher_of, save_facts, student_facts, truncated
 from vit_distill.train import train
@@ -118,8 +117,7 @@ def _distill(config: Any, workdir: Path) -> None:
     save_facts(workdir, facts)
     trainable = None
     if config.student.method != "copy":
-        start = warm(distiller, sample) if distiller.lora and config.lora.warm_start else None
-        state = train(distiller, few_shot, workdir, start)
+        state = train(distiller, few_shot, workdir)
         distiller, trainable = truncated(distiller, state.ema_params)
     if jax.process_index() == 0:
         _report(distiller, trainable, facts, images, few, rest, workdir)
@@ -155,14 +153,3 @@ def _report(
     for name, value in metrics.items():
         print(f"  {name:<48} {value:.4f}")
     print(f"report: {workdir / 'report.html'}")
-
-
-def warm(distiller: Distiller, images: np.ndarray) -> Any:
-    """Adapters of the closed-form start from uint8 images [n, S, S, C]."""
-    from vit_distill.warm_start import warm_start
-
-    teacher = distiller.teacher
-    adapters = distiller.init_trainable(jax.random.key(distiller.config.seed))
-    inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(images)))
-    targets, _ = run_blocks(teacher.config, teacher.params, inputs, min(32, len(inputs)), distiller.pairs)
-    return warm_start(distiller.student_config, distiller.base, adapters, distiller.lora, inputs, targets)

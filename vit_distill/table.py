@@ -23,6 +23,7 @@ from vit_distill.student_io import load_teacher_of
 from vit_distill.table_bench import Bench, Trained, held_out_metrics, load_bench, probe_model, train_student
 from vit_distill.table_summary import write_report, write_tables
 
+ENHANCED = {"student.method": "lora", "lora.preset": "enhanced"}
 # Title of each row, and the config fields that make it. "teacher" and "copy" use no images and are run once.
 ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "teacher": ("teacher", {}),
@@ -30,11 +31,21 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "scratch": ("scratch + KD", {"student.method": "scratch"}),
     "full": ("copy + full KD", {"student.method": "full"}),
     "plain": ("copy + plain LoRA (q, v)", {"student.method": "lora", "lora.preset": "plain"}),
-    "enhanced": ("copy + enhanced LoRA", {"student.method": "lora", "lora.preset": "enhanced"}),
-    "dora": ("copy + enhanced DoRA", {"student.method": "lora", "lora.preset": "enhanced", "lora.dora": True}),
-    "truncate": (
-        "first blocks + enhanced LoRA",
-        {"student.method": "lora", "lora.preset": "enhanced", "student.blocks": "truncate"},
+    "enhanced": ("copy + enhanced LoRA", ENHANCED),
+    "dora": ("copy + enhanced DoRA", ENHANCED | {"lora.dora": True}),
+    "truncate": ("first blocks + enhanced LoRA", ENHANCED | {"student.blocks": "truncate"}),
+    # What the paper leaves open or does not try; each changes one thing of "enhanced" or "full", "recipe" several.
+    "last": ("last of each group + enhanced LoRA", ENHANCED | {"student.blocks": "last"}),
+    "calibrated": ("calibrated blocks + enhanced LoRA", ENHANCED | {"student.blocks": "calibrated"}),
+    "post": ("enhanced LoRA, target after the norm", ENHANCED | {"loss.target": "post_norm"}),
+    "full_post": ("full KD, target after the norm", {"student.method": "full", "loss.target": "post_norm"}),
+    "aligned": ("enhanced LoRA, every block aligned", ENHANCED | {"loss.blocks": "aligned"}),
+    "warm": ("enhanced LoRA, warm start", ENHANCED | {"lora.warm_start": True}),
+    "cls": ("enhanced LoRA, cls weight 0.5", ENHANCED | {"loss.cls_weight": 0.5}),
+    "full_cls": ("full KD, cls weight 0.5", {"student.method": "full", "loss.cls_weight": 0.5}),
+    "recipe": (
+        "enhanced LoRA, cls weight 0.5, warm start, target after the norm",
+        ENHANCED | {"loss.cls_weight": 0.5, "lora.warm_start": True, "loss.target": "post_norm"},
     ),
 }
 # Fields that may differ between a work directory's config and the one it is run with: the table may grow.
@@ -185,7 +196,8 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
 def _measured(bench: Bench, config: Any, params: Any, student: Trained | None) -> dict[str, Any]:
     """Probe and feature distances; the teacher has none to itself."""
     found = probe_model(bench, config, params)
-    measured = {"accuracy": found[bench.metric], "probe": found, "blocks": None, "seconds": None}
+    measured = {"accuracy": found[bench.metric], "valid_accuracy": found[f"valid_{bench.metric}"], "probe": found}
+    measured |= {"blocks": None, "seconds": None}
     measured |= dict.fromkeys(("loss", "l1", "patch_l1", "cls_l1"))
     if student is not None:
         measured |= held_out_metrics(bench, student)

@@ -19,6 +19,7 @@ from input_pipeline.few_shot import select_few_shot
 from input_pipeline.sources import LabelledSet
 from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_targets_fn
 from vit_distill.features import extract_features, make_feature_fn
+from vit_distill.losses import LossConfig
 from vit_distill.probe import Labelled, ProbeOptions, probe
 from vit_distill.teacher import Teacher
 from vit_distill.train import train
@@ -124,8 +125,18 @@ def _calibrated(bench: Bench, config: Any, ratio: float | None) -> tuple[int, ..
 
 
 def held_out_metrics(bench: Bench, student: Trained) -> dict[str, float]:
-    """Feature distances on the held-out images: "loss" (what is trained), "l1", "patch_l1", "cls_l1"; means."""
-    distiller, loss_fn = student.distiller, make_loss_fn(student.distiller)
+    """Mean feature distances on the held-out images: "loss" is what is trained; before the norm "l1" and its parts."""
+    distances = _distances(bench, student.distiller, student.trainable)
+    if student.distiller.loss.target == "pre_norm":
+        return distances
+    # One measure for all rows, whatever they were trained for.
+    plain = dataclasses.replace(student.distiller, loss=LossConfig())
+    return _distances(bench, plain, student.trainable) | {"loss": distances["loss"]}
+
+
+def _distances(bench: Bench, distiller: Distiller, trainable: Any) -> dict[str, float]:
+    """The distiller's loss on the held-out images, and what it says beside."""
+    loss_fn = make_loss_fn(distiller)
 
     @jax.jit
     def evaluate(trainable: Any, base: Any, views: jax.Array, targets: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
@@ -134,7 +145,7 @@ def held_out_metrics(bench: Bench, student: Trained) -> dict[str, float]:
 
     base = distiller.base if distiller.lora else {}
     found = [
-        jax.device_get(evaluate(student.trainable, base, views, targets))
+        jax.device_get(evaluate(trainable, base, views, targets))
         for views, targets in zip(_batches(bench.held_out), _held_out_targets(bench, distiller), strict=True)
     ]
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
@@ -147,12 +158,13 @@ def _batches(images: np.ndarray) -> list[np.ndarray]:
 
 def _held_out_targets(bench: Bench, distiller: Distiller) -> list[tuple[np.ndarray, ...]]:
     pairs = distiller.pairs if distiller.loss.blocks == "aligned" else distiller.pairs[-1:]
-    if pairs not in bench.targets:
+    key = (distiller.loss.target, pairs)
+    if key not in bench.targets:
         targets_fn = make_targets_fn(distiller)
-        bench.targets[pairs] = [
+        bench.targets[key] = [
             jax.device_get(targets_fn(bench.teacher.params, views)) for views in _batches(bench.held_out)
         ]
-    return bench.targets[pairs]
+    return bench.targets[key]
 
 
 def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from core.checkpoint import Checkpointer, CheckpointError
@@ -16,23 +17,20 @@ from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from vit_distill.distill import Distiller, base_fingerprint, build_state, make_step_fn
+from vit_distill.evaluate import run_blocks
 from vit_distill.teacher_cache import build_cache, cached_batches
+from vit_distill.warm_start import warm_start
 
 
 def train(
-    distiller: Distiller,
-    images: LabelledSet,
-    workdir: Path | None = None,
-    start: Any = None,
-    cache_folder: Path | None = None,
+    distiller: Distiller, images: LabelledSet, workdir: Path | None = None, cache_folder: Path | None = None
 ) -> TrainState:
-    """Trains to `config.train.num_steps`.
+    """Trains to `config.train.num_steps`, adapters from their closed-form start if config.lora.warm_start says so.
 
     Args:
       images: the few-shot images at teacher.preprocessing.resize_size; labels are not looked at.
       workdir: for checkpoints, metrics.jsonl and cached features; the newest checkpoint there is continued. None
         trains in memory.
-      start: start values of what trains, from a warm start for example.
       cache_folder: where a run in memory keeps (and finds) cached teacher features; None: in memory as well.
 
     Raises:
@@ -42,13 +40,15 @@ def train(
     config = distiller.config
     check_batch_size(config.train.batch_size, config.train.accumulation, distiller.mesh)
     tx = build_optimizer(config.optim, config.train.num_steps)
-    state = build_state(distiller, tx, start)
     if workdir is None:
+        state = build_state(distiller, tx, start_values(distiller, images))
         return _loop(distiller, images, state, tx, cache_folder, None, None)
     checkpointer = Checkpointer(workdir)
     try:
-        if checkpointer.latest_step() is not None:
-            state = checkpointer.restore_train(state)
+        if checkpointer.latest_step() is None:
+            state = build_state(distiller, tx, start_values(distiller, images))
+        else:
+            state = checkpointer.restore_train(build_state(distiller, tx))
             check_base(distiller, state.extra, workdir)
             print(f"resuming after step {int(state.step)}")
         host = jax.process_index()
@@ -57,6 +57,18 @@ def train(
             return _loop(distiller, images, state, tx, folder / "teacher_features", logger, checkpointer)
     finally:
         checkpointer.close()
+
+
+def start_values(distiller: Distiller, images: LabelledSet) -> Any:
+    """Adapters of the closed-form start, solved on the first `config.calibration.num_images` images; None without."""
+    config, teacher = distiller.config, distiller.teacher
+    if not (distiller.lora and config.lora.warm_start):
+        return None
+    sample = images.pixels.images(np.arange(min(len(images), config.calibration.num_images)))
+    inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(sample)))
+    targets, _ = run_blocks(teacher.config, teacher.params, inputs, min(32, len(inputs)), distiller.pairs)
+    adapters = distiller.init_trainable(jax.random.key(config.seed))
+    return warm_start(distiller.student_config, distiller.base, adapters, distiller.lora, inputs, targets)
 
 
 def check_base(distiller: Distiller, extra: Any, workdir: Path) -> None:

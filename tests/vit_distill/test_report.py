@@ -32,7 +32,9 @@ def table_row(row: str, accuracy: float, ratio: float | None = 0.01, reduction: 
         title=row, accuracy_std=0.01, l1=1.5, l1_std=0.1, params=1_000_000, gflops=0.5 / reduction, num_trained=50_000,
         learning_rate=0.01, at_grid_edge=False, n=3,
     )  # fmt: skip
-    return dict(row=row, ratio=ratio, reduction=reduction, accuracy=accuracy) | defaults | fields
+    return (
+        dict(row=row, ratio=ratio, reduction=reduction, accuracy=accuracy, valid_accuracy=accuracy) | defaults | fields
+    )
 
 
 def results(**fields) -> ReportData:
@@ -139,12 +141,12 @@ def test_data_that_do_not_fit(fields: dict, message: str):
 
 def test_cells_of_the_table():
     teacher, copy, enhanced, full = table_cells(results().table)
-    assert teacher == ["teacher", "", "1", "0.6000", "", "", "1.00 M", "0.5", "", "3"]
-    assert copy[1] == copy[8] == ""
+    assert teacher == ["teacher", "", "1", "0.6000", "0.6000", "", "", "1.00 M", "0.5", "", "3"]
+    assert copy[1] == copy[9] == ""
     assert enhanced == [
-        "enhanced", "1 %", "2", "0.4200 ± 0.0100", "1.500 ± 0.100", "0.05 M", "1.00 M", "0.25", "0.01", "3",
+        "enhanced", "1 %", "2", "0.4200 ± 0.0100", "0.4200", "1.500 ± 0.100", "0.05 M", "1.00 M", "0.25", "0.01", "3",
     ]  # fmt: skip
-    assert full[8] == "0.01*"
+    assert full[9] == "0.01*"
     assert spread(0.5, None, 2) == "0.50"
 
 

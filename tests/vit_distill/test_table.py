@@ -15,6 +15,7 @@ import pytest
 from configs.vit_distill.table import get_config
 from core.loop import NonFiniteLossError
 from core.vit import VisionTransformer, VitConfig
+from input_pipeline.classification import load_labelled
 from vit_distill import table, table_bench, table_summary
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.table import Group, build_groups, cell_config, walk
@@ -47,6 +48,7 @@ def cell(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int =
         title=f"<{row}>", l1=2.0, cls_l1=None, loss=2.0, seconds=1.0, params=1e6, gflops=0.1, num_trained=1e5,
         step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False,
     )  # fmt: skip
+    defaults["valid_accuracy"] = accuracy
     return dict(row=row, accuracy=accuracy, ratio=ratio, reduction=reduction, seed=seed) | defaults | fields
 
 
@@ -55,7 +57,8 @@ def test_the_default_config_makes_every_row():
     assert groups[:3] == [Group("teacher", None, 1), Group("copy", None, 2), Group("copy", None, 3)]
     assert len(groups) == 3 + 2 * 2 * 6
     assert len({group.name for group in groups}) == len(groups)
-    assert {group.row for group in groups} == set(table.ROWS)
+    assert {group.row for group in groups} <= set(table.ROWS)
+    assert {row for pair in table_summary.CLAIMS + table_summary.QUESTIONS for row in pair} < set(table.ROWS)
 
 
 def test_a_row_changes_its_method_and_nothing_else():
@@ -141,7 +144,7 @@ class Fakes:
 
     def probe(self, bench, config, params):
         self.probed += 1
-        return {"top1": 0.5}
+        return {"top1": 0.5, "valid_top1": 0.4}
 
 
 def test_what_is_run_and_what_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -255,11 +258,11 @@ def test_markdown():
     rows = summarise([cell("copy", 0.3, None, learning_rate=None), cell("full", 0.42), cell("full", 0.44, seed=1)])
     text = markdown("Students", {"teacher": "nano"}, rows, "top1")
     assert "- teacher: nano\n" in text
-    assert "| Row | Images | r | top1 | L1 |" in text
-    assert "| <full> | 1 % | 2 | 0.4300 ± 0.0141 | 2.000 ± 0.000 | 0.10 M | 1.00 M | 0.1 | 0.01 | 2 |" in text
+    assert "| Row | Images | r | top1 | valid | L1 |" in text
+    assert "| <full> | 1 % | 2 | 0.4300 ± 0.0141 | 0.4300 | 2.000 ± 0.000 | 0.10 M | 1.00 M | 0.1 | 0.01 | 2 |" in text
     assert "| full > copy | 1 %, r=2 | +0.1300 |" in text
     lengths = {line.count("|") for line in text.splitlines() if line.startswith(("| Row", "| <"))}
-    assert lengths == {11}
+    assert lengths == {12}
 
 
 def test_held_out_loss_against_plain_code():
@@ -278,7 +281,39 @@ def test_held_out_loss_against_plain_code():
     difference = np.abs(np.asarray(tokens - copied))
     assert found["loss"] == found["l1"] == pytest.approx(difference.mean(), rel=1e-5)
     assert found["cls_l1"] == pytest.approx(difference[:, 0].mean(), rel=1e-5)
-    assert list(bench.targets) == [(3,)]
+    assert list(bench.targets) == [("pre_norm", (3,))]
+
+
+def test_rows_of_either_target_are_measured_alike():
+    """Before the norm, whatever is trained; the loss, which chooses the rate, is of what is trained."""
+    teacher = make_teacher()
+    images = np.asarray(jax.random.normal(jax.random.key(3), (32, 16, 16, 3)))
+    found = {}
+    for row in ("enhanced", "post", "cls"):
+        config = cell_config(small_config(), Group(row, 0.02, 2))
+        bench = table_bench.Bench(config, teacher, {}, images, (), Path("nowhere"))
+        distiller = table_bench.build_distiller(config, teacher)
+        start = table_bench.Trained(distiller, distiller.init_trainable(jax.random.key(0)), 0.0)
+        found[row] = table_bench.held_out_metrics(bench, start)
+    assert found["post"]["l1"] == found["enhanced"]["l1"] == found["enhanced"]["loss"]
+    assert found["post"]["loss"] != pytest.approx(found["post"]["l1"], rel=1e-3)
+    half = 0.5 * (found["enhanced"]["l1"] + found["enhanced"]["cls_l1"])
+    assert found["cls"]["loss"] == pytest.approx(half, rel=1e-5)
+
+
+def test_a_row_with_a_warm_start_begins_nearer(monkeypatch: pytest.MonkeyPatch):
+    """The table trains a row from the closed-form start where its config says so; no update is made here."""
+    teacher = make_teacher()
+    few = load_labelled(small_config().data, "train", 16, "bilinear").take(np.arange(32))
+    monkeypatch.setattr("vit_distill.train.train_loop", lambda state, *args, **kwargs: state)
+    images = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(few.images(np.arange(32)))))
+    loss = {}
+    for row in ("enhanced", "warm"):
+        config = cell_config(small_config(), Group(row, 0.02, 2))
+        config.lora.rank = 12
+        bench = table_bench.Bench(config, teacher, {0.02: few}, images, (), Path("nowhere"))
+        loss[row] = table_bench.held_out_metrics(bench, table_bench.train_student(bench, config, 0.02))["loss"]
+    assert loss["warm"] < 0.8 * loss["enhanced"]
 
 
 @pytest.mark.parametrize("held_out", [0, 33, 100_000])
