@@ -4,11 +4,9 @@ There is no capacity and no row is dropped, so an image's output does not depend
 (beyond the order of floating-point sums inside a matmul). The GELU is the tanh approximation, as in `core.vit.Mlp`.
 
 Axes: B batch, N tokens of an image (in the functions: rows, B*N flattened), D width, F hidden width, K selected experts
-of a row (top_k), E experts, T tasks, G tiles. How the tile matmul was chosen: `benchmarks/NOTES.md`.
+of a row (top_k), E experts, T tasks, A = N * K assignments of rows to experts.
 """
 
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,14 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from core.dense import activation_dtype, dot, transposed
+from core.dense import activation_dtype
 from core.vit import Mlp
 from mtl_moe import routing
 from mtl_moe.routing import Gate, Plan
+from mtl_moe.tiles import Params, apply_tiles
 
 Dispatch = Literal["auto", "tiles", "ragged"]
 RouterKind = Literal["shared", "per_task", "fixed"]
-MAX_TILE = 128  # rows; 256 is as fast with few experts and wastes more padding with many
 TASK_EMBEDDING_DIM = 16
 # Standard deviation of the first logits for rows of norm sqrt(D) (after a LayerNorm). See `Router`.
 LOGIT_INIT_STD = 0.01
@@ -40,83 +38,23 @@ def total_hidden_dim(hidden_dim: int, num_experts: int, shared_expert: bool) -> 
     return hidden_dim * (num_experts + shared_expert)
 
 
-def _tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, transpose: bool) -> jax.Array:
-    """float32 [G * tile, F or D]; x and w of one dtype."""
-    tile = x.shape[0] // plan.tile_expert.shape[0]
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
-        weight = jax.lax.dynamic_index_in_dim(w, plan.tile_expert[i], keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(out, dot(rows, weight, (1, int(transpose))), i * tile, 0)
-
-    out = jnp.zeros((x.shape[0], w.shape[1 if transpose else 2]), jnp.float32)
-    return jax.lax.fori_loop(0, plan.num_tiles_used, body, out)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def tile_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
-    """Multiplies each used tile of x [G * tile, D] by its expert's matrix of w [E, D, F]: [G * tile, F], 0 elsewhere.
-
-    Operands are rounded to `dtype`, sums are float32, the result has the dtype of x. The own gradient allows a loop of
-    data-dependent length, so unused tiles cost nothing, and adds each tile's weight gradient into one expert's slice in
-    place.
-    """
-    return _tile_matmul(x.astype(dtype), w.astype(dtype), plan, transpose=False).astype(x.dtype)
-
-
-def _tile_matmul_bwd(dtype: Any, saved: tuple[jax.Array, jax.Array, Plan], g: jax.Array) -> tuple[Any, Any, None]:
-    x, w, plan = saved
-    tile = x.shape[0] // plan.tile_expert.shape[0]
-    rounded, g_rounded = transposed(x.astype(dtype)), g.astype(dtype)
-
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        rows = jax.lax.dynamic_slice_in_dim(rounded, i * tile, tile, axis=1)
-        g_rows = jax.lax.dynamic_slice_in_dim(g_rounded, i * tile, tile)
-        expert = plan.tile_expert[i]
-        old = jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, old + dot(rows, g_rows, (1, 0)), expert, 0)
-
-    dw = jax.lax.fori_loop(0, plan.num_tiles_used, body, jnp.zeros(w.shape, jnp.float32))
-    return _tile_matmul(g_rounded, w.astype(dtype), plan, transpose=True).astype(x.dtype), dw.astype(w.dtype), None
-
-
-tile_matmul.defvjp(lambda x, w, plan, dtype: (tile_matmul(x, w, plan, dtype), (x, w, plan)), _tile_matmul_bwd)
-
-
-def ragged_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
-    """`tile_matmul` for a plan of tile 1, by `jax.lax.ragged_dot`."""
+def _ragged_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
+    """Row n of x [A, D] times its expert's matrix of w [E, D, F], for a plan of tile 1: [A, F], 0 in unused rows."""
     # ragged_dot does not promise zeros after the last group, which is where rows of other devices' experts lie.
     used = jnp.arange(x.shape[0]) < plan.num_tiles_used
     out = jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), plan.group_sizes)
     return jnp.where(used[:, None], out, 0).astype(x.dtype)
 
 
-def _tile_size(num_assignments: int, num_experts: int) -> int:
-    """The power of two nearest above the mean rows per expert, in [8, MAX_TILE]: small batches are not all padding."""
-    mean = -(-num_assignments // num_experts)
-    return min(max(1 << (mean - 1).bit_length(), 8), MAX_TILE)
-
-
-def _apply_local(
-    x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
-    params: Mapping[str, jax.Array],
-    dispatch: Dispatch,
-    dtype: Any,
-) -> jax.Array:
-    """`apply_experts` on one device; choices outside [0, E) contribute nothing."""
+def _apply_ragged(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params, dtype: Any) -> jax.Array:
+    """As `mtl_moe.tiles.apply_tiles`, by `jax.lax.ragged_dot`: for GPU and TPU."""
     num_experts = params["w1"].shape[0]
-    tile = 1 if dispatch == "ragged" else _tile_size(experts.size, num_experts)
-    matmul: Callable[..., jax.Array] = ragged_matmul if dispatch == "ragged" else tile_matmul
-    plan = routing.plan(experts, num_experts, tile)
+    plan = routing.plan(experts, num_experts, tile=1)
     chosen = jax.nn.one_hot(plan.tile_expert, num_experts, dtype=x.dtype)
 
     def dense(rows: jax.Array, name: str) -> jax.Array:
-        out = matmul(rows, params[f"w{name}"], plan, dtype)
         # A one-hot matmul instead of indexing: its gradient is a matmul, not a scatter into few rows.
-        bias = chosen @ params[f"b{name}"].astype(x.dtype)
-        return (out.reshape(-1, tile, out.shape[-1]) + bias[:, None, :]).reshape(out.shape)
+        return _ragged_matmul(rows, params[f"w{name}"], plan, dtype) + chosen @ params[f"b{name}"].astype(x.dtype)
 
     hidden = jax.nn.gelu(dense(routing.to_tiles(x, plan), "1"), approximate=True)
     scale = weights.reshape(-1).at[plan.source].get(mode="fill", fill_value=0).astype(x.dtype)
@@ -126,7 +64,7 @@ def _apply_local(
 def apply_experts(
     x: jax.Array,
     gate: Gate,
-    params: Mapping[str, jax.Array],
+    params: Params,
     dispatch: Dispatch = "auto",
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
@@ -155,17 +93,18 @@ def apply_experts(
         raise ValueError(f"dispatch={dispatch!r}: expected 'auto', 'tiles' or 'ragged'")
     if dispatch == "auto":
         dispatch = "tiles" if jax.default_backend() == "cpu" else "ragged"
+    apply = apply_tiles if dispatch == "tiles" else _apply_ragged
     if mesh is None:
-        return _apply_local(x, gate.experts, gate.weights, params, dispatch, dtype)
+        return apply(x, gate.experts, gate.weights, params, dtype)
 
     num_experts = params["w1"].shape[0]
     for what, size, axis in (("rows", x.shape[0], "data"), ("experts", num_experts, "expert")):
         if size % mesh.shape[axis]:
             raise ValueError(f"{size} {what} do not divide over mesh axis '{axis}' of size {mesh.shape[axis]}")
 
-    def body(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+    def body(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params) -> jax.Array:
         first = jax.lax.axis_index("expert") * (num_experts // mesh.shape["expert"])
-        return jax.lax.psum(_apply_local(x, experts - first, weights, params, dispatch, dtype), "expert")
+        return jax.lax.psum(apply(x, experts - first, weights, params, dtype), "expert")
 
     # check_vma is off because the loops' carries start as constants, which that check takes for equal on all devices.
     shard = jax.shard_map(

@@ -148,7 +148,8 @@ def plan(experts: jax.Array, num_experts: int, tile: int) -> Plan:
     """Plans a dropless dispatch: assignments sorted by expert (stable), each expert's run padded to whole tiles.
 
     Every tile then belongs to one expert and is one dense matmul; no row is ever dropped, because G is the most that
-    any assignment can need (`max_tiles`). `tile` = 1 is the plain sort that a ragged matmul wants.
+    any assignment can need (`max_tiles`). `tile` = 1 is the plain sort that a ragged matmul wants. It is a counting
+    sort: with up to 16 experts several times as fast as XLA's general one on a CPU (benchmarks/NOTES.md).
 
     Args:
       experts: int32 [N, K]; an assignment outside [0, num_experts) gets no place (experts of another device).
@@ -158,23 +159,18 @@ def plan(experts: jax.Array, num_experts: int, tile: int) -> Plan:
     num_assignments = experts.size
     num_tiles = max_tiles(num_assignments, num_experts, tile)
     flat = experts.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = jnp.argsort(flat, stable=True)
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(num_assignments, dtype=order.dtype), unique_indices=True)
-
-    run_start = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
-    group_sizes = jnp.diff(run_start)
+    member = (flat[:, None] == jnp.arange(num_experts)[None]).astype(jnp.int32)
+    count = jnp.cumsum(member, axis=0)  # of each expert's assignments, up to and with this one
+    group_sizes = count[-1]
     tile_end = jnp.cumsum(-(-group_sizes // tile))
-    place_start = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_end]) * tile
+    place_start = jnp.concatenate([jnp.zeros(1, jnp.int32), tile_end[:-1]]) * tile
+    held = (flat >= 0) & (flat < num_experts)
+    place = jnp.where(held, (member * (place_start[None] + count - 1)).sum(axis=1), num_tiles * tile)
 
+    source = jnp.full(num_tiles * tile, num_assignments, jnp.int32)
+    source = source.at[place].set(jnp.arange(num_assignments, dtype=jnp.int32), mode="drop")
     tile_expert = jnp.searchsorted(tile_end, jnp.arange(num_tiles), side="right").astype(jnp.int32)
     tile_expert = jnp.minimum(tile_expert, num_experts - 1)
-    expert = jnp.repeat(tile_expert, tile)
-    offset = jnp.arange(num_tiles * tile) - place_start[expert]
-    held = offset < group_sizes[expert]  # past the last used tile the offset runs beyond the last expert's run
-    source = jnp.where(held, order[jnp.where(held, run_start[expert] + offset, 0)], num_assignments)
-
-    place = jnp.where(flat < num_experts, place_start[flat] + rank - run_start[flat], num_tiles * tile)
     return Plan(tile_expert, tile_end[-1], source, place.reshape(experts.shape), group_sizes)
 
 
