@@ -1,12 +1,11 @@
 """The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, compress, export."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
@@ -21,6 +20,7 @@ from mtl_moe import predict as prediction
 from mtl_moe.ablation import run_ablation
 from mtl_moe.infer import restore
 from mtl_moe.scoring import check_calibration
+from mtl_moe.seeds import ensemble, summarise
 from mtl_moe.system import build_system, sample_images
 from mtl_moe.train import train
 
@@ -56,19 +56,14 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         return
     if config.num_seeds < 1:
         raise ValueError(f"num_seeds={config.num_seeds}: expected at least 1")
-    reports = []
+    folders, reports = [], []
     for seed in range(config.seed, config.seed + config.num_seeds):
         one = config.copy_and_resolve_references()
         one.update(seed=seed, num_seeds=1)
-        reports.append(_train_one(one, workdir / f"seed_{seed}"))
-    if jax.process_count() > 1:
-        return
-    summary = summarise(reports)
-    write_json(workdir / "report.json", summary)
-    print(f"\nmean and standard deviation over {config.num_seeds} seeds")
-    for key, value in _headline_metrics(summary["metrics"]).items():
-        print(f"  {key:<48} {value:.3f} +- {summary['std'][key]:.3f}")
-    print(f"report: {workdir / 'report.json'}; pages: seed_*/report.html")
+        folders.append(workdir / f"seed_{seed}")
+        reports.append(_train_one(one, folders[-1]))
+    if jax.process_count() == 1:
+        _report_seeds(config, workdir, folders, reports)
 
 
 def evaluate(config: Any, workdir: Path) -> None:
@@ -132,18 +127,6 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     print(f"exported to {folder}; reloaded, it differs by {max(facts['max_difference'].values()):.1e}")
 
 
-def summarise(reports: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of each metric over seeds, beside the single values."""
-    keys = [key for key in reports[0]["metrics"] if all(key in report["metrics"] for report in reports)]
-    values = {key: [float(report["metrics"][key]) for report in reports] for key in keys}
-    return {
-        "metrics": {key: float(np.mean(v)) for key, v in values.items()},
-        "std": {key: float(np.std(v, ddof=1)) for key, v in values.items()},
-        "values": values,
-        "provenance": [report["provenance"] for report in reports],
-    }
-
-
 def _check_single(config: Any) -> None:
     """An ordinary detector's config has no command."""
     if config.get("command") == "ablation":
@@ -169,6 +152,21 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
     return report
 
 
+def _report_seeds(config: Any, workdir: Path, folders: list[Path], reports: Sequence[Mapping[str, Any]]) -> None:
+    """report.json of all seeds together."""
+    summary = summarise(reports)
+    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    if "test" in dataset.splits:
+        summary["ensemble"] = ensemble(dataset.name, dataset.splits["test"], folders, config.score.bootstrap)
+    write_json(workdir / "report.json", summary)
+    print(f"\nmean and standard deviation over {config.num_seeds} seeds")
+    for key, value in _headline_metrics(summary["metrics"]).items():
+        print(f"  {key:<48} {value:.3f} +- {summary['std'][key]:.3f}")
+    if "ensemble" in summary:
+        _print_metrics(summary["ensemble"]["metrics"], summary["ensemble"]["intervals"])
+    print(f"report: {workdir / 'report.json'}; pages: seed_*/report.html")
+
+
 def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The fused metrics, each task's image AUROC, and the strongest floor."""
     fused = {key: value for key, value in metrics.items() if key.count("/") == 2}
@@ -179,10 +177,14 @@ def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _print_report(report: Mapping[str, Any], workdir: Path) -> None:
-    for key, value in _headline_metrics(report["metrics"]).items():
-        interval = report["intervals"].get(key)
-        print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
+    _print_metrics(_headline_metrics(report["metrics"]), report["intervals"])
     print(f"report: {os.path.join(workdir, 'report.html')}")
+
+
+def _print_metrics(metrics: Mapping[str, float], intervals: Mapping[str, Any]) -> None:
+    for key, value in metrics.items():
+        interval = intervals.get(key)
+        print(f"  {key:<48} {value:.3f}" + (f"  [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
 
 
 def _print_compression(facts: Mapping[str, Any]) -> None:

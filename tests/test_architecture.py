@@ -26,7 +26,7 @@ RUN_THE_SYSTEM = {
     f"mtl_moe/{name}.py"
     for name in (
         "run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "compress", "ablation",
-        "ablation_cell", "painted",
+        "ablation_cell", "painted", "seeds",
     )
 } | {
     f"vit_distill/{name}.py"

@@ -284,4 +284,6 @@ def test_seeds_are_averaged_and_a_corrupt_file_is_skipped(
     floors = [name for name in summary["std"] if "/floor/" in name]
     assert floors
     assert all(summary["std"][name] == 0 for name in floors)
-    assert "mean and standard deviation over 2 seeds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean and standard deviation over 2 seeds" in printed
+    assert "ensemble/image_auroc" in printed
