@@ -2,14 +2,16 @@
 
   python -m benchmarks.peer_quality --root=DIR --name=NAME --minutes=M [--seeds=0,1,2] [--peers=denoising_unet]
 
-Every peer of `benchmarks/peers/` trains for M minutes of wall clock on two threads with the training normals that the
-detector sees (without its calibration normals), then scores the test split. Image AUROC and AP with intervals by
-patient; with masks, the pixel metrics of maps enlarged and smoothed as the detector's. Test images choose nothing.
-Without --root the phantoms of the quickstart are used. Writes benchmarks/results/peers_<name>_cpu.json.
+Every peer of `benchmarks/peers/` trains for M minutes of wall clock on the cores that the process may use, with the
+training normals that the detector sees (without its calibration normals), then scores the test split. Image AUROC and
+AP with intervals by patient, AUROC over pairs of like contrast; with masks, the pixel metrics of maps enlarged and
+smoothed as the detector's. Test images choose nothing. Without --root the phantoms of the quickstart are used. Writes
+benchmarks/results/peers_<name>_cpu.json.
 """
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from typing import Any
@@ -21,11 +23,12 @@ from benchmarks.peers import DETECTORS
 from benchmarks.record import write_record
 from configs import common
 from core.bootstrap import bootstrap_interval, pixel_intervals
-from core.metrics import auroc, average_precision, pixel_metrics
+from core.metrics import auroc, average_precision, matched_auroc, pixel_metrics
 from input_pipeline.dataset import Dataset, Split, load_dataset
+from mtl_moe.evaluate import MATCHED_TOLERANCE
+from mtl_moe.floors import log_mean_gradient
 
-THREADS = 2
-COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "aupro")
+COLUMNS = ("image_auroc", "matched_auroc", "image_ap", "pixel_auroc", "aupro")
 
 
 def load(root: str, name: str, image_size: int) -> Dataset:
@@ -59,6 +62,8 @@ def accuracy(split: Split, scores: np.ndarray, maps: np.ndarray, mask_size: int,
     found: dict[str, Any] = {"image_auroc": auroc(scores, labels), "image_ap": average_precision(scores, labels)}
     for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
         found[f"{name}_95"] = bootstrap_interval(metric, scores, labels, groups, resamples)
+    texture = log_mean_gradient(split.images(np.arange(len(labels))))
+    found["matched_auroc"] = matched_auroc(scores, labels, texture, MATCHED_TOLERANCE)[0]
     if split.has_masks:
         masks, maps = split.masks(np.arange(len(labels)))[..., 0] > 0, finished(maps, mask_size)
         found |= pixel_metrics(maps, masks)
@@ -95,8 +100,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["dataset"], row["peer"], str(row["seed"]), str(row["updates"])]
         for name in COLUMNS:
-            low, high = row.get(f"{name}_95", (0, 0))
-            cells.append(f"{row[name]:.3f} ({low:.3f} to {high:.3f})" if name in row else "no masks")
+            low, high = row.get(f"{name}_95", (None, None))
+            interval = "" if low is None else f" ({low:.3f} to {high:.3f})"
+            cells.append(f"{row[name]:.3f}{interval}" if name in row else "no masks")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -118,7 +124,7 @@ def main() -> None:
 
     from benchmarks.peers.training import Budget
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     budget = Budget(updates=args.updates) if args.updates else Budget(seconds=60 * args.minutes)
     dataset, rows = load(args.root, args.name, args.image_size), []
     command = " ".join(["python -m benchmarks.peer_quality", *sys.argv[1:]])
