@@ -7,7 +7,7 @@ block_00/attn/query/{a [in..., R], b [R, out...]}. After Hu et al. (LoRA, arXiv 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,20 +32,38 @@ def init_low_rank(key: jax.Array, params: Any, targets: Mapping[str, int], rank:
         num_in = next((count for pattern, count in targets.items() if re.fullmatch(pattern, path)), None)
         if num_in is None:
             continue
-        inputs, outputs = kernel.shape[:num_in], kernel.shape[num_in:]
-        fan_in, limit = math.prod(inputs), min(math.prod(inputs), math.prod(outputs))
-        if not 1 <= rank <= limit:
-            raise ValueError(f"rank: expected 1 to {limit} ({path} is {kernel.shape}), found {rank}")
         layer = adapters
         for name in path.split("/")[:-1]:
             layer = layer.setdefault(name, {})
         key, key_a = jax.random.split(key)
-        bound = 1 / math.sqrt(fan_in)
-        layer["a"] = jax.random.uniform(key_a, (*inputs, rank), minval=-bound, maxval=bound)
-        layer["b"] = jnp.zeros((rank, *outputs))
+        layer |= init_factors(key_a, kernel.shape, num_in, rank, path)
     if not adapters:
         raise ValueError(f"low-rank targets: no kernel matches any of {sorted(targets)}")
     return adapters
+
+
+def init_factors(key: jax.Array, shape: Sequence[int], num_in: int, rank: int, name: str) -> dict[str, jax.Array]:
+    """Fresh factors {a, b} of a kernel of this shape whose first `num_in` axes are inputs; `name` is for the error.
+
+    Raises:
+      ValueError: if the rank is not in [1, the kernel's smaller side].
+    """
+    inputs, outputs = shape[:num_in], shape[num_in:]
+    fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+    if not 1 <= rank <= min(fan_in, fan_out):
+        raise ValueError(
+            f"rank of {name}: expected 1 to {min(fan_in, fan_out)} (it is {fan_in} x {fan_out}), found {rank}"
+        )
+    bound = 1 / math.sqrt(fan_in)
+    return {
+        "a": jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound),
+        "b": jnp.zeros((rank, *outputs)),
+    }
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A B in the kernel's shape, float32 at full precision."""
+    return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def merge(params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
@@ -60,8 +78,8 @@ def merge(params: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
     merged = dict(params)
     for name, update in adapters.items():
         if "a" in update:
-            product = jnp.tensordot(update["a"], update["b"], 1, precision=jax.lax.Precision.HIGHEST)
-            merged[name] = dict(params[name]) | {"kernel": params[name]["kernel"] + product}
+            kernel = params[name]["kernel"] + product(update["a"], update["b"])
+            merged[name] = dict(params[name]) | {"kernel": kernel}
         else:
             merged[name] = merge(params[name], update)
     return merged

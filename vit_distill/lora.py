@@ -17,6 +17,7 @@ import numpy as np
 
 from core import tree
 from core.dense import AdaptedKernel
+from core.low_rank import init_factors, product
 
 # Where each target lies in a block, and how many input axes its kernel has: q, k, v (D, K, Dh), out (K, Dh, D).
 TARGETS: Mapping[str, tuple[str, int]] = {
@@ -125,18 +126,9 @@ def _own(leaf: jax.Array) -> jax.Array:
 def _init_layer(key: jax.Array, path: str, params: Any, num_in: int, rank: int, dora: bool) -> dict[str, jax.Array]:
     name, part, target = path.split("/")
     kernel = params[name][part][target]["kernel"]
-    inputs, outputs = kernel.shape[:num_in], kernel.shape[num_in:]
-    fan_in, fan_out = math.prod(inputs), math.prod(outputs)
-    if rank > min(fan_in, fan_out):
-        limit = f"{min(fan_in, fan_out)} ({path} is {fan_in} x {fan_out})"
-        raise ValueError(f"lora rank of {target}: expected at most {limit}, found {rank}")
-    bound = 1 / math.sqrt(fan_in)
-    layer = {
-        "a": jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound),
-        "b": jnp.zeros((rank, *outputs)),
-    }
+    layer = init_factors(key, kernel.shape, num_in, rank, f"{target} ({path})")
     if dora:
-        layer["magnitude"] = _norm(jnp.asarray(kernel, jnp.float32), num_in).reshape(outputs)
+        layer["magnitude"] = _norm(jnp.asarray(kernel, jnp.float32), num_in).reshape(kernel.shape[num_in:])
     return layer
 
 
@@ -214,8 +206,7 @@ def _adapted(
 ) -> jax.Array:
     _check_fit(kernel, layer, path)
     a, b = layer["a"], layer["b"]
-    product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-    kernel = jnp.asarray(kernel, jnp.float32) + sign * lora.scale(b.shape[0]) * product
+    kernel = jnp.asarray(kernel, jnp.float32) + sign * lora.scale(b.shape[0]) * product(a, b)
     if "magnitude" not in layer:
         return kernel
     norm = jax.lax.stop_gradient(_norm(kernel, a.ndim - 1))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core.low_rank import product
 from core.vit import VisionTransformer, VitConfig, block_name, build_block
 from vit_distill.lora import Adapters, LoraConfig, merge
 
@@ -159,7 +160,6 @@ class _Solver:
         layer |= {"a": jnp.asarray(a, jnp.float32).reshape(layer["a"].shape), "b": jnp.asarray(b, jnp.float32)}
         if "magnitude" in layer:
             kernel = jnp.asarray(self.params[block_name(index)][part][site]["kernel"], jnp.float32)
-            product = jnp.tensordot(layer["a"], layer["b"], 1, precision=jax.lax.Precision.HIGHEST)
-            total = kernel + self.lora.scale(b.shape[0]) * product
+            total = kernel + self.lora.scale(b.shape[0]) * product(layer["a"], layer["b"])
             layer["magnitude"] = jnp.sqrt(jnp.square(total).sum(range(total.ndim - 1)))
         return {**layers, part: {**layers[part], site: layer}}

@@ -46,7 +46,7 @@ def test_merged_kernels_have_the_product_added():
 
 def test_what_does_not_fit_is_named():
     params = parameters()
-    with pytest.raises(ValueError, match=r"expected 1 to 6 \(attn/out/kernel is \(2, 3, 6\)\), found 7"):
+    with pytest.raises(ValueError, match=r"attn/out/kernel: expected 1 to 6 \(it is 6 x 6\), found 7"):
         init_low_rank(jax.random.key(0), params, TARGETS, 7)
     with pytest.raises(ValueError, match="no kernel matches"):
         init_low_rank(jax.random.key(0), params, {"mlp/kernel": 1}, 2)

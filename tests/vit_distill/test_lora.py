@@ -277,7 +277,9 @@ def test_bad_configs_are_named(fields, match):
 
 
 def test_a_rank_above_the_width_names_the_target(params):
-    with pytest.raises(ValueError, match=r"rank of fc2: expected at most 16 \(block_00/mlp/fc2 is 24 x 16\), found 17"):
+    with pytest.raises(
+        ValueError, match=r"rank of fc2 \(block_00/mlp/fc2\): expected 1 to 16 \(it is 24 x 16\), found 17"
+    ):
         lora_lib.init_adapters(jax.random.key(0), params, LoraConfig((("fc2", 17),)))
 
 
