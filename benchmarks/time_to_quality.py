@@ -36,11 +36,8 @@ def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, 
     start = time.perf_counter()
     it = build_distiller(config, teacher)
     tx = build_optimizer(config.optim, config.train.num_steps)
-    state, step_fn, key = (
-        build_state(it, tx, start_values(it, images)),
-        make_step_fn(it, tx),
-        jax.random.key(config.seed + 1),
-    )
+    state = build_state(it, tx, start_values(it, images))
+    step_fn, key = make_step_fn(it, tx), jax.random.key(config.seed + 1)
     network = VisionTransformer(it.student_config)
     error_fn = jax.jit(
         lambda p, base: jnp.abs(

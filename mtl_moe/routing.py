@@ -149,7 +149,8 @@ def plan(experts: jax.Array, num_experts: int, tile: int) -> Plan:
 
     Every tile then belongs to one expert and is one dense matmul; no row is ever dropped, because G is the most that
     any assignment can need (`max_tiles`). `tile` = 1 is the plain sort that a ragged matmul wants. It is a counting
-    sort: with up to 16 experts several times as fast as XLA's general one on a CPU (benchmarks/NOTES.md).
+    sort: on a CPU several times as fast as XLA's general one with 8 experts, 1.4 to 1.5 times as slow with 64
+    (benchmarks/NOTES.md).
 
     Args:
       experts: int32 [N, K]; an assignment outside [0, num_experts) gets no place (experts of another device).

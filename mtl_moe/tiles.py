@@ -1,9 +1,9 @@
-"""The experts' MLPs on the CPU: one loop over tiles of rows of one expert each, forward, and one backward.
+"""The experts' MLPs on the CPU: expert by expert a loop over its tiles of rows, one such pass forward, one backward.
 
-A tile's hidden rows never leave the cache: both products, GELU, bias and gate are done in one turn of the loop, and its
-length depends on the data, so that unused tiles cost nothing. The backward loop computes the hidden rows again, which
-is cheaper than writing and reading them, and adds weight gradients into one expert's slice in place. What was tried:
-`benchmarks/NOTES.md`.
+Both products, GELU, bias and gate of a tile are done in one turn, so that its hidden rows need not go to memory; the
+loops' lengths depend on the data, so that unused tiles cost nothing; an expert's matrices are picked, and its weight
+gradients put away, once. The backward pass computes the hidden rows again: keeping them was no faster and takes their
+memory. What was tried: `benchmarks/NOTES.md`.
 
 Axes: N rows, D width, F hidden width, K selected experts of a row, E experts, G tiles of M rows.
 """
