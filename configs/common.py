@@ -86,7 +86,14 @@ def detector(preset: str = "tiny") -> ConfigDict:
         cluster=dict(weight=1.0, augment="none", num_clusters=32, ratio=0.5),
         self_distill=dict(weight=1.0, augment="none", ratio=0.5),
     )
-    config.optim = dict(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, b2=0.95, clip_norm=1.0)
+    config.optim = dict(
+        kind="muon",  # muon | adamw, see core/optim.py
+        learning_rate=2e-3,
+        warmup_steps=100,
+        weight_decay=0.05,
+        b2=0.95,
+        clip_norm=1.0,
+    )
     config.train = dict(
         batch_size=8,
         num_steps=12_000,  # under 45 minutes on two CPU cores with the tiny preset

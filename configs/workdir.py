@@ -16,6 +16,8 @@ def get_config(arg):
     config = ConfigDict(_tuples(json.loads(path.read_text())))
     if config.get("system") == "mtl_moe" and "compress" not in config:  # trained before detectors could be compressed
         config.compress = common.detector().compress
+    if config.get("system") == "mtl_moe" and "kind" not in config.optim:  # trained before there was a choice
+        config.optim.kind = "adamw"
     return config
 
 

@@ -1,10 +1,21 @@
-"""AdamW with linear warm-up, cosine decay and clipping by global norm, from a config."""
+"""Muon or AdamW with linear warm-up, cosine decay and clipping by global norm, from a config."""
 
+import re
 from typing import Any
 
 import optax
 
 from core import tree
+
+KINDS = ("muon", "adamw")
+# Axes (inputs, outputs) of the matrices in a transformer's blocks by path; what matches none is not one of them. Query,
+# key and value are [D, K, Dh], out is [K, Dh, D], experts are [E, D, F] and [E, F, D].
+MATRICES = {
+    r"(.*/)?attn/(query|key|value)/kernel": (0, (1, 2)),
+    r"(.*/)?attn/out/kernel": ((0, 1), 2),
+    r"(.*/)?(fc1|fc2|detail_\w+)/kernel": (0, 1),
+    r"(.*/)?experts/(w1|w2)": (1, 2),
+}
 
 
 def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
@@ -27,14 +38,42 @@ def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
 
 
 def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-    """AdamW; weight decay on kernels, expert matrices and adapters, never on biases, norms or embeddings."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            build_schedule(config, num_steps),
+    """The optimizer that `config.kind` names; without the field it is AdamW.
+
+    muon: Muon on the blocks' matrices (Jordan et al. 2024), Adam on the rest. Muon's updates are scaled to the size
+      that AdamW's have (Liu et al., arXiv 2502.16982), so one learning rate serves both; weight decay on the matrices.
+    adamw: weight decay on kernels, expert matrices and adapters, never on biases, norms or embeddings.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    kind, schedule = config.get("kind", "adamw"), build_schedule(config, num_steps)
+    if kind not in KINDS:
+        raise ValueError(f"optim.kind: expected one of {KINDS}, found {kind!r}")
+    if kind == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrix_axes,
+        )
+    else:
+        optimizer = optax.adamw(
+            schedule,
             b1=0.9,
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=lambda params: tree.mask(params, r".*/(kernel|w1|w2|a|b)"),
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def matrix_axes(params: Any) -> Any:
+    """Which axes of a leaf are a matrix's inputs and outputs (MATRICES), None for what Muon leaves to Adam."""
+
+    def axes(path: str, _: Any) -> Any:
+        found = [value for pattern, value in MATRICES.items() if re.fullmatch(pattern, path)]
+        return optax.contrib.MuonDimensionNumbers(*found[0]) if found else None
+
+    return tree.map_with_path(axes, params)

@@ -22,7 +22,7 @@ from core.files import write_json
 from core.logs import MetricLogger, progress_bar
 from core.loop import train_loop
 from core.mesh import make_mesh, replicate, shard_batch
-from core.optim import build_optimizer, build_schedule
+from core.optim import build_optimizer
 from core.provenance import environment
 from core.state import TrainState, init_state
 from core.step import LossFn, make_train_step_fn
@@ -148,47 +148,6 @@ def build_vit_config(model: Any, num_classes: int) -> VitConfig:
     )
 
 
-def build_teacher_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
-    """Muon on the blocks' kernels (Jordan et al. 2024) and Adam on the rest, or AdamW; `config.kind` says which.
-
-    Muon's updates are scaled to the size that AdamW's have (Liu et al., 2502.16982), so one learning rate serves both.
-
-    Raises:
-      ValueError: for another kind.
-    """
-    if config.kind == "adamw":
-        return build_optimizer(config, num_steps)
-    if config.kind != "muon":
-        raise ValueError(f"optim.kind: expected muon or adamw, found {config.kind!r}")
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.contrib.muon(
-            build_schedule(config, num_steps),
-            weight_decay=config.weight_decay,
-            adam_b2=config.b2,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=muon_axes,
-        ),
-    )
-
-
-def muon_axes(params: Any) -> Any:
-    """Which axes of a leaf are a matrix's rows and columns, None for what Muon leaves to Adam.
-
-    Query, key and value are [D, K, Dh], out is [K, Dh, D], fc1 and fc2 are plain matrices.
-    """
-    matrix = optax.contrib.MuonDimensionNumbers
-
-    def axes(path: str, _: Any) -> Any:
-        if not path.startswith("block_") or not path.endswith("/kernel"):
-            return None
-        if path.endswith("/attn/out/kernel"):
-            return matrix((0, 1), 2)
-        return matrix(0, (1, 2)) if "/attn/" in path else matrix(0, 1)
-
-    return tree.map_with_path(axes, params)
-
-
 def make_loss_fn(model: VisionTransformer, preprocessing: Preprocessing, augment: Any) -> LossFn:
     """Cross entropy of batches {image uint8 [B, S, S, C], label int32 [B]}, augmented from the step's key."""
     num_classes = model.config.num_classes
@@ -221,7 +180,7 @@ def train(
     Returns:
       The last state, saved.
     """
-    tx = build_teacher_optimizer(config.optim, config.train.num_steps)
+    tx = build_optimizer(config.optim, config.train.num_steps)
     example = jnp.zeros((1, preprocessing.image_size, preprocessing.image_size, model.config.in_channels))
     state = init_state(lambda key: (model.init(key, example)["params"], {}), jax.random.key(config.seed), tx, mesh)
     checkpointer = Checkpointer(workdir)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from core import tree
-from core.optim import build_optimizer, build_schedule
+from core.optim import build_optimizer, build_schedule, matrix_axes
 
 NUM_STEPS = 20
 
@@ -101,3 +102,59 @@ def test_updates_are_adamw_with_clipping_by_the_global_norm():
             values[name] = values[name] - _rate(t) * (step + decay)
     # float32 against float64 over three updates of 0.01.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), single["x"], values)
+
+
+def test_muon_takes_each_matrix_of_a_block_and_leaves_the_rest_to_adam():
+    shapes = {
+        "trunk/block_00/attn/query/kernel": (8, 2, 3),
+        "neck_00/attn/out/kernel": (2, 3, 8),
+        "block_00/mlp/fc1/kernel": (8, 12),
+        "detail_masked/kernel": (6, 4),
+        "expert_00/mlp/experts/w1": (3, 8, 5),
+        "expert_00/mlp/experts/b1": (3, 5),
+        "expert_00/mlp/router/kernel": (8, 3),
+        "trunk/embed/proj/kernel": (4, 8),
+        "head_masked/kernel": (4, 6),
+        "head/kernel": (8, 2),
+        "trunk/block_00/attn/query/bias": (2, 3),
+        "expert_00/norm1/scale": (8,),
+    }
+    params = traverse_util.unflatten_dict({tuple(k.split("/")): jnp.zeros(v) for k, v in shapes.items()})
+    matrices = {path: axes[:2] for path, axes in _matrix_axes(params).items()}
+    assert matrices == {
+        "trunk/block_00/attn/query/kernel": (0, (1, 2)),
+        "neck_00/attn/out/kernel": ((0, 1), 2),
+        "block_00/mlp/fc1/kernel": (0, 1),
+        "detail_masked/kernel": (0, 1),
+        "expert_00/mlp/experts/w1": (1, 2),
+    }
+
+
+def _matrix_axes(params) -> dict:
+    is_axes = lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(matrix_axes(params), is_leaf=is_axes)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def test_muon_treats_each_expert_as_a_matrix_of_its_own():
+    rng = np.random.default_rng(0)
+    # The second expert's gradient is a thousand times the first's: together they would not share one scale.
+    grad = (rng.normal(size=(2, 8, 6)) * np.array([1.0, 1000.0])[:, None, None]).astype(np.float32)
+    params = {"experts": {"w1": jnp.zeros(grad.shape)}}
+    tx = build_optimizer(_config(kind="muon", clip_norm=1e9, weight_decay=0.0), NUM_STEPS)
+    updates, _ = tx.update({"experts": {"w1": jnp.asarray(grad)}}, tx.init(params), params)
+    for update in np.asarray(updates["experts"]["w1"]):
+        # Singular values near one (the quintic iteration's range), times rate and Liu et al.'s scale.
+        values = np.linalg.svd(update, compute_uv=False) / (_rate(1) * 0.2 * 8**0.5)
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_another_optimizer_is_refused_and_none_means_adamw():
+    with pytest.raises(ValueError, match=r"optim\.kind: expected one of \('muon', 'adamw'\), found 'sgd'"):
+        build_optimizer(_config(kind="sgd"), NUM_STEPS)
+    params = {"x": {"kernel": jnp.ones((3, 2))}}
+    named, unnamed = (build_optimizer(config, NUM_STEPS) for config in (_config(kind="adamw"), _config()))
+    np.testing.assert_array_equal(
+        *(tx.update(params, tx.init(params), params)[0]["x"]["kernel"] for tx in (named, unnamed))
+    )
