@@ -75,6 +75,7 @@ def config(tiny_config: Any) -> ConfigDict:
     config = tiny_config()
     config.tasks.names = ("masked", "cluster")
     config.model.num_neck_layers = 0
+    config.optim.kind = "muon"  # the default of every detector
     config.train.update(num_steps=NUM_STEPS, save_every=SAVE_EVERY, refresh_step=NUM_STEPS // 2)
     return config
 

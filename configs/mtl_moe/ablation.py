@@ -19,7 +19,7 @@ def get_config(arg=None):
     config.data.kind = "folder"
     config.data.name = "folder"
     if arg.preset == "tiny":  # a quarter of the default: what counts is the difference between rows
-        config.train.num_steps = 3000
+        config.train.num_steps = 1500
         config.train.refresh_step = 500
     config.ablation = dict(
         rows=("*",),  # names or patterns of rows; the base is always there
