@@ -196,7 +196,14 @@ def distiller() -> ConfigDict:
         kld_weight=1.0,  # of the divergence in l1_kld
     )
     config.augment = dict(scale_min=0.2, flip=True)  # RandomResizedCrop's smallest share of the area
-    config.optim = dict(learning_rate=1e-3, warmup_steps=20, weight_decay=0.05, b2=0.95, clip_norm=1.0)
+    config.optim = dict(
+        kind="adamw",  # adamw (the paper's) | muon, see core/optim.py
+        learning_rate=1e-3,
+        warmup_steps=20,
+        weight_decay=0.05,
+        b2=0.95,
+        clip_norm=1.0,
+    )
     config.train = dict(
         batch_size=128,
         num_steps=300,

@@ -8,12 +8,14 @@ import optax
 from core import tree
 
 KINDS = ("muon", "adamw")
-# Axes (inputs, outputs) of the matrices in a transformer's blocks by path; what matches none is not one of them. Query,
-# key and value are [D, K, Dh], out is [K, Dh, D], experts are [E, D, F] and [E, F, D].
+# Axes (inputs, outputs) of the matrices in a transformer's blocks by path; what matches none is not one of them.
+# Kernels of query, key and value are [D, K, Dh], of out [K, Dh, D]; low-rank factors a [inputs, R] and b [R, outputs]
+# split the same axes; experts are [E, D, F] and [E, F, D].
 MATRICES = {
-    r"(.*/)?attn/(query|key|value)/kernel": (0, (1, 2)),
-    r"(.*/)?attn/out/kernel": ((0, 1), 2),
-    r"(.*/)?(fc1|fc2|detail_\w+)/kernel": (0, 1),
+    r"(.*/)?attn/(query|key|value)/(kernel|b)": (0, (1, 2)),
+    r"(.*/)?attn/out/(kernel|a)": ((0, 1), 2),
+    r"(.*/)?attn/(query|key|value)/a|(.*/)?attn/out/b": (0, 1),
+    r"(.*/)?(fc1|fc2|detail_\w+)/(kernel|a|b)": (0, 1),
     r"(.*/)?experts/(w1|w2)": (1, 2),
 }
 
@@ -40,14 +42,15 @@ def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
 def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
     """The optimizer that `config.kind` names; without the field it is AdamW.
 
-    muon: Muon on the blocks' matrices (Jordan et al. 2024), Adam on the rest. Muon's updates are scaled to the size
-      that AdamW's have (Liu et al., arXiv 2502.16982), so one learning rate serves both; weight decay on the matrices.
+    muon: Muon on the blocks' matrices and factors (Jordan et al. 2024), Adam on the rest. Muon's updates are scaled to
+      the size that AdamW's have (Liu et al., arXiv 2502.16982), so one learning rate serves both; weight decay on the
+      matrices.
     adamw: weight decay on kernels, expert matrices and adapters, never on biases, norms or embeddings.
 
     Raises:
       ValueError: for another kind.
     """
-    kind, schedule = config.get("kind", "adamw"), build_schedule(config, num_steps)
+    kind, schedule = getattr(config, "kind", "adamw"), build_schedule(config, num_steps)
     if kind not in KINDS:
         raise ValueError(f"optim.kind: expected one of {KINDS}, found {kind!r}")
     if kind == "muon":

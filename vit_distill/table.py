@@ -43,6 +43,16 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "warm": ("enhanced LoRA, warm start", ENHANCED | {"lora.warm_start": True}),
     "cls": ("enhanced LoRA, cls weight 0.5", ENHANCED | {"loss.cls_weight": 0.5}),
     "full_cls": ("full KD, cls weight 0.5", {"student.method": "full", "loss.cls_weight": 0.5}),
+    "muon": ("enhanced LoRA, Muon", ENHANCED | {"optim.kind": "muon"}),
+    "full_muon": ("full KD, Muon", {"student.method": "full", "optim.kind": "muon"}),
+    "muon_post": (
+        "enhanced LoRA, Muon, target after the norm",
+        ENHANCED | {"optim.kind": "muon", "loss.target": "post_norm"},
+    ),
+    "full_muon_post": (
+        "full KD, Muon, target after the norm",
+        {"student.method": "full", "optim.kind": "muon", "loss.target": "post_norm"},
+    ),
     "recipe": (
         "enhanced LoRA, cls weight 0.5, warm start, target after the norm",
         ENHANCED | {"loss.cls_weight": 0.5, "lora.warm_start": True, "loss.target": "post_norm"},

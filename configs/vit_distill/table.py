@@ -4,8 +4,8 @@ Command: python main.py --config=configs/vit_distill/table.py --config.teacher.c
            --config.data.root=IMAGES --workdir=W
 The data need labels: students are probed. A stopped run goes on by the same command; rows, ratios, reductions and
 seeds can be added later: --config.table.ratios='(0.01, 0.1)' --config.table.rows='("teacher", "copy", "enhanced")'.
-Rows that the paper does not have: last, calibrated, post, full_post, aligned, warm, cls, full_cls, recipe (ROWS in
-vit_distill/table.py).
+Rows that the paper does not have: last, calibrated, post, full_post, aligned, warm, cls, full_cls, muon, full_muon,
+muon_post, full_muon_post, recipe (ROWS in vit_distill/table.py).
 Cost: rows x ratios x reductions x (seeds - 1 + three to five learning rates) distillations; --mode=plan tells what one
 costs. With train.cached_views=4 the teacher leaves the loop and its features are shared by the rows.
 Results: docs/results.md.

@@ -62,7 +62,7 @@ def get_config(arg=None):
     )
     # Whole-pixel crops of images with a mirrored border of `padding` pixels; mixup: alpha, 0 for none.
     config.augment = dict(padding=0, flip=True, label_smoothing=0.1, mixup=0.0)
-    config.optim = dict(kind="muon", **defaults.optim)  # kind: muon | adamw
+    config.optim = dict(defaults.optim, kind="muon")
     config.train = dict(
         batch_size=128,
         num_steps=3000,
