@@ -72,6 +72,8 @@ def known_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
         rows[f"image_{side}"] = Row(f"images of {side} pixels", {"data.image_size": side})
     rows["steps_half"] = Row("half the updates", {"train.num_steps": steps // 2})
     rows["steps_double"] = Row("twice the updates", {"train.num_steps": 2 * steps})
+    rows["adamw"] = Row("AdamW at rate 2e-3", {"optim.kind": "adamw", "optim.learning_rate": 2e-3})
+    rows["muon"] = Row("Muon", {"optim.kind": "muon"})
     for kind in ("none", "light", "strong"):
         name = "augment_none" if kind == "none" else f"augment_{kind}_all"
         rows[name] = Row(f"augmentation {kind} for all tasks", {f"tasks.{task}.augment": kind for task in names})

@@ -52,13 +52,15 @@ def test_the_default_config_has_every_row_of_the_plan():
     expected = {
         "dense_active", "dense_params", "router_per_task", "router_fixed", "no_shared_expert", "top_1", "experts_1",
         "experts_2", "experts_4", "experts_8", "width_half", "width_double", "depth_double", "image_96", "image_128",
-        "image_224", "steps_half", "steps_double", "augment_none", "augment_light_all", "fusion_robust_z", "fusion_max",
-        "fusion_mean", "no_texture_fit", "without_evidence_synthetic", "without_evidence_synthetic_clean",
+        "image_224", "steps_half", "steps_double", "augment_none", "augment_light_all", "adamw", "fusion_robust_z",
+        "fusion_max", "fusion_mean", "no_texture_fit", "without_evidence_synthetic", "without_evidence_synthetic_clean",
     }  # fmt: skip
     for task in config.tasks.names:
         expected |= {f"only_{task}", f"without_{task}", f"retrained_without_{task}"}
     assert expected <= set(rows)
-    assert not {"router_shared", "shared_expert", "top_2", "image_64", "fusion_tail"} & set(rows), "equal to the base"
+    assert not {"router_shared", "shared_expert", "top_2", "image_64", "muon", "fusion_tail"} & set(rows), (
+        "equal to the base"
+    )
     assert set(rows_of(config)) == set(rows)
 
 
