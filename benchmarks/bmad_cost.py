@@ -2,9 +2,10 @@
 
   python -m benchmarks.bmad_cost [--preset=base]
 
-Prints the tables of docs/bmad.md. Work: the matrix products, 2 FLOPs a multiply-add, of the traced update (forward and
-backward of one view for each task, and the teacher's trunk) and of the traced scoring of all views. Memory: what the
-backward pass keeps, from JAX's own residuals. Both traced as on a GPU, nothing is run.
+Prints the tables of docs/bmad.md. Work: the matrix products, 2 FLOPs a multiply-add, of the traced gradient (forward
+and backward of one view for each task, and the teacher's trunk), of the traced optimizer (once an update, all of it on
+each device) and of the traced scoring of all views. Memory: what the backward pass keeps, from JAX's own residuals.
+All traced as on a GPU, nothing is run.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from mtl_moe.system import System, build_system
 
 # Dense peaks by the vendors' data sheets; the share of it that a training reaches is the guess that hours hang on.
 PEAK_BF16 = {"H100/H200": 989e12, "8 x TPU v5e": 8 * 197e12}
-PEAK_SCORING = {"H100/H200": 494e12, "8 x TPU v5e": 8 * 197e12}  # float32 products: TF32; bfloat16 passes
+PEAK_FLOAT32 = {"H100/H200": 494e12, "8 x TPU v5e": 8 * 197e12}  # of scoring, optimizer: TF32; bfloat16 passes
+CHIPS = {"H100/H200": 1, "8 x TPU v5e": 8}
 SHARES = (0.4, 0.1)
 
 
@@ -36,23 +38,25 @@ def product_flops(fn: Callable[..., Any], *args: Any) -> int:
     """FLOPs of all matrix products, ragged ones included, of `fn` traced on shapes.
 
     Raises:
-      ValueError: for a product in a loop, which runs nobody knows how often.
+      ValueError: for a product in a while loop, which runs nobody knows how often.
     """
 
-    def count(jaxpr: Any, in_loop: bool) -> int:
+    def count(jaxpr: Any, times: int | None) -> int:
         total = 0
         for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
+            name, inner = eqn.primitive.name, times
             if name in ("dot_general", "ragged_dot_general"):
-                if in_loop:
-                    raise ValueError(f"expected products outside of loops only, found {eqn}")
-                total += 2 * _multiply_adds(eqn)
-            total += sum(
-                count(v.jaxpr, in_loop or name in ("while", "scan")) for v in eqn.params.values() if hasattr(v, "jaxpr")
-            )
+                if times is None:
+                    raise ValueError(f"expected products outside of while loops only, found {eqn}")
+                total += 2 * times * _multiply_adds(eqn)
+            if name == "while":
+                inner = None
+            elif name == "scan" and times is not None:
+                inner = times * eqn.params["length"]
+            total += sum(count(v.jaxpr, inner) for v in eqn.params.values() if hasattr(v, "jaxpr"))
         return total
 
-    return count(jax.make_jaxpr(fn)(*args).jaxpr, in_loop=False)
+    return count(jax.make_jaxpr(fn)(*args).jaxpr, 1)
 
 
 def _multiply_adds(eqn: Any) -> int:
@@ -99,6 +103,14 @@ def train_flops(system: System) -> int:
         return product_flops(jax.grad(loss_of(system, state)), state.params, image_shape(system.config, 1))
 
 
+def optimizer_flops(system: System) -> int:
+    """FLOPs of one update beside the gradient's: Muon's products on the weights' shapes."""
+    config = system.config
+    tx = build_optimizer(config.optim, config.train.num_steps)
+    state = as_on_gpu(system)[1]
+    return product_flops(tx.update, state.params, state.opt_state, state.params)
+
+
 def score_flops(system: System) -> int:
     """FLOPs of scoring one image once: every view of every task."""
     system, state = as_on_gpu(system)
@@ -130,25 +142,27 @@ def memory_row(config: Any) -> dict[str, float]:
 
 
 @functools.cache
-def work(preset: str, channels: int) -> tuple[int, int]:
-    """(train_flops, score_flops) of a preset."""
+def work(preset: str, channels: int) -> tuple[int, int, int]:
+    """(train_flops, optimizer_flops, score_flops) of a preset."""
     system = build_system(recipe.get_config(f"{'brain' if channels == 1 else 'camelyon16'},preset={preset}"))
-    return train_flops(system), score_flops(system)
+    return train_flops(system), optimizer_flops(system), score_flops(system)
 
 
 def cost_row(name: str, preset: str) -> dict[str, Any]:
     """FLOPs, hours and sizes of one set."""
     config, expected = recipe.get_config(f"{name},preset={preset}"), BMAD[name]
-    train, score = work(preset, config.data.channels)
+    train, optimizer, score = work(preset, config.data.channels)
     images = config.train.num_steps * config.train.batch_size
     held_out = config.data.calibration_fraction * expected.train[0]
-    row = {"train TFLOP/image": train / 1e12, "score TFLOP/image": score / 1e12}
+    row = {"train TFLOP/image": train / 1e12, "optimizer TFLOP/update": optimizer / 1e12}
+    row["score TFLOP/image"] = score / 1e12
     row["epochs"] = images / (expected.train[0] - held_out)
     for device, peak in PEAK_BF16.items():
-        row[f"train hours, {device}"] = tuple(train * images / (share * peak) / 3600 for share in SHARES)
+        seconds = train * images / peak + CHIPS[device] * optimizer * config.train.num_steps / PEAK_FLOAT32[device]
+        row[f"train hours, {device}"] = tuple(seconds / share / 3600 for share in SHARES)
         # The trained and the untrained network, over the calibration and the test split.
         flops = 2 * score * (sum(expected.test) + held_out)
-        row[f"score minutes, {device}"] = tuple(flops / (share * PEAK_SCORING[device]) / 60 for share in SHARES)
+        row[f"score minutes, {device}"] = tuple(flops / (share * PEAK_FLOAT32[device]) / 60 for share in SHARES)
     return row | sizes(name, config)
 
 

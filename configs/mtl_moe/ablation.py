@@ -20,7 +20,7 @@ def get_config(arg=None):
     config.data.name = "folder"
     if arg.preset == "tiny":  # a quarter of the default: what counts is the difference between rows
         config.train.num_steps = 1500
-        config.train.refresh_step = 500
+        config.train.refresh_step = 250
     config.ablation = dict(
         rows=("*",),  # names or patterns of rows; the base is always there
         num_seeds=3,  # seed, seed + 1, ...

@@ -126,8 +126,10 @@ def test_flops_of_products():
     ragged = lambda a, b: jax.lax.ragged_dot(a, b, jnp.array([2, 4])).sum()  # noqa: E731
     assert bmad_cost.product_flops(ragged, x, y) == 2 * 6 * 4 * 5
     assert bmad_cost.product_flops(jax.grad(ragged, argnums=(0, 1)), x, y) == 3 * 2 * 6 * 4 * 5
-    with pytest.raises(ValueError, match="outside of loops"):
-        bmad_cost.product_flops(lambda a: jax.lax.fori_loop(0, 3, lambda i, z: z @ z, a), x[:4])
+    looped = lambda a: jax.lax.fori_loop(0, 3, lambda i, z: z @ z, a)  # noqa: E731
+    assert bmad_cost.product_flops(looped, x[:4]) == 3 * 2 * 4 * 4 * 4
+    with pytest.raises(ValueError, match="outside of while loops"):
+        bmad_cost.product_flops(lambda a: jax.lax.while_loop(lambda z: z[0, 0] < 1, lambda z: z @ z, a), x[:4])
 
 
 def test_flops_of_the_detector_by_hand():
@@ -144,6 +146,21 @@ def test_flops_of_the_detector_by_hand():
     assert 1 <= bmad_cost.train_flops(system) / (2 * (3 * forward + trunk)) < 1.06
     scored = sum(views[name] * (trunk + experts + head) for name, head in heads.items()) + trunk
     assert 1 <= bmad_cost.score_flops(system) / (2 * scored) < 1.1  # smoothing of maps besides
+
+
+def test_flops_of_the_optimizer_by_hand():
+    def newton_schulz(rows: int, columns: int) -> int:
+        small, large = sorted((rows, columns))
+        return 5 * 2 * (2 * small**2 * large + small**3)
+
+    attention = 4 * newton_schulz(32, 32)
+    trunk = attention + 2 * newton_schulz(32, 64)
+    experts = 2 * (attention + 2 * newton_schulz(32, 16) * (6 + 1))
+    details = 2 * newton_schulz(32 + 8 * 8 * 4, 2 * 32)
+    system = small_system()
+    assert bmad_cost.optimizer_flops(system) == trunk + experts + details
+    system.config.optim.kind = "adamw"
+    assert bmad_cost.optimizer_flops(system) == 0
 
 
 def test_memory_of_the_backward_pass_grows_with_the_batch():
