@@ -112,6 +112,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         reduction=2,  # r: one block in r is kept, of the trunk and of the expert blocks
         rank=64,  # of the kept blocks' kernels' updates; it and the rate by token error on held-out normals
         num_steps=600,
+        kind="adamw",  # as optim.kind
         learning_rate=1e-2,
         save_every=200,
     )
