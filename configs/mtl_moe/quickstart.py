@@ -18,6 +18,6 @@ def get_config(arg=None):
     config.data.phantom.anatomies = ("head",)
     config.tasks.names = ("masked", "denoise", "synthetic", "jigsaw")
     config.train.batch_size = 8
-    config.train.num_steps = 1000
-    config.train.save_every = 250
+    config.train.num_steps = 700
+    config.train.save_every = 175
     return config
