@@ -238,8 +238,8 @@ def test_a_second_run_is_finished_and_an_interrupted_one_goes_on(compressed, tmp
     copy = tmp_path / "w"
     shutil.copytree(compressed.output, copy)
     shutil.rmtree(copy / "checkpoints")
-    early = ("source", "source_sha256", "source_step", "blocks", "reduction", "rank", "num_steps", "learning_rate",
-             "save_every")  # fmt: skip
+    early = ("source", "source_sha256", "source_step", "blocks", "reduction", "rank", "num_steps", "kind",
+             "learning_rate", "save_every")  # fmt: skip
     facts = facts_of(copy)
     (copy / "compress.json").write_text(json.dumps({name: facts[name] for name in early}))
     run.compress(compressed.config, compressed.workdir, str(copy), 2)

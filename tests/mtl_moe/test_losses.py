@@ -118,7 +118,7 @@ def test_weights_are_relative(config, batch):
 
 
 def test_augmentation_is_a_tasks_own(config, batch):
-    config.tasks.denoise.augment = "strong"
+    config.tasks.masked.augment, config.tasks.denoise.augment = "none", "strong"
     config.tasks.denoise.noise_min = config.tasks.denoise.noise_max = 0.0
     config.tasks.masked.ratio = 0.0
     loss_fn, model, extra = make(config)
