@@ -96,7 +96,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
     )
     config.train = dict(
         batch_size=8,
-        num_steps=6000,  # 20 to 30 minutes on two CPU cores with the tiny preset
+        num_steps=6000,  # tiny preset: 38 minutes on one hyperthread of a Xeon, evaluation included
         accumulation=1,
         ema_decay=0.998,
         dtype="bfloat16",  # of the operands of products: float32 | bfloat16, see core/dense.py

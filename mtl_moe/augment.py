@@ -1,7 +1,7 @@
 """Augmentation of normal images on the device; which kind belongs to the task (config `tasks.<name>.augment`).
 
-Axes: B images, H W C. First trials: augmentation closes the gap between training and held-out normals for tasks that
-classify, and harms tasks that reconstruct (docs/differences.md).
+Axes: B images, H W C. Light augmentation lowers the losses of tasks that reconstruct on held-out normals
+(benchmarks/NOTES.md); turns and flips are told apart better without.
 """
 
 import jax
