@@ -88,7 +88,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
     )
     config.optim = dict(
         kind="muon",  # muon | adamw, see core/optim.py
-        learning_rate=4e-3 if preset == "tiny" else 1e-3,  # the first chosen on held-out normals, the second a guess
+        learning_rate=4e-3 if preset == "tiny" else 1e-3,  # the first by held-out normals, the second a guess
         warmup_steps=100,
         weight_decay=0.05,
         b2=0.95,

@@ -16,8 +16,10 @@ def get_config(arg):
     config = ConfigDict(_tuples(json.loads(path.read_text())))
     if config.get("system") == "mtl_moe" and "compress" not in config:  # trained before detectors could be compressed
         config.compress = common.detector().compress
-    if config.get("system") == "mtl_moe" and "kind" not in config.optim:  # trained before there was a choice
-        config.optim.kind = "adamw"
+    if config.get("system") == "mtl_moe":
+        for section in (config.optim, config.compress):
+            if "kind" not in section:  # written before there was a choice of optimizers
+                section.kind = "adamw"
     return config
 
 

@@ -1,7 +1,6 @@
 """Augmentation of normal images on the device; which kind belongs to the task (config `tasks.<name>.augment`).
 
-Axes: B images, H W C. Light augmentation lowers the losses of tasks that reconstruct on held-out normals
-(benchmarks/NOTES.md); turns and flips are told apart better without.
+Axes: B images, H W C. What it does to the losses on held-out normals: benchmarks/NOTES.md.
 """
 
 import jax

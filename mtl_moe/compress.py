@@ -133,7 +133,7 @@ def _distil(full: System, small: System, trained: Trained, base: Any, dataset: D
     """Trains the adapters from the newest checkpoint of `output`/distillation, if there is one."""
     config = small.config
     options, optim = config.compress, config.optim.copy_and_resolve_references()
-    optim.update(kind=options.get("kind", "adamw"), learning_rate=options.learning_rate)
+    optim.update(kind=options.kind, learning_rate=options.learning_rate)
     tx = build_optimizer(optim, options.num_steps)
     state = init_state(_init_fn(base, options.rank), jax.random.key(config.seed), tx, small.mesh)
     # The average is the last state: the cosine schedule ends at 0.

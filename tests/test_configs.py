@@ -203,6 +203,17 @@ def test_a_folder_without_a_saved_config_is_named(tmp_path: Path):
         workdir.get_config(str(tmp_path))
 
 
+def test_a_detector_of_before_the_choice_of_optimizers_is_one_of_adamw(tmp_path: Path):
+    config = common.detector().to_dict()
+    del config["optim"]["kind"], config["compress"]["kind"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = workdir.get_config(str(tmp_path))
+    assert (found.optim.kind, found.compress.kind) == ("adamw", "adamw")
+    del config["compress"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert workdir.get_config(str(tmp_path)).optim.kind == "adamw"
+
+
 def test_free_fields_exist():
     """A renamed field would silently bind a work directory to it."""
     config = json.loads(json.dumps(common.detector().to_dict()))
