@@ -1,14 +1,15 @@
 """The ablation from one command: rows that differ from the base in a few fields, with several seeds, in one table.
 
 A row is trained (a cell for each seed, in workdir/cells/<row>_seed<n>) or, where it differs in scoring alone, measured
-from the base's cells. Finished cells are not run again, and a stopped one goes on from its checkpoint. Axes: none.
+from the base's cells, or fused from other rows' cells. Finished cells are not run again, and a stopped one goes on from
+its checkpoint. Axes: none.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,15 +18,31 @@ from core.compilation import enable_compilation_cache
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, Split, load_dataset
 from mtl_moe.ablation_cell import FREE_FIELDS as CELL_FREE_FIELDS
-from mtl_moe.ablation_cell import load_trained, measure, run_cell, without_texture
+from mtl_moe.ablation_cell import Stored, joined, load_trained, measure, run_cell, without_texture
 from mtl_moe.ablation_rows import BASE, Row, build_rows, cell_config
 from mtl_moe.ablation_summary import Outcome, write_summary
 from mtl_moe.painted import TRAINED, UNSEEN, painted_normals
-from mtl_moe.scoring import check_calibration
+from mtl_moe.scoring import Calibration, check_calibration
 from mtl_moe.system import build_system
 
 # The table may grow: rows and seeds can be added later.
 FREE_FIELDS = (*CELL_FREE_FIELDS, "ablation.rows", "ablation.num_seeds")
+
+
+# What a row that is read from other rows' scores has not.
+UNMEASURED = {"pixels": {}, "train_seconds": None, "score_images_per_second": None}
+
+
+class Cell(NamedTuple):
+    """A row that was trained with one seed: its config, the content of its cell.json and its folder."""
+
+    config: Any
+    facts: Mapping[str, Any]
+    folder: Path
+
+    def load(self) -> tuple[Stored, Calibration]:
+        """Its stored scores and their calibration."""
+        return load_trained(self.folder, build_system(self.config).tasks, self.facts["step"])
 
 
 class _Data:
@@ -73,16 +90,18 @@ def run_ablation(config: Any, workdir: Path) -> list[dict[str, Any]]:
     )
     outcomes: list[Outcome] = []
     for seed in range(config.ablation.num_seeds):
+        cells: dict[str, Cell] = {}
         for number, (name, row) in enumerate(trained.items(), 1):
             one = cell_config(config, row, seed)
             print(f"[seed {one.seed}: {number}/{len(trained)}] {name}: {row.title}")
             folder = workdir / "cells" / f"{name}_seed{one.seed}"
-            facts = run_cell(one, data.load, folder)
-            read = {name: row} | ({} if name != BASE else {n: r for n, r in rows.items() if not r.trained})
-            found = _read_cell(read, one, facts, folder)
+            cells[name] = Cell(one, run_cell(one, data.load, folder), folder)
+            read = {n: r for n, r in rows.items() if name == BASE and not r.trained and not r.parts}
+            found = _read_cell({name: row} | read, cells[name])
             print(f"  {_in_words(found[0])}")
             outcomes += found
             jax.clear_caches()  # a hundred compiled trainings would stay in memory
+        outcomes += [_fused_cells(name, [cells[part] for part in row.parts]) for name, row in rows.items() if row.parts]
         table = write_summary(config, _shared_facts(config, dataset), rows, outcomes, workdir)
     print((workdir / "table.md").read_text(encoding="utf-8"))
     print(f"table: {workdir / 'table.md'}, table.json, table.png; report: {workdir / 'report.html'}")
@@ -99,20 +118,31 @@ def _in_words(outcome: Outcome) -> str:
     )
 
 
-def _read_cell(rows: Mapping[str, Row], config: Any, facts: Mapping[str, Any], folder: Path) -> list[Outcome]:
+def _read_cell(rows: Mapping[str, Row], cell: Cell) -> list[Outcome]:
     """What one trained cell says about each of `rows`: about its own, and about those that read its scores."""
+    facts = cell.facts
     if "error" in facts:
         return [Outcome(name, facts) for name in rows]
-    tasks = build_system(config).tasks
-    stored, calibration = load_trained(folder, tasks, facts["step"])
+    stored, calibration = cell.load()
     outcomes = []
     for name, row in rows.items():
         used = calibration if row.texture else without_texture(stored, calibration)
         used = dataclasses.replace(used, fusion=row.fusion or used.fusion)
         # Maps are fused in one way only, and nothing was timed.
-        own = facts if row.trained else {**facts, "pixels": {}, "train_seconds": None, "score_images_per_second": None}
+        own = facts if row.trained else {**facts, **UNMEASURED}
         outcomes.append(Outcome(name, own, measure(stored, used, row.leave_out), stored))
     return outcomes
+
+
+def _fused_cells(row: str, cells: Sequence[Cell]) -> Outcome:
+    """The detectors of several cells of one seed as one, which costs what all of them cost."""
+    facts = dict(cells[0].facts) | UNMEASURED
+    facts |= {key: sum(cell.facts[key] for cell in cells) for key in ("num_params", "gflops", "num_tasks")}
+    errors = [cell.facts["error"] for cell in cells if "error" in cell.facts]
+    if errors:
+        return Outcome(row, facts | {"error": errors[0]})
+    stored, calibration = joined([cell.load() for cell in cells])
+    return Outcome(row, facts, measure(stored, calibration), stored)
 
 
 def _check_rows(config: Any, rows: Mapping[str, Row]) -> None:

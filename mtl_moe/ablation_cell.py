@@ -178,6 +178,30 @@ def load_trained(folder: Path, tasks: Sequence[Task], step: int) -> tuple[Stored
     return stored, load_calibration(folder / "calibration.npz", evidence_names(tasks), step)
 
 
+def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibration]:
+    """Cells of different tasks as one detector that has the evidences of all.
+
+    For image scores only: finished maps were not kept.
+    """
+    stored, calibrations = [cell[0] for cell in cells], [cell[1] for cell in cells]
+    first = stored[0]
+    scored = {
+        part: Scored(np.concatenate([one.scored[part].raw for one in stored], 1), found.texture)
+        for part, found in first.scored.items()
+    }
+    columns = {
+        name: np.concatenate(
+            [getattr(calibration, name) for calibration in calibrations], axis=-1 if name == "reference" else 0
+        )
+        for name in ("slope", "intercept", "reference", "tail", "map_low", "map_scale")
+    }
+    names = tuple(name for calibration in calibrations for name in calibration.names)
+    calibration = Calibration(names=names, fusion=calibrations[0].fusion, fused=np.zeros(0), **columns)
+    normals = scored["calibration"]
+    fused = np.sort(calibration.fuse(calibration.corrected(normals.raw, normals.texture)))
+    return dataclasses.replace(first, scored=scored), dataclasses.replace(calibration, fused=fused)
+
+
 class _Uncorrected(NamedTuple):
     """As much of a task as a calibration reads. Scores that are means are not corrected for texture."""
 

@@ -21,6 +21,7 @@ class Row:
       fusion: another fusion, or "".
       leave_out: evidences that are not fused.
       texture: whether scores are corrected for texture.
+      parts: rows whose detectors are fused into one, measured from their cells instead of the base's.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Row:
     fusion: str = ""
     leave_out: tuple[str, ...] = ()
     texture: bool = True
+    parts: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
@@ -63,6 +65,7 @@ def known_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
         ):
             equal = round(steps * len(names) / len(kept))
             rows[f"{row}_{task}"] = Row(f"{title}, equal task views", {"tasks.names": kept, "train.num_steps": equal})
+        rows[f"single_{task}"] = Row(f"{task} alone, equal updates", {"tasks.names": (task,)})
     sizes = {f"model.{name}": model[name] for name in ("width", "num_heads", "mlp_dim", "expert_dim")}
     layers = {f"model.{name}": model[name] for name in ("num_dense_layers", "num_moe_layers", "num_neck_layers")}
     rows["width_half"] = Row("half the width", {name: max(size // 2, 1) for name, size in sizes.items()})
@@ -92,6 +95,9 @@ def _scored_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
     rows = {f"fusion_{name}": Row(f"fusion {name}", fusion=name) for name in FUSIONS if name != config.score.fusion}
     rows["no_texture_fit"] = Row("scores not corrected for texture", texture=False)
     evidences = task_evidences(tasks)
+    if len(tasks) > 1:  # as many task views in all as the base: equal compute, a whole network for each task
+        singles = tuple(f"single_{task}" for task in config.tasks.names)
+        rows["ensemble"] = Row("a detector for each task, fused, equal task views in all", parts=singles)
     for task, names in evidences.items() if len(evidences) > 1 else ():
         rows[f"without_{task}"] = Row(f"fused without {task}", leave_out=names)
         for name in names if len(names) > 1 else ():
@@ -118,6 +124,7 @@ def build_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
             f"{config.ablation.num_seeds} and {config.num_seeds}"
         )
     chosen = {BASE}.union(*(fnmatch.filter(known, name) for name in wanted))
+    chosen |= {part for name in chosen for part in known[name].parts}
     return {name: row for name, row in known.items() if name in chosen}
 
 

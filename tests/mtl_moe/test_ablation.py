@@ -14,7 +14,7 @@ from core.loop import NonFiniteLossError
 from core.workdir import check_config
 from mtl_moe import ablation, ablation_cell, run
 from mtl_moe.ablation import FREE_FIELDS, run_ablation
-from mtl_moe.ablation_cell import FUSED, Stored, load_trained, measure, read_stored, without_texture
+from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, read_stored, without_texture
 from mtl_moe.ablation_report import choice_in_words, markdown
 from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
 from mtl_moe.ablation_summary import Outcome, choose, summarise
@@ -53,10 +53,11 @@ def test_the_default_config_has_every_row_of_the_plan():
         "dense_active", "dense_params", "router_per_task", "router_fixed", "no_shared_expert", "top_1", "experts_1",
         "experts_2", "experts_4", "experts_8", "width_half", "width_double", "depth_double", "image_96", "image_128",
         "image_224", "steps_half", "steps_double", "augment_none", "augment_light_all", "adamw", "fusion_robust_z",
-        "fusion_max", "fusion_mean", "no_texture_fit", "without_evidence_synthetic", "without_evidence_synthetic_clean",
+        "fusion_max", "fusion_mean", "no_texture_fit", "ensemble", "without_evidence_synthetic",
+        "without_evidence_synthetic_clean",
     }  # fmt: skip
     for task in config.tasks.names:
-        expected |= {f"only_{task}", f"without_{task}", f"retrained_without_{task}"}
+        expected |= {f"only_{task}", f"single_{task}", f"without_{task}", f"retrained_without_{task}"}
     assert expected <= set(rows)
     assert not {"router_shared", "shared_expert", "top_2", "image_64", "muon", "fusion_tail"} & set(rows), (
         "equal to the base"
@@ -85,6 +86,15 @@ def test_a_cell_is_an_ordinary_detector_that_differs_in_its_row_alone(config):
     assert cell_config(config, rows["base"], 0).to_dict() == expected
     assert {key for key, value in one.to_dict().items() if value != expected[key]} == {"model", "seed"}
     assert config.model.router == "shared"
+
+
+def test_an_ensemble_brings_its_parts(config):
+    config.ablation.rows = ("ensemble",)
+    rows = build_rows(config, build_system(config).tasks)
+    assert list(rows) == ["base", "single_masked", "single_synthetic", "ensemble"]
+    for task in TASKS:
+        one = cell_config(config, rows[f"single_{task}"], 0)
+        assert (one.tasks.names, one.train.num_steps) == ((task,), config.train.num_steps)
 
 
 def test_patterns_choose_rows_and_unknown_names_are_told(config):
@@ -137,30 +147,33 @@ def test_an_ablation_is_no_single_detector(config, tmp_path):
 # What a cell measures.
 
 
-def make_stored(quality: float, seed: int = 0, names: str = "t", painted: float = 1.0) -> tuple[Stored, Any]:
-    """Scores of three evidences on 40 normals and 40 test images, half of these abnormal, two to a patient; and their
-    calibration."""
+def make_stored(
+    quality: float, seed: int = 0, names: str = "t", painted: float = 1.0, tasks: tuple[str, ...] = TASKS
+) -> tuple[Stored, Any]:
+    """Scores of the tasks' evidences (three) on 40 normals and 40 test images, half of these abnormal, two to a
+    patient; and their calibration."""
+    tasks = make_tasks(tasks)
+    width = len(evidence_names(tasks))
     rng = np.random.default_rng(seed)
     labels = np.repeat([0, 1], 20)
-    texture = lambda n: rng.normal(size=n).astype(np.float32)  # noqa: E731
+    textures = np.random.default_rng((seed, 1))  # of the images, whatever the tasks
 
     def scored(shift: np.ndarray) -> Scored:
-        found = texture(len(shift))
-        return Scored(rng.normal(size=(len(shift), 3)) + shift[:, None] + found[:, None], found)
+        found = textures.normal(size=len(shift)).astype(np.float32)
+        return Scored(rng.normal(size=(len(shift), width)) + shift[:, None] + found[:, None], found)
 
     kinds = np.concatenate([np.full(10, painted * (kind != "clean")) for kind in KINDS])
     parts = {"calibration": scored(np.zeros(40)), "painted": scored(kinds), "test": scored(quality * labels)}
-    tasks = make_tasks()
     normals = parts["calibration"]
-    maps = np.zeros((1, 3, 2, 2))
+    maps = np.zeros((1, width, 2, 2))
     calibration = fit_calibration(tasks, "tail", normals.raw, normals.texture, maps, np.ones((1, 2, 2)))
     ids = np.array([f"{names}{i}" for i in range(40)])
     return Stored(ids, np.array([f"p{i // 2}" for i in range(40)]), labels, parts), calibration
 
 
-def make_tasks() -> Any:
+def make_tasks(names: tuple[str, ...] = TASKS) -> Any:
     config = config_file.get_config()
-    config.tasks.names = TASKS
+    config.tasks.names = names
     return build_tasks(config.tasks, build_system(config).tasks[0].geometry)
 
 
@@ -199,6 +212,52 @@ def test_without_texture_nothing_is_corrected():
     np.testing.assert_array_equal(plain.reference, np.sort(stored.scored["calibration"].raw, axis=0))
     better, worse = (measure(stored, used).test["image_auroc"] for used in (calibration, plain))
     assert better > worse, "texture is half of these scores' noise"
+
+
+def test_cells_of_different_tasks_are_fused_as_one_detector():
+    cells = [make_stored(1.0, tasks=(name,)) for name in TASKS]
+    stored, calibration = joined(cells)
+    u = []
+    for one, own in cells:
+        test = one.scored["test"]
+        u.append(own.tail_scores(own.corrected(test.raw, test.texture)))
+    found = measure(stored, calibration)
+    np.testing.assert_allclose(found.scores, np.concatenate(u, 1).mean(1), rtol=1e-12)
+    assert list(calibration.names) == evidence_names(make_tasks())
+    assert len(calibration.fused) == 40
+    assert (np.diff(calibration.fused) >= 0).all()
+
+
+def test_an_ensemble_is_read_from_its_cells_and_costs_what_they_cost(config, tmp_path, monkeypatch):
+    stored = {}
+
+    def run_cell(one: Any, load: Any, folder: Any) -> dict[str, Any]:
+        folder.mkdir(parents=True)
+        stored[one.tasks.names], calibration = make_stored(1.0, tasks=one.tasks.names)
+        stored[one.tasks.names].save(folder / "scores.npz")
+        calibration.save(folder / "calibration.npz", 2)
+        sizes = {"num_params": 10, "gflops": 0.5, "num_tasks": len(one.tasks.names)}
+        return sizes | dict(seed=0, num_steps=2, step=2, pixels={"aupro": 0.5}, train_seconds=1.0,
+                            score_images_per_second=1.0)  # fmt: skip
+
+    monkeypatch.setattr(ablation, "run_cell", run_cell)
+    monkeypatch.setattr(ablation, "painted_normals", lambda normals, most: None)
+    config.ablation.rows = ("ensemble",)
+    *_, masked, synthetic, ensemble = run_ablation(config, tmp_path / "run")
+    assert ensemble["row"] == "ensemble"
+    assert (ensemble["num_params"], ensemble["gflops"]) == (20, 1.0)
+    assert ensemble["aupro"] is ensemble["train_seconds"] is None
+    assert ensemble["evidences"] == masked["evidences"] | synthetic["evidences"]
+    assert len(ensemble["evidences"]) == 3
+    assert ensemble["difference"] is not None
+
+    def diverged(one: Any, load: Any, folder: Any) -> dict[str, Any]:
+        good = run_cell(one, load, folder)
+        return good | {"error": "step 1: loss not finite"} if one.tasks.names == ("masked",) else good
+
+    monkeypatch.setattr(ablation, "run_cell", diverged)
+    *_, synthetic, ensemble = run_ablation(config, tmp_path / "other")
+    assert (synthetic["error"], ensemble["error"]) == (None, "step 1: loss not finite")
 
 
 # The table.
