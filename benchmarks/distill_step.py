@@ -1,11 +1,12 @@
 """One distillation update, ours against PyTorch doing the same: images/s, peak memory, time to the first update.
 
-  python -m benchmarks.distill_step [--model=vit_base_patch16_224] [--batches=8,16] [--sides=jax,jax_bf16,torch_bf16]
+  python -m benchmarks.distill_step [--model=vit_small_patch16_224] [--batches=8,16] [--sides=jax,jax_bf16,torch_bf16]
 
 Both sides run the teacher, the student with enhanced adapters (r=2, R=128), L1 before the final norm, backward, AdamW,
 on the same fixed images of 224 pixels (no augmentation). Each side is a process of its own; the order alternates, and
 the median of the rounds' medians is compared. PyTorch: timm blocks with separate low-rank layers, written here from the
-method's description; bf16 is torch.autocast, ours `train.dtype` and `teacher.dtype`.
+method's description; bf16 is torch.autocast, ours `train.dtype` and `teacher.dtype`; compiled is torch.compile of both
+forward passes (it needs a C++ compiler).
 """
 
 import argparse
@@ -135,11 +136,19 @@ def _timed(step, batch: int, steps: int) -> dict:
     }
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    return torch.compile(function, dynamic=False)
+
+
 SIDES = {
     "jax": lambda model, batch: jax_step(model, batch, bf16=False),
     "jax_bf16": lambda model, batch: jax_step(model, batch, bf16=True),
     "torch": lambda model, batch: torch_step(model, batch, bf16=False),
     "torch_bf16": lambda model, batch: torch_step(model, batch, bf16=True),
+    "torch_compiled": lambda model, batch: torch_step(model, batch, bf16=False, compiler=_compiled),
+    "torch_bf16_compiled": lambda model, batch: torch_step(model, batch, bf16=True, compiler=_compiled),
 }
 
 
@@ -148,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--batches", default="8")
-    parser.add_argument("--sides", default="jax,jax_bf16,torch,torch_bf16")
+    parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES)

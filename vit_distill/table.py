@@ -63,6 +63,7 @@ FREE_FIELDS = (
     "data.root",
     "data.memory_limit_gb",
     "teacher.checkpoint",
+    "table.probe_data.root",
     "table.rows",
     "table.ratios",
     "table.reductions",

@@ -72,21 +72,27 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
     """Reads the data; images are decoded when they are first used, and once.
 
     Raises:
-      ValueError: as `load_labelled`; if the set has no labels, or fewer than table.held_out validation images.
+      ValueError: as `load_labelled`; if the probed set has no labels, or `data` fewer than table.held_out validation
+        images.
     """
     section, preprocessing = config.table, teacher.preprocessing
-    splits = [
-        load_labelled(config.data, split, preprocessing.resize_size, preprocessing.interpolation)
-        for split in ("train", "valid", "test")
-    ]
+
+    def load(data: Any, split: str) -> LabelledSet:
+        return load_labelled(data, split, preprocessing.resize_size, preprocessing.interpolation)
+
+    train, valid = load(config.data, "train"), load(config.data, "valid")
+    probed = probed_data(config)
+    splits = [train, valid] if probed is config.data else [load(probed, split) for split in ("train", "valid")]
     unlabelled = [split.name for split in splits if not split.labelled]
     if unlabelled:
-        raise ValueError(f"the table probes its students and needs labels; {unlabelled[0]} has images without any")
+        raise ValueError(
+            f"the table probes its students and needs labels; {unlabelled[0]} has images without any: name a labelled "
+            "set with table.probe_data"
+        )
+    splits.append(load(probed, "test"))
     few_shot = {
-        ratio: splits[0].take(select_few_shot(splits[0], ratio=ratio, seed=config.few_shot.seed))
-        for ratio in section.ratios
+        ratio: train.take(select_few_shot(train, ratio=ratio, seed=config.few_shot.seed)) for ratio in section.ratios
     }
-    valid = splits[1]
     batch = min(HELD_OUT_BATCH, section.held_out)
     if not 0 < section.held_out <= len(valid) or section.held_out % batch:
         raise ValueError(
@@ -99,6 +105,22 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
         rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
         splits[0] = splits[0].take(rows)
     return Bench(config, teacher, few_shot, held_out, tuple(splits), workdir / "teacher_features")
+
+
+def probed_data(config: Any) -> Any:
+    """The section `data` of the set that students are probed on: `config.data`, or a copy with table.probe_data in it.
+
+    Raises:
+      ValueError: if table.probe_data has a name or root, but no kind.
+    """
+    named = {key: value for key, value in config.table.probe_data.items() if value}
+    if not named:
+        return config.data
+    if "kind" not in named:
+        raise ValueError(f"table.probe_data: expected a kind, as of data.kind, found {named}")
+    data = config.data.copy_and_resolve_references()
+    data.update(config.table.probe_data)
+    return data
 
 
 def train_student(bench: Bench, config: Any, ratio: float | None) -> Trained:

@@ -135,14 +135,16 @@ def shared_facts(bench: Bench) -> dict[str, Any]:
     probe_sizes = ", ".join(f"{len(images)} {name}" for name, images in zip(names, bench.probe_sets, strict=True))
     return {
         "teacher": f"{bench.teacher.name}, sha256 {bench.teacher.report.sha256[:12]}...",
-        "images to distil on": f"{bench.probe_sets[0].name}, {sizes} (few-shot seed {config.few_shot.seed})",
+        "images to distil on": f"{next(iter(bench.few_shot.values())).name}, {sizes} (few-shot seed "
+        f"{config.few_shot.seed})",
         "budget of each row": f"{train.num_steps} updates of {train.batch_size} images, seeds {config.seed} to "
         f"{config.seed + section.num_seeds - 1}",
         "target": f"{config.loss.kind}, {config.loss.target}, {config.loss.blocks} block, cls weight "
         f"{config.loss.cls_weight:g}; rank {config.lora.rank}; blocks {config.student.blocks}",
         "learning rates": f"of {tuple(section.learning_rates)} by the loss on {len(bench.held_out)} held-out images, "
         f"{section.tune_steps or train.num_steps} updates each",
-        "probe": f"{section.probe.kind} on the pooled feature after the final norm, {probe_sizes} images",
+        "probe": f"{section.probe.kind} on the pooled feature after the final norm, {bench.probe_sets[0].name}, "
+        f"{probe_sizes} images",
     }
 
 

@@ -27,6 +27,8 @@ def get_config(arg=None):
         learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),  # ascending; one is chosen for each row, ratio and reduction
         tune_steps=0,  # updates of the runs that choose it; 0: as many as in the table
         held_out=256,  # validation images whose feature loss chooses it
+        # Labelled set that students are probed on, where it is another than `data`, which then needs no labels.
+        probe_data=dict(kind="", name="", root=""),
         probe=dict(
             kind="logistic",  # linear | logistic | knn
             per_class=100,  # training images of each class; 0: all

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.vit_distill.table import get_config
 from core.loop import NonFiniteLossError
@@ -320,6 +321,33 @@ def test_a_row_with_a_warm_start_begins_nearer(monkeypatch: pytest.MonkeyPatch):
 def test_held_out_images_that_cannot_be(held_out: int, tmp_path: Path):
     with pytest.raises(ValueError, match=f"table.held_out={held_out}"):
         table_bench.load_bench(small_config(held_out=held_out), make_teacher(), tmp_path)
+
+
+def test_students_can_be_probed_on_another_set_than_they_are_distilled_on(tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(photos / f"{i:02d}.png")
+    config = small_config(ratios=(0.5,))
+    config.data.update(kind="folder", name="photos", root=str(photos), valid_fraction=0.4)
+    with pytest.raises(ValueError, match=r"photos has images without any: name a labelled set with table\.probe_data"):
+        table_bench.load_bench(config, make_teacher(), tmp_path)
+    config.table.probe_data.kind = "digits"
+    bench = table_bench.load_bench(config, make_teacher(), tmp_path)
+    assert (bench.few_shot[0.5].name, len(bench.few_shot[0.5]), len(bench.held_out)) == ("photos", 24, 32)
+    digits = small_config()
+    digits.data.valid_fraction = 0.4  # what probe_data does not name is that of data
+    for found, split in zip(bench.probe_sets[1:], ("valid", "test"), strict=True):
+        assert found.names == load_labelled(digits.data, split, 16, "bilinear").names
+    facts = table_summary.shared_facts(bench)
+    assert facts["images to distil on"].startswith("photos, 50 % = 24")
+    assert "digits, 40 train" in facts["probe"]
+    assert config.data.kind == "folder"
+
+    config.table.probe_data.update(kind="", root="somewhere")
+    with pytest.raises(ValueError, match=r"table\.probe_data: expected a kind"):
+        table_bench.load_bench(config, make_teacher(), tmp_path)
 
 
 def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
