@@ -57,7 +57,13 @@ def jax_step(model: str, batch: int, bf16: bool, overrides: Mapping[str, Any] | 
 
 
 def torch_step(
-    model: str, batch: int, bf16: bool, compiler: Callable[[Any], Any] | None = None, **options: Any
+    model: str,
+    batch: int,
+    bf16: bool,
+    compiler: Callable[[Any], Any] | None = None,
+    rank: int = RANK,
+    reduction: int = REDUCTION,
+    **options: Any,
 ) -> Callable[[], Any]:
     """The same update in PyTorch. `compiler`: applied to both forward passes; `options`: of `timm.create_model`."""
     from benchmarks.peers import import_timm
@@ -77,9 +83,9 @@ def torch_step(
             self.linear = linear
             width = linear.out_features // parts
             bound = linear.in_features**-0.5
-            shape = (RANK, linear.in_features)
+            shape = (rank, linear.in_features)
             self.a = nn.ParameterList([torch.empty(shape).uniform_(-bound, bound) for _ in range(parts)])
-            self.b = nn.ParameterList([torch.zeros(width, RANK) for _ in range(parts)])
+            self.b = nn.ParameterList([torch.zeros(width, rank) for _ in range(parts)])
 
         def forward(self, x):
             low = [nn.functional.linear(nn.functional.linear(x, a), b) for a, b in zip(self.a, self.b, strict=True)]
@@ -88,7 +94,7 @@ def torch_step(
     teacher = timm.create_model(model, num_classes=0, **options).eval()
     student = timm.create_model(model, num_classes=0, **options)
     student.load_state_dict(teacher.state_dict())
-    student.blocks = student.blocks[::REDUCTION]
+    student.blocks = student.blocks[::reduction]
     for parameter in [*teacher.parameters(), *student.parameters()]:
         parameter.requires_grad_(False)
     for block in student.blocks:

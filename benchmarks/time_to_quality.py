@@ -2,14 +2,17 @@
 
   python -m benchmarks.time_to_quality --teacher=FOLDER --root=IMAGES [--ratio=0.1] [--reduction=2] [--steps=300]
 
-Plain: fresh crops, the teacher in the loop, adapters from zero. Fast: cached teacher views, with and without the
-closed-form warm start, on shorter schedules as well. Seconds hold everything but reading the images: compilation,
-caching the teacher's features, the warm start. The error (mean absolute, all tokens, before the final norm) is taken on
-held-out images of the same split every few updates, outside the clock.
+Plain: fresh crops, the teacher in the loop, adapters from zero, AdamW, float32. Fast: cached teacher views, then with
+the closed-form warm start, with Muon and with products in bfloat16 as well, each on shorter schedules too. Seconds hold
+everything but reading the images: compilation, caching the teacher's features, the warm start. The error (mean
+absolute, all tokens, before the final norm) is taken on held-out images of the same split every few updates, outside
+the clock. PyTorch (where it is installed): the seconds that its updates of the plain recipe take at the least, from
+their median on fixed images, without crops and start-up; that it gets as near is taken from the parity of one update.
 """
 
 import argparse
 import itertools
+import statistics
 import sys
 import time
 
@@ -17,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.distill_step import torch_step
 from benchmarks.record import write_record
 from configs.vit_distill import distill as recipe
 from core.mesh import shard_batch
 from core.optim import build_optimizer
-from core.vit import VisionTransformer
+from core.vit import VisionTransformer, VitConfig
 from vit_distill.distill import build_distiller, build_state, make_step_fn
 from vit_distill.lora import merge
 from vit_distill.run import few_shot_images
@@ -29,6 +33,8 @@ from vit_distill.teacher import load_teacher
 from vit_distill.train import start_values, training_batches
 
 EVERY = 10
+WARM = {"lora.warm_start": True}
+HALF = {"train.dtype": "bfloat16", "teacher.dtype": "bfloat16"}
 
 
 def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, float]]:
@@ -60,6 +66,28 @@ def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, 
     return curve
 
 
+def torch_update_seconds(architecture: VitConfig, config, bf16: bool) -> float:
+    """Median seconds of PyTorch's update of a model of the teacher's sizes on one fixed batch."""
+    options = {
+        "img_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+        "embed_dim": architecture.width,
+        "depth": architecture.depth,
+        "num_heads": architecture.num_heads,
+        "mlp_ratio": architecture.mlp_dim / architecture.width,
+    }
+    step = torch_step(
+        "vit_tiny_patch16_224", config.train.batch_size, bf16, rank=config.lora.rank,
+        reduction=config.student.reduction, **options,
+    )  # fmt: skip
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        float(step())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
 def main() -> None:
     """Runs the plain recipe, then the fast ones until they are as good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +98,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--muon_rate", type=float, default=3e-2)
     parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--torch", action="store_true", help="time PyTorch's updates as well")
     args = parser.parse_args()
     config = recipe.get_config()
     config.data.root, config.few_shot.ratio, config.student.reduction = args.root, args.ratio, args.reduction
@@ -89,19 +119,34 @@ def main() -> None:
     rows.append({"recipe": "plain", "steps": args.steps, "updates": args.steps, "seconds": round(seconds, 1)})
     rows[-1] |= {"error": round(target, 4), "start_error": round(plain[0][2], 4), "times_faster": 1.0}
     print(rows[-1], flush=True)
-    for warm_start, share in itertools.product((False, True), (1, 2, 4)):
-        config.train.update(num_steps=args.steps // share, cached_views=args.views)
-        config.lora.warm_start = warm_start
-        curve = follow(config, teacher, few, held_out, target)
-        updates, spent, error = curve[-1]
-        reached = error <= target
-        row = {"recipe": "cached" + " + warm start" * warm_start, "steps": args.steps // share, "updates": updates}
-        row |= {"seconds": round(spent, 1), "error": round(error, 4), "start_error": round(curve[0][2], 4)}
-        rows.append(row | {"times_faster": round(seconds / spent, 2) if reached else "not reached"})
+    muon = {"optim.kind": "muon", "optim.learning_rate": args.muon_rate}
+    recipes = {
+        "cached": ({}, (1, 2, 4)),
+        "cached + warm start": (WARM, (1, 2, 4)),
+        "cached + warm start + Muon": (WARM | muon, (1, 2, 3, 4)),
+        "cached + warm start, bfloat16": (WARM | HALF, (1, 2)),
+        "cached + warm start + Muon, bfloat16": (WARM | muon | HALF, (1, 2, 3, 4)),
+    }
+    for name, (fields, shares) in recipes.items():
+        for share in shares:
+            one = config.copy_and_resolve_references()
+            one.train.update(num_steps=args.steps // share, cached_views=args.views)
+            one.update_from_flattened_dict(fields)
+            curve = follow(one, teacher, few, held_out, target)
+            updates, spent, error = curve[-1]
+            row = {"recipe": name, "steps": args.steps // share, "updates": updates}
+            row |= {"seconds": round(spent, 1), "error": round(error, 4), "start_error": round(curve[0][2], 4)}
+            rows.append(row | {"times_faster": round(seconds / spent, 2) if error <= target else "not reached"})
+            print(rows[-1], flush=True)
+    for bf16 in (False, True) if args.torch else ():
+        spent = args.steps * torch_update_seconds(teacher.config, config, bf16)
+        row = {"recipe": "PyTorch, updates alone" + ", bfloat16 autocast" * bf16, "steps": args.steps}
+        rows.append(row | {"seconds": round(spent, 1), "times_faster": round(seconds / spent, 2)})
         print(rows[-1], flush=True)
     command = " ".join(["python -m benchmarks.time_to_quality", *sys.argv[1:]])
     command = command.replace(args.root, "IMAGES").replace(args.teacher, "TEACHER")
-    write_record("time_to_quality_cpu", command, rows, ("jax", "flax"))
+    packages = ("jax", "flax", "torch", "timm") if args.torch else ("jax", "flax")
+    write_record("time_to_quality_cpu", command, rows, packages)
 
 
 if __name__ == "__main__":
