@@ -32,6 +32,12 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
+def _transposed_dot(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """weights^T x, [G, N, N] and [G, N, Dh] -> [G, N, Dh] float32. The narrower operand is written out transposed."""
+    # Without the barrier XLA would make weights^T x of it again.
+    return jax.lax.optimization_barrier(_dot(transposed(x), weights, (2, 1))).mT
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
     """`attend` for [G, N, Dh]."""
@@ -53,8 +59,8 @@ def _attention_bwd(dtype, saved, g):
     logits = (weights * (_dot(g, v, (2, 2)) - own) * q.shape[-1] ** -0.5).astype(dtype)
     gradients = (
         _dot(logits, k, (2, 1)),
-        _dot(transposed(logits), q, (2, 1)),
-        _dot(transposed(weights), g, (2, 1)),
+        _transposed_dot(logits, q),
+        _transposed_dot(weights, g),
     )
     return tuple(x.astype(out.dtype) for x in gradients)
 

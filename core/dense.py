@@ -78,6 +78,14 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
+def outer(x: jax.Array, g: jax.Array) -> jax.Array:
+    """x^T g, [M, D] and [M, F] -> [D, F] float32: a weight's gradient. The narrower of the two is transposed."""
+    if x.shape[1] <= g.shape[1]:
+        return dot(transposed(x), g, (1, 0))
+    # Without the barrier XLA would make x^T g of it again.
+    return jax.lax.optimization_barrier(dot(transposed(g), x, (1, 0))).T
+
+
 def matmul(x: jax.Array, kernel: Kernel, dtype: Dtype = jnp.float32) -> jax.Array:
     """x [M, D] times kernel [D, F] with operands in `dtype`; [M, F] in `activation_dtype(dtype)`."""
     x = x.astype(activation_dtype(dtype))
@@ -102,7 +110,7 @@ def _matmul_bwd(dtype: Dtype, saved: tuple[jax.Array, jax.Array, jax.Array], g: 
     x, w, example = saved
     g = g.astype(dtype)
     dx = dot(g, w.astype(dtype), (1, 1)).astype(example.dtype)
-    return dx, dot(transposed(x), g, (1, 0)).astype(w.dtype)
+    return dx, outer(x, g).astype(w.dtype)
 
 
 _matmul.defvjp(
@@ -116,12 +124,29 @@ def _low_rank_matmul(
     x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float, merged: bool, dtype: Dtype
 ) -> jax.Array:
     """x @ w where w holds scale * AB already (merged), else x @ w + scale * (x @ a) @ b."""
-    rounded = x.astype(dtype)
-    out = dot(rounded, w.astype(dtype), (1, 0))
-    if not merged:
-        low = dot(rounded, a.astype(dtype), (1, 0)).astype(dtype)
-        out += scale * dot(low, b.astype(dtype), (1, 0))
-    return out.astype(x.dtype)
+    rounded, w = x.astype(dtype), w.astype(dtype)
+    if merged:
+        return dot(rounded, w, (1, 0)).astype(x.dtype)
+    low = (scale * dot(rounded, a.astype(dtype), (1, 0))).astype(dtype)
+    return _sum_of_products(rounded, w, low, b.astype(dtype), 0).astype(x.dtype)
+
+
+def _sum_of_products(x: jax.Array, w: jax.Array, low: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """x w + low b over the given axis of w and b: x [M, D] and low [M, R] -> [M, F] float32.
+
+    Where the result is wider than x it is one product of what is joined: a second result would be written and read.
+    """
+    if w.shape[1 - axis] <= w.shape[axis]:
+        return dot(x, w, (1, axis)) + dot(low, b, (1, axis))
+    return dot(_joined(x, low, 1), _joined(w, b, axis), (1, axis))
+
+
+def _joined(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """The two behind each other. As integers, because XLA's CPU backend joins bfloat16 arrays by way of float32."""
+    if x.dtype != jnp.bfloat16:
+        return jnp.concatenate([x, y], axis)
+    bits = jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.uint16) for part in (x, y)], axis)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def _low_rank_matmul_fwd(x, w, a, b, scale, merged, dtype):
@@ -131,13 +156,10 @@ def _low_rank_matmul_fwd(x, w, a, b, scale, merged, dtype):
 
 def _low_rank_matmul_bwd(scale, merged, dtype, saved, g):
     x, w, a, b, example = saved
-    a, b, g = a.astype(dtype), b.astype(dtype), g.astype(dtype)
-    low, g_low = dot(x, a, (1, 0)).astype(dtype), dot(g, b, (1, 1)).astype(dtype)  # [M, R] both
-    dx = dot(g, w.astype(dtype), (1, 1))
-    if not merged:
-        dx += scale * dot(g_low, a, (1, 1))
-    da, db = scale * dot(transposed(x), g_low, (1, 0)), scale * dot(transposed(low), g, (1, 0))
-    return dx.astype(example.dtype), jnp.zeros_like(w), da, db
+    w, a, b, g = w.astype(dtype), a.astype(dtype), b.astype(dtype), g.astype(dtype)
+    low, g_low = ((scale * y).astype(dtype) for y in (dot(x, a, (1, 0)), dot(g, b, (1, 1))))  # [M, R] both
+    dx = dot(g, w, (1, 1)) if merged else _sum_of_products(g, w, g_low, a, 1)
+    return dx.astype(example.dtype), jnp.zeros_like(saved[1]), outer(x, g_low), outer(low, g)
 
 
 _low_rank_matmul.defvjp(_low_rank_matmul_fwd, _low_rank_matmul_bwd)

@@ -14,9 +14,9 @@ from core.mesh import make_mesh
 ROWS, INPUTS, OUTPUTS = 40, 12, 24
 
 
-def _operands():
+def _operands(outputs=OUTPUTS):
     x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
-        [(ROWS, INPUTS), (INPUTS, OUTPUTS), (ROWS, OUTPUTS)]
+        [(ROWS, INPUTS), (INPUTS, outputs), (ROWS, outputs)]
     ))  # fmt: skip
     return x, w, g
 
@@ -26,15 +26,34 @@ def _value_and_gradients(x, w, g, dtype):
     return out, *pull(g)
 
 
+@pytest.mark.parametrize("outputs", [24, 6])  # more than the inputs and fewer: other operands are transposed or joined
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_matmul_and_gradients_equal_numpy_on_rounded_operands(dtype):
+def test_matmul_and_gradients_equal_numpy_on_rounded_operands(dtype, outputs):
     """Sums of up to 40 terms in float32: 40 * 2^-24 of values below 20."""
-    x, w, g = _operands()
+    x, w, g = _operands(outputs)
     ours = _value_and_gradients(x, w, g, dtype)
     assert {a.dtype for a in ours} == {jnp.dtype("float32")}
     x, w, g = (np.asarray(a.astype(dtype), np.float64) for a in (x, w, g))
     for found, expected in zip(ours, (x @ w, g @ w.T, x.T @ g), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("outputs", [24, 6])
+def test_an_adapted_kernel_in_bfloat16_equals_numpy_on_rounded_operands(outputs):
+    """Every operand is rounded once, x A and g B' after the scale; sums as above."""
+    x, w, g = _operands(outputs)
+    a, b = jax.random.normal(jax.random.key(3), (INPUTS, 2)), jax.random.normal(jax.random.key(4), (2, outputs))
+
+    def apply(x, a, b):
+        return dense.matmul(x, dense.AdaptedKernel(w, a, b, 0.3), jnp.bfloat16)
+
+    out, pull = jax.jit(lambda *args: jax.vjp(apply, *args))(x, a, b)
+    rounded = lambda y: np.asarray(jnp.asarray(y, jnp.float32).astype(jnp.bfloat16), np.float64)  # noqa: E731
+    x, w, g, a, b = map(rounded, (x, w, g, a, b))
+    low, g_low = rounded(0.3 * (x @ a)), rounded(0.3 * (g @ b.T))
+    expected = (x @ w + low @ b, g @ w.T + g_low @ a.T, x.T @ g_low, low.T @ g)
+    for found, value in zip((out, *pull(g.astype(np.float32))), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=0, atol=1e-4)
 
 
 def test_bfloat16_really_rounds():
