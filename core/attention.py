@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from core.dense import transposed
+from core.dense import in_bfloat16_units, transposed
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
@@ -33,7 +33,9 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _transposed_dot(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """weights^T x, [G, N, N] and [G, N, Dh] -> [G, N, Dh] float32. The narrower operand is written out transposed."""
+    """weights^T x, [G, N, N] and [G, N, Dh] -> [G, N, Dh] float32. What has to be written out is the narrower."""
+    if not in_bfloat16_units(x):
+        return _dot(weights, x, (1, 1))
     # Without the barrier XLA would make weights^T x of it again.
     return jax.lax.optimization_barrier(_dot(transposed(x), weights, (2, 1))).mT
 

@@ -61,13 +61,18 @@ def rounded_kernels(params: Any, dtype: Dtype) -> Any:
     return jax.tree_util.tree_map_with_path(rounded, params)
 
 
+def in_bfloat16_units(x: jax.Array) -> bool:
+    """Whether products of x are those of a CPU's bfloat16 units, where operands' layouts and copies decide the time."""
+    return jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """x [..., M, D] -> [..., D, M], written out so in memory where x is bfloat16 on a CPU.
 
     XLA would fold the transposition into the product that follows, and the bfloat16 units are used for a row-major left
     operand only.
     """
-    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
+    if in_bfloat16_units(x):
         return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
     return x.mT
 
@@ -79,8 +84,8 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def outer(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x^T g, [M, D] and [M, F] -> [D, F] float32: a weight's gradient. The narrower of the two is transposed."""
-    if x.shape[1] <= g.shape[1]:
+    """x^T g, [M, D] and [M, F] -> [D, F] float32: a weight's gradient. What has to be written out is the narrower."""
+    if x.shape[1] <= g.shape[1] or not in_bfloat16_units(x):
         return dot(transposed(x), g, (1, 0))
     # Without the barrier XLA would make x^T g of it again.
     return jax.lax.optimization_barrier(dot(transposed(g), x, (1, 0))).T
@@ -134,17 +139,16 @@ def _low_rank_matmul(
 def _sum_of_products(x: jax.Array, w: jax.Array, low: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """x w + low b over the given axis of w and b: x [M, D] and low [M, R] -> [M, F] float32.
 
-    Where the result is wider than x it is one product of what is joined: a second result would be written and read.
+    In a CPU's bfloat16 units, where the result is wider than x, it is one product of what is joined: a second result
+    would be written and read.
     """
-    if w.shape[1 - axis] <= w.shape[axis]:
+    if w.shape[1 - axis] <= w.shape[axis] or not in_bfloat16_units(x):
         return dot(x, w, (1, axis)) + dot(low, b, (1, axis))
     return dot(_joined(x, low, 1), _joined(w, b, axis), (1, axis))
 
 
 def _joined(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """The two behind each other. As integers, because XLA's CPU backend joins bfloat16 arrays by way of float32."""
-    if x.dtype != jnp.bfloat16:
-        return jnp.concatenate([x, y], axis)
+    """Two bfloat16 arrays behind each other. As integers: XLA's CPU backend would join them by way of float32."""
     bits = jnp.concatenate([jax.lax.bitcast_convert_type(part, jnp.uint16) for part in (x, y)], axis)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
