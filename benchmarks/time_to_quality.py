@@ -6,7 +6,7 @@ Plain: fresh crops, the teacher in the loop, adapters from zero, AdamW, float32.
 the closed-form warm start, with Muon and with products in bfloat16 as well, each on shorter schedules too. Seconds hold
 everything but reading the images: compilation, caching the teacher's features, the warm start. The error (mean
 absolute, all tokens, before the final norm) is taken on held-out images of the same split every few updates, outside
-the clock. PyTorch (where it is installed): the seconds that its updates of the plain recipe take at the least, from
+the clock. PyTorch (--torch): the seconds that its updates of the plain recipe take at the least, from
 their median on fixed images, without crops and start-up; that it gets as near is taken from the parity of one update.
 """
 
