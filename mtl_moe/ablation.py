@@ -18,7 +18,7 @@ from core.compilation import enable_compilation_cache
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, Split, load_dataset
 from mtl_moe.ablation_cell import FREE_FIELDS as CELL_FREE_FIELDS
-from mtl_moe.ablation_cell import Stored, joined, load_trained, measure, run_cell, without_texture
+from mtl_moe.ablation_cell import Stored, joined, load_trained, measure, run_cell, uncorrected
 from mtl_moe.ablation_rows import BASE, Row, build_rows, cell_config
 from mtl_moe.ablation_summary import Outcome, write_summary
 from mtl_moe.painted import TRAINED, UNSEEN, painted_normals
@@ -126,7 +126,7 @@ def _read_cell(rows: Mapping[str, Row], cell: Cell) -> list[Outcome]:
     stored, calibration = cell.load()
     outcomes = []
     for name, row in rows.items():
-        used = calibration if row.texture else without_texture(stored, calibration)
+        used = calibration if row.texture else uncorrected(stored, calibration)
         used = dataclasses.replace(used, fusion=row.fusion or used.fusion)
         # Maps are fused in one way only, and nothing was timed.
         own = facts if row.trained else {**facts, **UNMEASURED}

@@ -3,7 +3,7 @@
 A cell is an ordinary work directory (config.json, checkpoints, calibration.npz: --mode=evaluate and --mode=predict work
 on it) with two files more: scores.npz, the raw scores of calibration, painted and test images, and cell.json, written
 last, which says that the cell is finished. What differs from a trained row in fusion or calibration alone is measured
-from the same scores.npz without training. Axes: N test images, n calibration normals, S evidences.
+from the same scores.npz without training. Axes: N test images, n calibration normals, S evidences of tasks.
 """
 
 import dataclasses
@@ -26,7 +26,15 @@ from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.painted import by_kind, criteria, painted_auroc
-from mtl_moe.scoring import Calibration, evidence_names, fit_calibration, load_calibration, make_map_fn
+from mtl_moe.scoring import (
+    TEXTURE,
+    Calibration,
+    fit_calibration,
+    fused_names,
+    load_calibration,
+    make_map_fn,
+    with_normals,
+)
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
 from mtl_moe.train import train
@@ -175,7 +183,7 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
 def load_trained(folder: Path, tasks: Sequence[Task], step: int) -> tuple[Stored, Calibration]:
     """Stored scores and calibration of a finished cell of these tasks."""
     stored = read_stored(folder / "scores.npz")
-    return stored, load_calibration(folder / "calibration.npz", evidence_names(tasks), step)
+    return stored, load_calibration(folder / "calibration.npz", fused_names(tasks), step)
 
 
 def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibration]:
@@ -190,16 +198,15 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
         for part, found in first.scored.items()
     }
     columns = {
-        name: np.concatenate(
-            [getattr(calibration, name) for calibration in calibrations], axis=-1 if name == "reference" else 0
-        )
-        for name in ("slope", "intercept", "reference", "tail", "map_low", "map_scale")
+        name: np.concatenate([getattr(calibration, name) for calibration in calibrations])
+        for name in ("slope", "intercept", "map_low", "map_scale")
     }
-    names = tuple(name for calibration in calibrations for name in calibration.names)
-    calibration = Calibration(names=names, fusion=calibrations[0].fusion, fused=np.zeros(0), **columns)
+    names = tuple(name for calibration in calibrations for name in calibration.names[:-1])
+    # The texture, and its median, are those of the images: the same in every cell, and one evidence.
+    calibration = dataclasses.replace(calibrations[0], names=(*names, TEXTURE), **columns)
     normals = scored["calibration"]
-    fused = np.sort(calibration.fuse(calibration.corrected(normals.raw, normals.texture)))
-    return dataclasses.replace(first, scored=scored), dataclasses.replace(calibration, fused=fused)
+    calibration = with_normals(calibration, calibration.corrected(normals.raw, normals.texture))
+    return dataclasses.replace(first, scored=scored), calibration
 
 
 class _Uncorrected(NamedTuple):
@@ -208,12 +215,12 @@ class _Uncorrected(NamedTuple):
     reductions: Mapping[str, str]
 
 
-def without_texture(stored: Stored, calibration: Calibration) -> Calibration:
+def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
     """The calibration fitted anew on the same normals, with no evidence corrected for texture.
 
     For image scores only: its maps' scales are empty.
     """
-    normals, names = stored.scored["calibration"], calibration.names
+    normals, names = stored.scored["calibration"], calibration.names[:-1]
     tasks = [_Uncorrected(dict.fromkeys(names, "mean"))]
     maps, body = np.zeros((1, len(names), 1, 1)), np.ones((1, 1, 1))
     return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture, maps, body)

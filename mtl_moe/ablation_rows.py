@@ -98,7 +98,7 @@ def _scored_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
     if len(tasks) > 1:  # as many task views in all as the base: equal compute, a whole network for each task
         singles = tuple(f"single_{task}" for task in config.tasks.names)
         rows["ensemble"] = Row("a detector for each task, fused, equal task views in all", parts=singles)
-    for task, names in evidences.items() if len(evidences) > 1 else ():
+    for task, names in evidences.items():
         rows[f"without_{task}"] = Row(f"fused without {task}", leave_out=names)
         for name in names if len(names) > 1 else ():
             rows[f"without_evidence_{name}"] = Row(f"fused without the evidence {name}", leave_out=(name,))

@@ -29,7 +29,7 @@ from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, res
 from mtl_moe.outputs import write_predictions
 from mtl_moe.provenance import provenance
 from mtl_moe.report import Case, ReportData, select_cases, write_report
-from mtl_moe.scoring import Calibration, make_map_fn, task_evidences
+from mtl_moe.scoring import Calibration, evidence_names, make_map_fn, task_evidences
 from mtl_moe.system import System
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
@@ -127,12 +127,10 @@ class Results:
         for name, scores in zip(calibration.names, corrected.T, strict=True):
             self._image(f"task/{name}/", scores, interval=True)
         # Named best with the test labels in sight: a comparison, never a choice.
-        singles = {name: self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in calibration.names}
-        self.metrics[self._prefix + "best_single/image_auroc"] = max(singles.values())
-        evidences = task_evidences(system.tasks)
-        if len(evidences) > 1:
-            for task, names in evidences.items():
-                self._image(f"leave_out/{task}/", calibration.fuse(corrected, leave_out=names))
+        singles = [self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in evidence_names(system.tasks)]
+        self.metrics[self._prefix + "best_single/image_auroc"] = max(singles)
+        for task, names in task_evidences(system.tasks).items():
+            self._image(f"leave_out/{task}/", calibration.fuse(corrected, leave_out=names))
 
     def add_floors(self, dataset: Dataset) -> None:
         """Scores and maps that learn next to nothing, fitted on the same training normals."""

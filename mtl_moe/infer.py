@@ -17,7 +17,7 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.dataset import Split, eval_batches
 from mtl_moe.floors import log_mean_gradient
-from mtl_moe.scoring import Calibration, fit_calibration, make_map_fn, make_score_fn
+from mtl_moe.scoring import Calibration, evidence_names, fit_calibration, make_map_fn, make_score_fn
 from mtl_moe.system import System
 
 MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
@@ -125,7 +125,7 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
 def evidence_maps(system: System, calibration: Calibration, maps: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Maps [n, S, H, W] -> for each image its maps by evidence in calibrated units (0: median, 1: 95th percentile)."""
     scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None]
-    return [dict(zip(calibration.names, image, strict=True)) for image in scaled]
+    return [dict(zip(evidence_names(system.tasks), image, strict=True)) for image in scaled]
 
 
 def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, restore
 from mtl_moe.outputs import write_predictions
 from mtl_moe.report import ReportData, write_report
-from mtl_moe.scoring import evidence_names, load_calibration
+from mtl_moe.scoring import fused_names, load_calibration
 from mtl_moe.system import System
 
 
@@ -26,7 +26,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path) -> np.nda
     """
     config = system.config
     trained = restore(system, workdir)
-    calibration = load_calibration(workdir / "calibration.npz", evidence_names(system.tasks), trained.step)
+    calibration = load_calibration(workdir / "calibration.npz", fused_names(system.tasks), trained.step)
     if calibration.fusion != config.score.fusion:
         raise ValueError(
             f"score.fusion={config.score.fusion!r}, but the calibration was made for {calibration.fusion!r}: run "

@@ -131,8 +131,8 @@ def _reading_guide(results: ReportData) -> Markup:
         "The detector has seen normal images only. It solves several small tasks on an image (fill in hidden parts, "
         "remove noise, put tiles in order, …); where it fails, the image differs from the normals it knows. Different "
         "need not mean diseased: a rare position, a device or an artefact is odd as well.",
-        f"Score: how oddly an image behaves over all tasks, against {num} normal images held out from training (the "
-        "calibration normals). Higher is odder; the number has no unit.",
+        "Score: how oddly an image behaves over all tasks, and how unusual the amount of its texture is, against "
+        f"{num} normal images held out from training (the calibration normals). Higher is odder; there is no unit.",
         "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
         "It is no probability of disease. It holds for images made like the calibration normals (same devices, same "
         "kind of patients); where test normals are known, the section Calibration checks it.",
@@ -250,14 +250,18 @@ def _tasks(results: ReportData) -> Markup:
                 change,
             ]
         )
-    header = ["Task", "Image AUROC", "Pixel AUROC", "AUPRO", "Fused without it", "Change"]
+    header = ["Evidence", "Image AUROC", "Pixel AUROC", "AUPRO", "Fused without it", "Change"]
     rows, header = _drop_empty_columns(rows, header)
     note = (
-        f"Best single task: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one could have "
-        "made. Change: a negative number says that the fused score is worse without the task."
+        f"Best single evidence: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one could "
+        "have made. Change: a negative number says that the fused score is worse without it. The evidence texture is "
+        "no task: it is how far the logarithm of the image's mean gradient is from the normals' median."
     )
     return page.join(
-        [page.table(header, rows, "Each task alone, with 95 % intervals", strong=(0,)), page.paragraph(note, "note")]
+        [
+            page.table(header, rows, "Each evidence alone, with 95 % intervals", strong=(0,)),
+            page.paragraph(note, "note"),
+        ]
     )
 
 

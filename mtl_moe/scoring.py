@@ -1,11 +1,14 @@
 """From head outputs to raw scores, from raw scores to calibrated ones, from maps to the fused map.
 
-Axes: B or N images, S evidences (a task gives one or two), H W map, M side of the finished map, n calibration normals.
+Axes: B or N images, S evidences with a map (a task gives one or two), K = S + 1 evidences, texture last, H W map, M
+side of the finished map, n calibration normals.
 On the device `make_score_fn` solves every task's views and reduces each map to a number. On the host `Calibration`,
 fitted on held-out training normals only, makes the numbers comparable and fuses them:
 
 - scores that are a map's top lose their linear fit on the image's log mean gradient, called its texture below: a smooth
   image is easy to reconstruct, and gives few false alarms, whatever it shows;
+- what that takes away, how unusual the texture itself is to either side, is an evidence of its own: an image is as odd
+  as its errors are for its texture, and as its texture is;
 - u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
 - image score = mean of u over the evidences; p-value = share of calibration normals at least as odd;
 - map = mean over evidences of (map - median) / (95th percentile - median), one scale for the whole data set, smoothed.
@@ -32,6 +35,7 @@ from mtl_moe.tasks.base import EPS, body_mask, mean_where
 from mtl_moe.teacher import make_teacher, needs_teacher
 
 FUSIONS = ("tail", "robust_z", "max", "mean")
+TEXTURE = "texture"  # name of the evidence that no task gives
 TOP_SHARE = 0.05  # of the body's pixels
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 # One evidence may not outvote the others in the fused map: calibrated values are cut here, ten times the distance
@@ -41,8 +45,13 @@ SMOOTHING = 4.0 / 224  # standard deviation of the map's Gaussian as a share of 
 
 
 def evidence_names(tasks: Sequence[Task]) -> list[str]:
-    """Names of all evidences, in the order of axis S."""
+    """Names of the tasks' evidences, in the order of axis S."""
     return [name for task in tasks for name in task.reductions]
+
+
+def fused_names(tasks: Sequence[Task]) -> list[str]:
+    """Names of all evidences that are fused, in the order of axis K."""
+    return [*evidence_names(tasks), TEXTURE]
 
 
 def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
@@ -92,11 +101,12 @@ class Calibration:
     """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
 
     Attributes:
-      names: evidences, length S.
+      names: evidences, length K.
       fusion: one of FUSIONS.
       slope, intercept: [S] linear fit of raw scores on texture; 0 where a score is a map's mean.
-      reference: [n, S] corrected scores of the calibration normals, each column sorted.
-      tail: [S, 3] threshold, scale and shape of the Pareto tail.
+      texture_median: of the calibration normals.
+      reference: [n, K] corrected scores of the calibration normals, each column sorted.
+      tail: [K, 3] threshold, scale and shape of the Pareto tail.
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
       fused: [n] fused scores of the calibration normals, sorted.
       fused_low, fused_scale: the same two numbers for the finished fused map.
@@ -106,6 +116,7 @@ class Calibration:
     fusion: str
     slope: np.ndarray
     intercept: np.ndarray
+    texture_median: float
     reference: np.ndarray
     tail: np.ndarray
     map_low: np.ndarray
@@ -115,17 +126,18 @@ class Calibration:
     fused_scale: float = 1.0
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
-        """Raw scores [N, S] and textures [N] -> scores [N, S] without the texture's share."""
-        return raw - self.intercept - np.asarray(texture)[:, None] * self.slope
+        """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
+        texture = np.asarray(texture, np.float64)[:, None]
+        return np.hstack([raw - self.intercept - texture * self.slope, np.abs(texture - self.texture_median)])
 
     def tail_scores(self, corrected: np.ndarray) -> np.ndarray:
-        """u = -log(1 - F(s)), [N, S]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
+        """u = -log(1 - F(s)), [N, K]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
         return np.stack(
             [_tail_score(s, r, t) for s, r, t in zip(corrected.T, self.reference.T, self.tail, strict=True)], 1
         )
 
     def fuse(self, corrected: np.ndarray, leave_out: Sequence[str] = ()) -> np.ndarray:
-        """Image scores [N] from corrected scores [N, S], without the named evidences.
+        """Image scores [N] from corrected scores [N, K], without the named evidences.
 
         "tail" (default) means u, "max" its maximum, "robust_z" the mean of (s - median) / (1.48 MAD), "mean" of s.
         """
@@ -166,7 +178,7 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
         calibration = Calibration(
             **values
             | {"names": found, "fusion": str(values["fusion"])}
-            | {name: float(values[name]) for name in ("fused_low", "fused_scale")}
+            | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): run --mode=evaluate again, it writes the file anew") from error
@@ -213,19 +225,26 @@ def fit_calibration(
     slope, intercept = np.array(fits).T
     inside = body > 0
     quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
-    corrected = raw - intercept - texture[:, None] * slope
-    reference = np.sort(corrected, axis=0)
     calibration = Calibration(
-        names=tuple(evidence_names(tasks)),
+        names=tuple(fused_names(tasks)),
         fusion=fusion,
         slope=slope,
         intercept=intercept,
-        reference=reference,
-        tail=np.stack([_fit_tail(column) for column in reference.T]),
+        texture_median=float(np.median(texture)),
+        reference=np.zeros((0, 0)),
+        tail=np.zeros((0, 3)),
         map_low=quantiles[:, 0],
         map_scale=np.maximum(quantiles[:, 1] - quantiles[:, 0], EPS),
         fused=np.zeros(0),
     )
+    return with_normals(calibration, calibration.corrected(raw, texture))
+
+
+def with_normals(calibration: Calibration, corrected: np.ndarray) -> Calibration:
+    """The calibration with the distributions of these normals' corrected scores [n, K]."""
+    reference = np.sort(corrected, axis=0)
+    tail = np.stack([_fit_tail(column) for column in reference.T])
+    calibration = dataclasses.replace(calibration, reference=reference, tail=tail)
     return dataclasses.replace(calibration, fused=np.sort(calibration.fuse(corrected)))
 
 
@@ -248,8 +267,8 @@ def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[
 
 
 def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
-    """Evidence names by task."""
-    return {task.name: tuple(task.reductions) for task in tasks}
+    """Evidence names by task, and the texture's by its own."""
+    return {task.name: tuple(task.reductions) for task in tasks} | {TEXTURE: (TEXTURE,)}
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

@@ -14,13 +14,13 @@ from core.loop import NonFiniteLossError
 from core.workdir import check_config
 from mtl_moe import ablation, ablation_cell, run
 from mtl_moe.ablation import FREE_FIELDS, run_ablation
-from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, read_stored, without_texture
+from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, read_stored, uncorrected
 from mtl_moe.ablation_report import choice_in_words, markdown
 from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
 from mtl_moe.ablation_summary import Outcome, choose, summarise
 from mtl_moe.infer import Scored
 from mtl_moe.painted import KINDS
-from mtl_moe.scoring import evidence_names, fit_calibration
+from mtl_moe.scoring import evidence_names, fit_calibration, fused_names
 from mtl_moe.system import build_system
 from mtl_moe.tasks import build_tasks
 
@@ -54,7 +54,7 @@ def test_the_default_config_has_every_row_of_the_plan():
         "experts_2", "experts_4", "experts_8", "width_half", "width_double", "depth_double", "image_96", "image_128",
         "image_224", "steps_half", "steps_double", "augment_none", "augment_light_all", "adamw", "fusion_robust_z",
         "fusion_max", "fusion_mean", "no_texture_fit", "ensemble", "without_evidence_synthetic",
-        "without_evidence_synthetic_clean",
+        "without_evidence_synthetic_clean", "without_texture",
     }  # fmt: skip
     for task in config.tasks.names:
         expected |= {f"only_{task}", f"single_{task}", f"without_{task}", f"retrained_without_{task}"}
@@ -187,7 +187,7 @@ def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     corrected = calibration.corrected(test.raw, test.texture)
     np.testing.assert_array_equal(found.scores, calibration.fuse(corrected))
     assert found.test["image_auroc"] == pytest.approx(roc_auc_score(stored.labels, found.scores))
-    names = evidence_names(make_tasks())
+    names = fused_names(make_tasks())
     assert found.evidences[names[1]] == pytest.approx(roc_auc_score(stored.labels, corrected[:, 1]))
     painted = stored.scored["painted"]
     rows = calibration.corrected(painted.raw, painted.texture)
@@ -202,14 +202,15 @@ def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     assert set(less.painted) == {FUSED, *names[1:]}
 
 
-def test_without_texture_nothing_is_corrected():
+def test_uncorrected_scores_keep_their_texture():
     stored, calibration = make_stored(1.0)
-    plain = without_texture(stored, calibration)
+    plain = uncorrected(stored, calibration)
     assert np.abs(calibration.slope).max() > 0.5
     assert plain.names == calibration.names
     raw = stored.scored["test"].raw
-    np.testing.assert_array_equal(plain.corrected(raw, stored.scored["test"].texture), raw)
-    np.testing.assert_array_equal(plain.reference, np.sort(stored.scored["calibration"].raw, axis=0))
+    np.testing.assert_array_equal(plain.corrected(raw, stored.scored["test"].texture)[:, :-1], raw)
+    np.testing.assert_array_equal(plain.reference[:, :-1], np.sort(stored.scored["calibration"].raw, axis=0))
+    np.testing.assert_array_equal(plain.reference[:, -1], calibration.reference[:, -1])
     better, worse = (measure(stored, used).test["image_auroc"] for used in (calibration, plain))
     assert better > worse, "texture is half of these scores' noise"
 
@@ -221,9 +222,10 @@ def test_cells_of_different_tasks_are_fused_as_one_detector():
     for one, own in cells:
         test = one.scored["test"]
         u.append(own.tail_scores(own.corrected(test.raw, test.texture)))
+    u = [u[0][:, :-1], u[1]]  # the texture counts once
     found = measure(stored, calibration)
     np.testing.assert_allclose(found.scores, np.concatenate(u, 1).mean(1), rtol=1e-12)
-    assert list(calibration.names) == evidence_names(make_tasks())
+    assert list(calibration.names) == fused_names(make_tasks())
     assert len(calibration.fused) == 40
     assert (np.diff(calibration.fused) >= 0).all()
 
@@ -248,7 +250,7 @@ def test_an_ensemble_is_read_from_its_cells_and_costs_what_they_cost(config, tmp
     assert (ensemble["num_params"], ensemble["gflops"]) == (20, 1.0)
     assert ensemble["aupro"] is ensemble["train_seconds"] is None
     assert ensemble["evidences"] == masked["evidences"] | synthetic["evidences"]
-    assert len(ensemble["evidences"]) == 3
+    assert len(ensemble["evidences"]) == 4
     assert ensemble["difference"] is not None
 
     def diverged(one: Any, load: Any, folder: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn_metrics
 
 from input_pipeline.split import ArrayPixels, Split
 from mtl_moe.evaluate import FLOORS, evaluate
-from mtl_moe.scoring import evidence_names, load_calibration
+from mtl_moe.scoring import evidence_names, fused_names, load_calibration
 
 PIXEL_METRICS = {"pixel_auroc", "pixel_ap", "aupro", "aupro_bmad"}
 IMAGE_METRICS = {"image_auroc", "image_ap"}
@@ -62,7 +62,7 @@ def test_report_holds_the_documented_keys(tiny_run, report):
     found = stored["metrics"]
     assert all(isinstance(value, float) for value in found.values())
     expected = {f"test/phantom/{name}" for name in IMAGE_METRICS | PIXEL_METRICS}
-    for name in evidence_names(tiny_run.system.tasks):
+    for name in fused_names(tiny_run.system.tasks):
         expected |= {f"test/phantom/task/{name}/{metric}" for metric in IMAGE_METRICS}
     expected |= {f"test/phantom/leave_out/{task.name}/image_auroc" for task in tiny_run.system.tasks}
     expected |= {f"test/phantom/floor/{name}/image_auroc" for name in ("mean_intensity", "pca_error")}
@@ -82,7 +82,7 @@ def test_report_holds_the_documented_keys(tiny_run, report):
 
 
 def test_predictions_agree_with_the_report_and_the_calibration(tiny_run, report):
-    rows, names = predictions_of(tiny_run.workdir), evidence_names(tiny_run.system.tasks)
+    rows, names = predictions_of(tiny_run.workdir), fused_names(tiny_run.system.tasks)
     split = tiny_run.dataset.splits["test"]
     assert list(rows[0]) == ["name", "label", "score", "p_value", *names]
     assert [row["name"] for row in rows] == split.names

@@ -1,6 +1,7 @@
 """Calibration against plain numpy and scipy, its file, and the finished map against resize and Gaussian filter.
 
-Axes: N images, n calibration normals, S evidences, H W map, M side of the finished map.
+Axes: N images, n calibration normals, S evidences of tasks, K = S + 1 with the texture, H W map, M side of the
+finished map.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from mtl_moe.scoring import (
     FUSIONS,
     MAP_LIMIT,
     TAIL_SHARE,
+    TEXTURE,
     evidence_names,
     fit_calibration,
+    fused_names,
     load_calibration,
     make_map_fn,
     task_evidences,
@@ -26,6 +29,7 @@ GEOMETRY = Geometry(16, 8, 1, 16)
 # masked: top; synthetic: top, twice; transform: mean.
 TASK_SET = tuple(TASKS[name](geometry=GEOMETRY) for name in ("masked", "synthetic", "transform"))
 NAMES = ("masked", "synthetic", "synthetic_clean", "transform")
+ALL_NAMES = (*NAMES, TEXTURE)
 TOP = np.array([True, True, True, False])
 SLOPES = (-2.0, 1.5, 3.0, 1.0)
 NUM, SIDE = 200, 16
@@ -58,8 +62,10 @@ def calibration():
 
 def test_evidences_keep_the_order_of_the_tasks():
     assert tuple(evidence_names(TASK_SET)) == NAMES
+    assert tuple(fused_names(TASK_SET)) == ALL_NAMES
     assert task_evidences(TASK_SET) == {
-        "masked": ("masked",), "synthetic": ("synthetic", "synthetic_clean"), "transform": ("transform",)
+        "masked": ("masked",), "synthetic": ("synthetic", "synthetic_clean"), "transform": ("transform",),
+        "texture": ("texture",),
     }  # fmt: skip
 
 
@@ -76,7 +82,8 @@ def tail_score_by_hand(score, reference, threshold, scale, shape):
 def test_tail_scores_are_ranks_with_a_pareto_tail(calibration):
     fresh = calibration.corrected(*make_data(60, seed=1))
     found = calibration.tail_scores(fresh)
-    for s in range(len(NAMES)):
+    assert found.shape == (60, len(ALL_NAMES))
+    for s in range(len(ALL_NAMES)):
         wanted = [tail_score_by_hand(x, calibration.reference[:, s], *calibration.tail[s]) for x in fresh[:, s]]
         np.testing.assert_allclose(found[:, s], wanted, rtol=1e-9)
 
@@ -106,7 +113,7 @@ def test_tied_normals_get_finite_scores():
     raw, texture = make_data(20)
     raw[:] = 1.0
     calibration = fit(raw, texture)
-    u = calibration.tail_scores(np.array([[0.9] * 4, [1.0] * 4, [1.1] * 4]))
+    u = calibration.tail_scores(np.array([[0.9] * 5, [1.0] * 5, [1.1] * 5]))
     assert np.isfinite(u).all()
     assert np.all(np.diff(u, axis=0) >= 0)
     assert np.all(u[2] > u[1])
@@ -148,11 +155,22 @@ def test_tops_lose_what_texture_explains_and_means_keep_it():
     fit_by_scipy = [stats.linregress(texture.astype(float), raw[:, s].astype(float)) for s in range(len(NAMES))]
     np.testing.assert_allclose(calibration.slope, [r.slope * top for r, top in zip(fit_by_scipy, TOP, strict=True)])
     fresh, fresh_texture = make_data(4000, seed=1, slopes=SLOPES)
-    corrected = calibration.corrected(fresh, fresh_texture)
+    corrected = calibration.corrected(fresh, fresh_texture)[:, : len(NAMES)]
     np.testing.assert_array_equal(corrected[:, ~TOP], fresh[:, ~TOP])
     correlation = np.array([np.corrcoef(column, fresh_texture)[0, 1] for column in corrected.T])
     assert np.all(np.abs(correlation[TOP]) < 0.07)  # three standard errors; it was 0.7 and more
     assert np.all(correlation[~TOP] > 0.5)
+
+
+def test_texture_is_an_evidence_to_either_side_of_the_normals(calibration):
+    raw, texture = make_data()
+    median = np.median(texture.astype(float))
+    smooth_and_rough = calibration.corrected(np.tile(raw[:1], (3, 1)), median + np.array([-4.0, 0.0, 4.0]))
+    np.testing.assert_allclose(smooth_and_rough[:, -1], [4, 0, 4], atol=1e-6)
+    u = calibration.tail_scores(smooth_and_rough)[:, -1]
+    assert u[0] == pytest.approx(u[2])
+    assert u[0] > calibration.tail_scores(calibration.reference)[:, -1].max(), "odder than every normal"
+    assert u[1] < 0.1
 
 
 def test_map_scale_is_read_inside_the_body(calibration):
@@ -164,10 +182,10 @@ def test_map_scale_is_read_inside_the_body(calibration):
         np.testing.assert_allclose(calibration.map_scale[s], wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("leave_out", [(), ("synthetic", "synthetic_clean")])
+@pytest.mark.parametrize("leave_out", [(), ("synthetic", "synthetic_clean"), (TEXTURE,)])
 def test_fusions_are_what_they_say(leave_out):
     data = make_data()
-    keep = [i for i, name in enumerate(NAMES) if name not in leave_out]
+    keep = [i for i, name in enumerate(ALL_NAMES) if name not in leave_out]
     fresh = make_data(30, seed=1)
     for fusion in FUSIONS:
         calibration = fit(*data, fusion)
@@ -202,7 +220,7 @@ def test_file_round_trip(calibration, tmp_path):
     path = tmp_path / "calibration.npz"
     full = dataclasses.replace(calibration, fused_low=0.25, fused_scale=3.0)
     full.save(path, 7)
-    loaded = load_calibration(path, NAMES, 7)
+    loaded = load_calibration(path, ALL_NAMES, 7)
     for field in dataclasses.fields(full):
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(full, field.name))
     assert [p.name for p in tmp_path.iterdir()] == ["calibration.npz"]
@@ -213,20 +231,20 @@ def test_file_round_trip(calibration, tmp_path):
 def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
     path = tmp_path / "calibration.npz"
     with pytest.raises(ValueError, match=r"no .*calibration.npz: run --mode=evaluate"):
-        load_calibration(path, NAMES, 7)
+        load_calibration(path, ALL_NAMES, 7)
     calibration.save(path, 7)
     with pytest.raises(ValueError, match=r"at step 7; expected .* at step 8"):
-        load_calibration(path, NAMES, 8)
+        load_calibration(path, ALL_NAMES, 8)
     with pytest.raises(ValueError, match=r"made for evidences .*transform.* expected \('masked',\)"):
         load_calibration(path, ("masked",), 7)
     whole = path.read_bytes()
     for content in (b"", b"not an archive", whole[: len(whole) // 2], whole[: len(whole) - 40]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
-            load_calibration(path, NAMES, 7)
-    np.savez(path, names=np.array(NAMES), step=7)
+            load_calibration(path, ALL_NAMES, 7)
+    np.savez(path, names=np.array(ALL_NAMES), step=7)
     with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
-        load_calibration(path, NAMES, 7)
+        load_calibration(path, ALL_NAMES, 7)
 
 
 @pytest.mark.parametrize("map_size", [SIDE, 56])
