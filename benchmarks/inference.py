@@ -23,10 +23,10 @@ from benchmarks.peers import import_timm
 from benchmarks.record import write_record
 from configs.common import distiller
 from core.dense import rounded_kernels
-from core.vit import VisionTransformer
-from vit_distill.distill import build_distiller
+from vit_distill.distill import DTYPES, build_distiller
 from vit_distill.export import onnx_file
 from vit_distill.formats.timm import to_timm
+from vit_distill.forward import make_forward
 from vit_distill.lora import merge
 from vit_distill.student_io import build_student
 from vit_distill.teacher import load_teacher
@@ -40,13 +40,11 @@ def build_sides(model: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray
     trained = it.init_trainable(jax.random.key(0))
     trained = jax.tree.map(lambda leaf: leaf + 0.001, trained)  # B is zero at the start
     merged = jax.device_put(it.merged(trained))
-    network = VisionTransformer(it.student_config)
-    plain = jax.jit(lambda params, x: network.apply({"params": params}, x).pooled)
-    apart = jax.jit(lambda base, adapters, x: network.apply({"params": merge(base, adapters, it.lora)}, x).pooled)
+    forward, half = (make_forward(it.student_config, dtype, lambda out: out.pooled) for dtype in DTYPES.values())
+    plain, plain_half = jax.jit(forward), jax.jit(half)
+    apart = jax.jit(lambda base, adapters, x: forward(merge(base, adapters, it.lora), x))
     base, trained = jax.device_put(it.base), jax.device_put(trained)
-    half = VisionTransformer(it.student_config, dtype=jnp.bfloat16)
     rounded = jax.device_put(rounded_kernels(merged, jnp.bfloat16))
-    plain_half = jax.jit(lambda params, x: half.apply({"params": params}, x).pooled)
 
     torch, timm = import_timm()
     peer = timm.create_model(model, num_classes=0, depth=it.student_config.depth).eval()

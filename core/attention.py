@@ -42,8 +42,17 @@ def _transposed_dot(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
-    """`attend` for [G, N, Dh]."""
-    return _attention_fwd(query, key, value, dtype)[0]
+    """`attend` for [G, N, Dh]; where no gradient is taken, as here.
+
+    Divided by the weights' sum after the second product, where a row has Dh numbers and not N: twice as fast. With a
+    gradient that keeps the undivided weights forward and backward together take half as long again in bfloat16
+    (benchmarks/NOTES.md).
+    """
+    q, k, v = (x.astype(dtype) for x in (query, key, value))
+    logits = _dot(q, k, (2, 2)) * query.shape[-1] ** -0.5
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True)).astype(dtype)
+    total = weights.astype(jnp.float32).sum(-1, keepdims=True)
+    return (_dot(weights, v, (2, 1)) / total).astype(query.dtype)
 
 
 def _attention_fwd(query, key, value, dtype):

@@ -21,8 +21,9 @@ from core.dense import rounded_kernels
 from core.mesh import make_mesh, replicate
 from core.state import TrainState, init_state
 from core.step import make_train_step_fn
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VisionTransformer, VitConfig, VitOutput
 from vit_distill.augment import fixed_view, random_resized_crop
+from vit_distill.forward import make_forward
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
 from vit_distill.teacher import Teacher
@@ -162,12 +163,13 @@ def make_views_fn(distiller: Distiller) -> Callable[[Mapping[str, jax.Array], ja
 def make_targets_fn(distiller: Distiller) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
     """Compiled (teacher parameters, views [B, H, W, C]) -> the teacher's tokens to reproduce, float32 [B, N, D]s."""
     config = distiller.teacher.config
-    model = VisionTransformer(config, dtype=DTYPES[distiller.config.teacher.dtype])
 
     def targets(params: Any, views: jax.Array) -> tuple[jax.Array, ...]:
-        output = model.apply({"params": params}, views)
-        found = teacher_targets(config, params, output, distiller.loss, distiller.pairs)
-        return tuple(target.astype(jnp.float32) for target in found)
+        def read(output: VitOutput) -> tuple[jax.Array, ...]:
+            found = teacher_targets(config, params, output, distiller.loss, distiller.pairs)
+            return tuple(target.astype(jnp.float32) for target in found)
+
+        return make_forward(config, DTYPES[distiller.config.teacher.dtype], read, distiller.mesh.size)(params, views)
 
     return jax.jit(targets)
 

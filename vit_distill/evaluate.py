@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig, VitOutput
 from vit_distill.diagnostics import block_diagnostics
 from vit_distill.distill import Distiller
+from vit_distill.forward import make_forward
 from vit_distill.losses import cosine
 
 Rows = list[dict[str, Any]]
@@ -22,12 +23,11 @@ def run_blocks(
     config: VitConfig, params: Any, inputs: np.ndarray, batch_size: int, keep: tuple[int, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens [n, N, D] after the blocks `keep`, and pooled features [n, D], of normalised images [n, H, W, C]."""
-    model = VisionTransformer(config)
 
-    @jax.jit
-    def forward(params: Any, x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        output = model.apply({"params": params}, x)
+    def read(output: VitOutput) -> tuple[list[jax.Array], jax.Array]:
         return [output.blocks[i] for i in keep], output.pooled
+
+    forward = jax.jit(make_forward(config, jnp.float32, read))
 
     tokens, pooled = [], []
     for start in range(0, len(inputs), batch_size):

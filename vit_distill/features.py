@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from core import tree
 from core.logs import progress_bar
 from core.mesh import replicate, shard_batch
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig, VitOutput
+from vit_distill.forward import make_forward
 from vit_distill.preprocessing import Preprocessing
 
 OUTPUTS = ("pooled", "patches")
@@ -59,13 +60,16 @@ def make_feature_fn(
         raise ValueError(f"output: expected one of {OUTPUTS}, found {output!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype of the features: expected one of {DTYPES}, found {dtype!r}")
-    model = VisionTransformer(config, dtype=jnp.dtype(dtype))
     params = replicate(params, mesh)
+
+    def read(out: VitOutput) -> jax.Array:
+        return (out.pooled if output == "pooled" else out.tokens[:, config.num_prefix :]).astype(jnp.float32)
+
+    forward = make_forward(config, jnp.dtype(dtype), read, mesh.size)
 
     @jax.jit
     def features(params: Any, images: jax.Array) -> jax.Array:
-        out = model.apply({"params": params}, preprocessing.evaluate(images).astype(dtype))
-        return (out.pooled if output == "pooled" else out.tokens[:, config.num_prefix :]).astype(jnp.float32)
+        return forward(params, preprocessing.evaluate(images).astype(dtype))
 
     return lambda images: features(params, shard_batch({"image": images}, mesh)["image"])
 

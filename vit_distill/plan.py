@@ -19,8 +19,9 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import environment
 from core.tree import num_params
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig
 from vit_distill import flops
+from vit_distill.forward import make_forward
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
 from vit_distill.student_io import load_teacher_of
 from vit_distill.weight_copy import choose_blocks
@@ -193,8 +194,7 @@ def measure_latency(
     config: VitConfig, params: Any, batch_sizes: Sequence[int] = (1, 32), dtype: Any = jnp.float32, seconds: float = 0.5
 ) -> dict[int, float]:
     """Median seconds of one batch from normalised images [B, H, W, C] to the pooled feature [B, D], by batch size."""
-    model = VisionTransformer(dataclasses.replace(config, num_classes=0), dtype=dtype)
-    forward = jax.jit(lambda params, images: model.apply({"params": params}, images).pooled)
+    forward = jax.jit(make_forward(dataclasses.replace(config, num_classes=0), dtype, lambda out: out.pooled))
     params = jax.device_put(params)
     shape = (config.image_size, config.image_size, config.in_channels)
     return {

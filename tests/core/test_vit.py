@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from core import vit
 from core.attention import attend
@@ -91,17 +92,42 @@ def test_values_and_gradients_are_those_of_numpy(name):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)])
 def test_attention_on_the_cpu_is_that_of_other_backends(dtype, tolerance):
-    """Values and gradients. Tolerances: a few roundings, 2^-24 or 2^-8 each, of averages of values below 4."""
+    """Values, with a gradient and without, and gradients. Tolerances: a few roundings, 2^-24 or 2^-8 each, of averages
+    of values below 4."""
     q, k, v, g = jax.random.normal(jax.random.key(0), (4, BATCH, TOKENS, HEADS, 4))
 
     def run(function):
         out, pull = jax.vjp(function, q, k, v)
-        return out, *pull(g)
+        return function(q, k, v), out, *pull(g)
 
     ours = jax.jit(lambda: run(lambda *x: attend(*x, dtype)))()
     for found, expected in zip(ours, run(jax.nn.dot_product_attention), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def test_attention_without_a_gradient_stands_large_logits():
+    """One key that outweighs the others by e^200, and rows whose largest logit is below -1e4."""
+    q, k, v = (
+        jnp.tile(jnp.asarray(rows, jnp.float32)[None, :, None, None], (1, 1, 1, 4))
+        for rows in ([1, -1], [1e4, 1e4 + 100], [1, 2])
+    )
+    np.testing.assert_array_equal(attend(q, k, v, jnp.float32)[0, :, 0], [[2.0] * 4, [1.0] * 4])
+
+
+@pytest.mark.parametrize("name", sorted(vit.ACTIVATIONS))
+def test_activations_and_their_slopes_are_what_their_names_say(name):
+    """Against float64, to a few float32 roundings of values up to 9 (timm's own GELU is as far away)."""
+    x = np.linspace(-9, 9, 1001)
+    wanted = {
+        "gelu": x * stats.norm.cdf(x),
+        "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+    }[name]
+    found = vit.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+    slopes = jax.vmap(jax.grad(vit.ACTIVATIONS[name]))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(slopes[1:-1], (wanted[2:] - wanted[:-2]) / (x[2:] - x[:-2]), rtol=0, atol=1e-4)
 
 
 def test_attention_rejects_a_width_that_heads_do_not_divide():

@@ -1,0 +1,54 @@
+"""A batch in parts gives what it gives whole. Axes: B batch, H W C image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core.vit import VisionTransformer, VitConfig
+from vit_distill import forward as module
+from vit_distill.forward import make_forward, part_size
+
+CONFIG = VitConfig(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
+VIT_B = VitConfig(depth=12, width=768, num_heads=12, mlp_dim=3072, patch_size=16, image_size=224)
+BYTES = 4 * CONFIG.num_tokens * CONFIG.mlp_dim  # of one image
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(VisionTransformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+
+
+def read(output):
+    return list(output.blocks), output.pooled
+
+
+def test_parts_give_what_the_batch_gives(params, monkeypatch):
+    images = np.random.default_rng(0).normal(size=(12, 16, 16, 3)).astype(np.float32)
+    whole = jax.jit(make_forward(CONFIG, jnp.float32, read))
+    assert "while" not in whole.lower(params, images).as_text()
+    monkeypatch.setattr(module, "PART_BYTES", 4 * BYTES)
+    parts = jax.jit(make_forward(CONFIG, jnp.float32, read))
+    assert "while" in parts.lower(params, images).as_text()
+    # The same products of fewer rows: float32 sums may come in another order.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), parts(params, images), whole(params, images)
+    )
+
+
+def test_several_devices_take_the_batch_whole(params, monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", BYTES)
+    lowered = jax.jit(make_forward(CONFIG, jnp.float32, read, num_devices=2)).lower(params, np.zeros((4, 16, 16, 3)))
+    assert "while" not in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("batch", "part"), [(1, 1), (8, 8), (16, 8), (32, 8), (30, 10), (256, 8), (18, 9), (31, 31), (22, 22)]
+)
+def test_parts_of_a_vit_b(batch, part):
+    """At most ten images; a batch without a divisor above five stays whole."""
+    assert part_size(VIT_B, batch) == part
+
+
+def test_a_small_model_stays_whole():
+    assert part_size(CONFIG, 512) == 512

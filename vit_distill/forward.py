@@ -1,0 +1,48 @@
+"""The forward of a frozen vision transformer, large batches in parts on a CPU.
+
+A ViT-B's hidden activations of 32 images are 77 MB in float32 and leave every cache: in parts of 8 the same batch is
+faster (benchmarks/NOTES.md). Axes: B batch, H W C image.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from core.vit import VisionTransformer, VitConfig, VitOutput
+
+PART_BYTES = 24 * 2**20  # of a part's hidden activations [part * N, mlp_dim] in float32; 10 to 40 MB do as well
+
+
+def part_size(config: VitConfig, batch: int) -> int:
+    """Images of a part: the largest divisor of `batch` within PART_BYTES; `batch` itself where none comes near."""
+    most = PART_BYTES // (4 * config.num_tokens * config.mlp_dim)
+    part = max((part for part in range(1, batch + 1) if batch % part == 0 and part <= most), default=1)
+    return part if 2 * part > most else batch
+
+
+def make_forward(
+    config: VitConfig, dtype: Any, read: Callable[[VitOutput], Any], num_devices: int = 1
+) -> Callable[[Any, jax.Array], Any]:
+    """Function (parameters, normalised images [B, H, W, C]) -> read(VitOutput), to be compiled.
+
+    Args:
+      dtype: of the products, see `core.dense`.
+      read: what of the output is kept; every array of it has the batch as its first axis.
+      num_devices: that a batch is split over; parts are for one.
+    """
+    model = VisionTransformer(config, dtype=dtype)
+
+    def forward(params: Any, images: jax.Array) -> Any:
+        def run(part: jax.Array) -> Any:
+            return read(model.apply({"params": params}, part))
+
+        batch = len(images)
+        in_parts = jax.default_backend() == "cpu" and num_devices == 1
+        part = part_size(config, batch) if in_parts else batch
+        if part == batch:
+            return run(images)
+        outputs = jax.lax.map(run, images.reshape(-1, part, *images.shape[1:]))
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), outputs)
+
+    return forward
