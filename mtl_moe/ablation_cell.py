@@ -37,6 +37,7 @@ from mtl_moe.scoring import (
 )
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
+from mtl_moe.tasks.base import Reduction
 from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
@@ -201,9 +202,12 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
         name: np.concatenate([getattr(calibration, name) for calibration in calibrations])
         for name in ("slope", "intercept", "map_low", "map_scale")
     }
-    names = tuple(name for calibration in calibrations for name in calibration.names[:-1])
     # The texture, and its median, are those of the images: the same in every cell, and one evidence.
-    calibration = dataclasses.replace(calibrations[0], names=(*names, TEXTURE), **columns)
+    texts = {
+        field: (*(text for calibration in calibrations for text in getattr(calibration, field)[:-1]), TEXTURE)
+        for field in ("names", "kinds")
+    }
+    calibration = dataclasses.replace(calibrations[0], **columns, **texts)
     normals = scored["calibration"]
     calibration = with_normals(calibration, calibration.corrected(normals.raw, normals.texture))
     return dataclasses.replace(first, scored=scored), calibration
@@ -212,7 +216,7 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
 class _Uncorrected(NamedTuple):
     """As much of a task as a calibration reads. Scores that are means are not corrected for texture."""
 
-    reductions: Mapping[str, str]
+    reductions: Mapping[str, Reduction]
 
 
 def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
@@ -220,7 +224,8 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
 
     For image scores only: its maps' scales are empty.
     """
-    normals, names = stored.scored["calibration"], calibration.names[:-1]
-    tasks = [_Uncorrected(dict.fromkeys(names, "mean"))]
-    maps, body = np.zeros((1, len(names), 1, 1)), np.ones((1, 1, 1))
+    normals = stored.scored["calibration"]
+    kinds = dict(zip(calibration.names[:-1], calibration.kinds[:-1], strict=True))
+    tasks = [_Uncorrected({name: Reduction("mean", kind) for name, kind in kinds.items()})]
+    maps, body = np.zeros((1, len(kinds), 1, 1)), np.ones((1, 1, 1))
     return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture, maps, body)

@@ -10,7 +10,8 @@ fitted on held-out training normals only, makes the numbers comparable and fuses
 - what that takes away, how unusual the texture itself is to either side, is an evidence of its own: an image is as odd
   as its errors are for its texture, and as its texture is;
 - u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
-- image score = mean of u over the evidences; p-value = share of calibration normals at least as odd;
+- image score = mean of u over the evidences of each kind, then over the kinds: what fails together counts as one;
+  p-value = share of calibration normals at least as odd;
 - map = mean over evidences of (map - median) / (95th percentile - median), one scale for the whole data set, smoothed.
 """
 
@@ -71,15 +72,15 @@ def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, j
             evidence = task.evidence(outputs[task.name], images, teacher)
             for name, reduction in task.reductions.items():
                 maps.append(evidence[name].astype(jnp.float32))
-                raw.append(_reduce(maps[-1], body, reduction))
+                raw.append(_reduce(maps[-1], body, reduction.how))
         return {"raw": jnp.stack(raw, 1), "maps": jnp.stack(maps, 1), "body": body}
 
     return jax.jit(score)
 
 
-def _reduce(maps: jax.Array, body: jax.Array, reduction: str) -> jax.Array:
-    """Maps and body [B, H, W] -> raw scores [B]; see `mtl_moe.tasks.base.Task.reductions`."""
-    if reduction == "mean":
+def _reduce(maps: jax.Array, body: jax.Array, how: str) -> jax.Array:
+    """Maps and body [B, H, W] -> raw scores [B]; see `mtl_moe.tasks.base.Reduction`."""
+    if how == "mean":
         return mean_where(maps, body)
     smooth = jnp.asarray(_smoothing(np.eye(maps.shape[1])))
     maps = jnp.einsum("mh,bhw,nw->bmn", smooth, maps, smooth, precision="highest")
@@ -101,7 +102,7 @@ class Calibration:
     """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
 
     Attributes:
-      names: evidences, length K.
+      names, kinds: of the evidences, length K.
       fusion: one of FUSIONS.
       slope, intercept: [S] linear fit of raw scores on texture; 0 where a score is a map's mean.
       texture_median: of the calibration normals.
@@ -113,6 +114,7 @@ class Calibration:
     """
 
     names: tuple[str, ...]
+    kinds: tuple[str, ...]
     fusion: str
     slope: np.ndarray
     intercept: np.ndarray
@@ -139,17 +141,21 @@ class Calibration:
     def fuse(self, corrected: np.ndarray, leave_out: Sequence[str] = ()) -> np.ndarray:
         """Image scores [N] from corrected scores [N, K], without the named evidences.
 
-        "tail" (default) means u, "max" its maximum, "robust_z" the mean of (s - median) / (1.48 MAD), "mean" of s.
+        "tail" (default) means u, "max" its maximum, "robust_z" the mean of (s - median) / (1.48 MAD), "mean" that of
+        s; means are over the evidences of each kind, then over the kinds.
         """
         keep = [i for i, name in enumerate(self.names) if name not in leave_out]
-        if self.fusion == "mean":
-            return corrected[:, keep].mean(1)
+        values = corrected
         if self.fusion == "robust_z":
             median = np.median(self.reference, axis=0)
             spread = 1.4826 * np.median(np.abs(self.reference - median), axis=0) + EPS
-            return ((corrected - median) / spread)[:, keep].mean(1)
-        u = self.tail_scores(corrected)[:, keep]
-        return u.max(1) if self.fusion == "max" else u.mean(1)
+            values = (corrected - median) / spread
+        elif self.fusion in ("tail", "max"):
+            values = self.tail_scores(corrected)
+        if self.fusion == "max":
+            return values[:, keep].max(1)
+        columns = [[i for i in keep if self.kinds[i] == kind] for kind in dict.fromkeys(self.kinds)]
+        return np.mean([values[:, same].mean(1) for same in columns if same], axis=0)
 
     def p_values(self, fused: np.ndarray) -> np.ndarray:
         """Share of calibration normals at least as odd, [N] in [1 / (n + 1), 1]."""
@@ -177,7 +183,7 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
         found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
         calibration = Calibration(
             **values
-            | {"names": found, "fusion": str(values["fusion"])}
+            | {"names": found, "kinds": tuple(map(str, values["kinds"])), "fusion": str(values["fusion"])}
             | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -221,12 +227,13 @@ def fit_calibration(
     raw, texture = raw.astype(np.float64), texture.astype(np.float64)
     reductions = [reduction for task in tasks for reduction in task.reductions.values()]
     # Linear and of one measure: a curve, or several that vary together, extrapolate badly to images unlike the normals.
-    fits = [np.polyfit(texture, raw[:, i], 1) if r == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
+    fits = [np.polyfit(texture, raw[:, i], 1) if r.how == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
     slope, intercept = np.array(fits).T
     inside = body > 0
     quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
     calibration = Calibration(
         names=tuple(fused_names(tasks)),
+        kinds=(*(reduction.kind for reduction in reductions), TEXTURE),
         fusion=fusion,
         slope=slope,
         intercept=intercept,

@@ -30,6 +30,21 @@ class Head(NamedTuple):
     dim: int
 
 
+class Reduction(NamedTuple):
+    """How the map of an evidence becomes an image score, and how that score counts.
+
+    Attributes:
+      how: "mean" over the body, for tasks that fail on an image as a whole. "top", for tasks that fail in places: log
+        of the mean of the smoothed map's top 5 % inside the body, less its linear fit on the image's log mean gradient,
+        because a smooth image is easy to reconstruct whatever it shows.
+      kind: "error" of a restored image, "defect" found by segmentation, "label" given wrongly. Evidences of one kind
+        rise and fall together on normal images: they are averaged before the kinds are.
+    """
+
+    how: str
+    kind: str
+
+
 class Geometry(NamedTuple):
     """Sizes fixed by the data and the model: image side, patch side, channels, encoder width."""
 
@@ -66,13 +81,8 @@ class Task(Protocol):
     needs_teacher: bool  # whether `corrupt` and `evidence` read the Teacher
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        """How each map of `evidence` becomes an image score, by name; the first is called as the task.
-
-        "mean" over the body, for tasks that fail on an image as a whole. "top", for tasks that fail in places: log of
-        the mean of the smoothed map's top 5 % inside the body, less its linear fit on the image's log mean
-        gradient, because a smooth image is easy to reconstruct whatever it shows.
-        """
+    def reductions(self) -> Mapping[str, Reduction]:
+        """How each map of `evidence` becomes an image score, by name; the first is called as the task."""
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: Teacher | None) -> tuple[jax.Array, Any]:
         """Images [B, H, W, C] -> (input [B, H, W, C + 1], target pytree)."""

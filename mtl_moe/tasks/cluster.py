@@ -31,8 +31,8 @@ class Cluster:
         return base.Head("tokens", self.num_clusters)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("top", "label")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         view, cells = base.hide_random(key, images, self.geometry.patch_size, self.ratio)

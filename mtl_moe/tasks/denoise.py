@@ -32,8 +32,8 @@ class Denoise:
         return base.Head("pixels", self.geometry.channels)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("top", "error")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_noise, key_size = jax.random.split(key)

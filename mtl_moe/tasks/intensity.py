@@ -30,8 +30,8 @@ class Intensity:
         return base.Head("pixels", self.geometry.channels)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("top", "error")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         slopes = jnp.exp(self.strength * jax.random.normal(key, (images.shape[0], self.num_knots)))

@@ -36,8 +36,8 @@ class Jigsaw:
         return base.Head("tokens", self.tiles**2)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "mean"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("mean", "label")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         keys = jax.random.split(key, images.shape[0])

@@ -34,8 +34,8 @@ class Masked:
         return base.Head("pixels", self.geometry.channels)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("top", "error")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         view, cells = base.hide_random(key, images, self.geometry.patch_size, self.ratio)

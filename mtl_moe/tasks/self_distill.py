@@ -30,8 +30,8 @@ class SelfDistill:
         return base.Head("tokens", self.geometry.width)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "mean"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("mean", "label")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         view, _ = base.hide_random(key, images, self.geometry.patch_size, self.ratio)

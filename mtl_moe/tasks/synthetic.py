@@ -50,8 +50,8 @@ class Synthetic:
         return base.Head("pixels", 1 + self.geometry.channels)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "top", f"{self.name}_clean": "top"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("top", "defect"), f"{self.name}_clean": base.Reduction("top", "error")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         key_count, key_clean, *keys = jax.random.split(key, 2 + self.max_defects)

@@ -42,8 +42,8 @@ class Transform:
         return base.Head("tokens", NUM_SYMMETRIES)
 
     @property
-    def reductions(self) -> Mapping[str, str]:
-        return {self.name: "mean"}
+    def reductions(self) -> Mapping[str, base.Reduction]:
+        return {self.name: base.Reduction("mean", "label")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
         index = jax.random.randint(key, (images.shape[0],), 0, NUM_SYMMETRIES)

@@ -80,7 +80,7 @@ def test_one_device_scores_as_eight_do(tiny_run, trained, together, images, on_o
 
 
 def test_raw_scores_are_what_the_reductions_say(tiny_run, together):
-    reductions = [r for task in tiny_run.system.tasks for r in task.reductions.values()]
+    reductions = [r.how for task in tiny_run.system.tasks for r in task.reductions.values()]
     assert set(reductions) == {"mean", "top"}
     smooth = ndimage.gaussian_filter(together["maps"], (0, 0, SMOOTHING * 32, SMOOTHING * 32))
     for n, body in enumerate(together["body"] > 0):
