@@ -99,59 +99,64 @@ class _Solver:
         block, model = build_block(config), VisionTransformer(config)
         self.embed = jax.jit(lambda p, images: model.apply({"params": p}, images).embedded)
         self.apply = jax.jit(lambda p, x: block.apply({"params": p}, x)[0])
-        self.error = jax.jit(lambda p, x, target: jnp.square(block.apply({"params": p}, x)[0] - target).sum())
 
-        def moments(p: Any, x: jax.Array, target: jax.Array, site: str) -> tuple[jax.Array, jax.Array]:
+        def moments(p: Any, x: jax.Array, target: jax.Array, site: str) -> tuple[jax.Array, jax.Array, jax.Array]:
             part, sown, _ = SITES[site]
             (out, _), state = block.apply({"params": p}, x, mutable="intermediates")
             inputs = state["intermediates"][part][sown][0].reshape(x.shape[0] * x.shape[1], -1)
             missing = (target - out).reshape(-1, x.shape[-1])
-            return tuple(jnp.matmul(inputs.T, y, precision=jax.lax.Precision.HIGHEST) for y in (inputs, missing))
+            products = (jnp.matmul(inputs.T, y, precision=jax.lax.Precision.HIGHEST) for y in (inputs, missing))
+            return *products, jnp.square(missing).sum()
 
         self.moments = jax.jit(moments, static_argnames="site")
 
     def solve(self, index: int, layers: Adapters, batches: Batches) -> Adapters:
         """New adapters of one block from (inputs, targets) of the block, both [n, N, D]."""
-        layers = self._put(index, layers, "fc2", *self._fit(index, layers, batches, "fc2"))
+        layers, error = self._with(index, layers, batches, "fc2")
         if "out" not in dict(self.lora.ranks):
             return layers
         # A change of out also moves what the MLP reads, which the regression does not know: the share of it that
         # helps most is taken, none if need be.
-        a, b = self._fit(index, layers, batches, "out")
-        candidates = [layers]
+        a, b, _ = self._fit(index, layers, batches, "out")
+        candidates = [(layers, error)]
         for share in SHARES:
-            moved = self._put(index, layers, "out", a, share * b)
-            candidates.append(self._put(index, moved, "fc2", *self._fit(index, moved, batches, "fc2")))
-        return min(candidates, key=lambda candidate: self._error(index, candidate, batches))
+            candidates.append(self._with(index, self._put(index, layers, "out", a, share * b), batches, "fc2"))
+        return min(candidates, key=lambda candidate: candidate[1])[0]
 
     def outputs(self, index: int, layers: Adapters, batches: Batches) -> list[np.ndarray]:
         """The block's outputs with these adapters."""
         p = self._merged(index, layers)
         return [np.asarray(self.apply(p, x)) for x, _ in batches]
 
-    def _error(self, index: int, layers: Adapters, batches: Batches) -> float:
-        p = self._merged(index, layers)
-        return sum(float(self.error(p, x, target)) for x, target in batches)
+    def _with(self, index: int, layers: Adapters, batches: Batches, site: str) -> tuple[Adapters, float]:
+        """The adapters with the best ones of a site, and the squared error of the block's outputs with them."""
+        a, b, error = self._fit(index, layers, batches, site)
+        return self._put(index, layers, site, a, b), error
 
     def _merged(self, index: int, layers: Adapters) -> Any:
         name = block_name(index)
         return merge({name: self.params[name]}, {name: layers}, self.lora)[name]
 
-    def _fit(self, index: int, layers: Adapters, batches: Batches, site: str) -> tuple[np.ndarray, np.ndarray]:
-        """Factors [F, R], [R, D] for what the block misses without the adapter of this site."""
+    def _fit(self, index: int, layers: Adapters, batches: Batches, site: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Factors [F, R], [R, D] for what the block misses without the adapter of this site, and what is left of it.
+
+        The last is a sum of squares, exact for a block whose outputs are linear in the site's inputs: fc2's.
+        """
         part, _, layer_scale = SITES[site]
         rank = dict(self.lora.ranks)[site]
         without = {name: leaf for name, leaf in layers[part][site].items() if name not in ("a", "b", "magnitude")}
         p = self._merged(index, {**layers, part: {**layers[part], site: without}})
-        second, cross = 0.0, 0.0
-        for x, target in batches:
-            xx, xy = self.moments(p, x, target, site)
-            second, cross = second + np.asarray(xx, np.float64), cross + np.asarray(xy, np.float64)
+        found = [self.moments(p, x, target, site) for x, target in batches]
+        second, cross, missing = (sum(np.asarray(x, np.float64) for x in batch) for batch in zip(*found, strict=True))
         a, b = low_rank_ridge(second, cross, rank, self.ridge)
         if layer_scale in p:
             gain = np.asarray(p[layer_scale], np.float64).reshape(1, -1)
-            b = np.divide(b, gain, out=np.zeros_like(b), where=gain != 0)
-        return a, b / self.lora.scale(rank)
+            b = np.where(gain != 0, b, 0.0)
+        change = a @ b
+        left = float(missing - 2 * np.vdot(change, cross) + np.vdot(change, (second @ a) @ b))
+        if layer_scale in p:
+            b = np.divide(b, gain, out=b, where=gain != 0)
+        return a, b / self.lora.scale(rank), left
 
     def _put(self, index: int, layers: Adapters, site: str, a: np.ndarray, b: np.ndarray) -> Adapters:
         """The block's adapters with these factors at a site; DoRA's magnitude becomes that of the sum."""
