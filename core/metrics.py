@@ -57,6 +57,11 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     return _image_metrics(scores, labels)[0]
 
 
+def auroc_between(lower: np.ndarray, upper: np.ndarray) -> float:
+    """`auroc` of two samples of scores [N] and [M], the second called anomalous: 0.5 where they are alike."""
+    return auroc(np.concatenate([lower, upper]), np.repeat([0, 1], [len(lower), len(upper)]))
+
+
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     """Sum over thresholds of (recall step) * precision, no interpolation (scikit-learn's definition).
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from core.files import write_json
 from core.loop import NonFiniteLossError
-from core.metrics import auroc, average_precision, pixel_metrics
+from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, Split
@@ -146,7 +146,8 @@ class Measured:
     """What a cell's scores say.
 
     Attributes:
-      test: {"image_auroc", "image_ap"} of the fused scores.
+      test: of the fused scores "image_auroc" and "image_ap", and the AUROC of normal and of abnormal images against the
+        calibration normals, "normal_vs_calibration" and "abnormal_vs_calibration".
       evidences: image AUROC by evidence, each by itself.
       painted: by FUSED and evidence, AUROC by painted family.
       scores: [N] fused scores.
@@ -173,6 +174,8 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
         test={
             "image_auroc": auroc(fused["test"], stored.labels),
             "image_ap": average_precision(fused["test"], stored.labels),
+            "normal_vs_calibration": auroc_between(fused["calibration"], fused["test"][stored.labels == 0]),
+            "abnormal_vs_calibration": auroc_between(fused["calibration"], fused["test"][stored.labels == 1]),
         },
         evidences={name: auroc(corrected["test"][:, i], stored.labels) for name, i in keep.items()},
         painted={FUSED: painted_auroc(by_kind(fused["painted"]))}

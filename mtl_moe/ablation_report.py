@@ -19,6 +19,7 @@ HEADER = (
     "Painted, unseen",
     "Painted, trained",
     "Rank: painted / test",
+    "Against calibration normals: normal / abnormal",
     "Pixel AUROC",
     "PRO",
     "Parameters",
@@ -31,7 +32,8 @@ NOTE = (
     "Mean ± standard deviation over n seeds. Difference: of the image AUROC to the base with the same seeds, with the "
     "95 % interval of the paired bootstrap over test images by patient or group; it does not hold the spread of seeds. "
     "Painted: AUROC of the fused score between calibration normals and the same with one painted defect, mean over "
-    "families; no abnormal image is in it. GFLOPs: matrix products of all views of one image, two for each "
+    "families; no abnormal image is in it. Against calibration normals: AUROC of the test split's normal images (0.5: "
+    "they are alike) and of its abnormal ones. GFLOPs: matrix products of all views of one image, two for each "
     "multiply-add. Images/s: scoring, compiled, on the machine below."
 )
 
@@ -88,6 +90,7 @@ def table_cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for entry in table:
         low_high = "" if not entry["interval"] else " ({:+.3f} to {:+.3f})".format(*entry["interval"])
         difference = "" if entry["difference"] is None else f"{entry['difference']:+.3f}{low_high}"
+        against = [entry[key] for key in ("normal_vs_calibration", "abnormal_vs_calibration") if entry[key] is not None]
         ranks = "" if entry["rank_test"] is None else f"{entry['rank_painted']} / {entry['rank_test']}"
         lines.append(
             [
@@ -98,6 +101,7 @@ def table_cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 _spread(entry, "painted_unseen"),
                 _spread(entry, "painted_trained"),
                 ranks,
+                " / ".join(f"{value:.3f}" for value in against),
                 _spread(entry, "pixel_auroc"),
                 _spread(entry, "aupro"),
                 f"{entry['num_params'] / 1e6:.2f} M",

@@ -42,10 +42,11 @@ def summarise(rows: Mapping[str, Titled], outcomes: Sequence[Outcome], num_resam
     """One dict for each row that has outcomes, in the order of `rows`; the first row is the base.
 
     Keys: row, title, trained, n (seeds with results), error; num_params, gflops, num_steps; the means over seeds
-    image_auroc, image_ap, painted_unseen, painted_trained, pixel_auroc, aupro, train_seconds, score_images_per_second
-    (None where there are none; "_std": sample deviation, None for one seed); difference to the base over the seeds
-    that both have, with interval (low, high) and difference_std; rank_test, rank_painted (1 is best); evidences and
-    painted: the means by evidence, and by evidence (FUSED among them) and family.
+    image_auroc, image_ap, normal_vs_calibration, abnormal_vs_calibration, painted_unseen, painted_trained,
+    pixel_auroc, aupro, train_seconds, score_images_per_second (None where there are none; "_std": sample deviation,
+    None for one seed); difference to the base over the seeds that both have, with interval (low, high) and
+    difference_std; rank_test, rank_painted (1 is best); evidences and painted: the means by evidence, and by evidence
+    (FUSED among them) and family.
     """
     by_row: dict[str, list[Outcome]] = {name: [] for name in rows}
     for outcome in outcomes:
@@ -81,6 +82,8 @@ def _means(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     readers: dict[str, Callable[[Outcome], float | None]] = {
         "image_auroc": lambda o: o.measured.test["image_auroc"],
         "image_ap": lambda o: o.measured.test["image_ap"],
+        "normal_vs_calibration": lambda o: o.measured.test["normal_vs_calibration"],
+        "abnormal_vs_calibration": lambda o: o.measured.test["abnormal_vs_calibration"],
         "painted_unseen": lambda o: o.measured.criteria["unseen"],
         "painted_trained": lambda o: o.measured.criteria["trained"],
         "pixel_auroc": lambda o: o.facts["pixels"].get("pixel_auroc"),

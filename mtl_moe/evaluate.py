@@ -18,6 +18,7 @@ from core.files import write_json
 from core.logs import read_history
 from core.metrics import (
     auroc,
+    auroc_between,
     average_precision,
     matched_auroc,
     pixel_metrics,
@@ -122,6 +123,9 @@ class Results:
         """Fused scores with intervals, each evidence, the best single one, each task left out."""
         self._covariate = scored.texture
         self._image("", fused, interval=True)
+        for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
+            against = auroc_between(calibration.fused, fused[self._split.labels == label])
+            self.metrics[self._prefix + name] = against
         if scored.maps is not None:
             self._pixel("", scored.maps, interval=True)
         for name, scores in zip(calibration.names, corrected.T, strict=True):

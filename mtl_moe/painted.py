@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.metrics import auroc
+from core.metrics import auroc_between
 from input_pipeline.split import ArrayPixels, Split
 from mtl_moe.tasks import base
 from mtl_moe.tasks.synthetic import FAMILIES, Synthetic
@@ -60,9 +60,7 @@ def by_kind(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def painted_auroc(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     """AUROC of each family against CLEAN, from scores by kind, [n] each."""
-    clean = scores[CLEAN]
-    labels = np.repeat([0, 1], len(clean))
-    return {family: auroc(np.concatenate([clean, scores[family]]), labels) for family in KINDS if family != CLEAN}
+    return {family: auroc_between(scores[CLEAN], scores[family]) for family in KINDS if family != CLEAN}
 
 
 def criteria(aurocs: Mapping[str, float]) -> dict[str, float]:

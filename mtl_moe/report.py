@@ -322,7 +322,18 @@ def _calibration(results: ReportData) -> Markup:
         "Flagged test normals against the rate asked for",
         "On the diagonal, p-values mean what they say. Above it, more normals are flagged than asked for.",
     )
-    return page.join([verdict, figure])
+    return page.join([verdict, _against_calibration(results), figure])
+
+
+def _against_calibration(results: ReportData) -> Markup:
+    normal, abnormal = (results.value(name) for name in ("normal_vs_calibration", "abnormal_vs_calibration"))
+    if not normal:
+        return Markup()
+    return page.paragraph(
+        f"Against the calibration normals the normal test images have an AUROC of {normal} (0.5: they are alike), the "
+        f"abnormal ones of {abnormal}. Whatever sets test images apart from the others is in both numbers.",
+        "note",
+    )
 
 
 def _router(results: ReportData) -> Markup:

@@ -92,8 +92,12 @@ def test_predictions_agree_with_the_report_and_the_calibration(tiny_run, report)
     found = report["metrics"]
     assert found["test/phantom/image_auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores))
     assert found["test/phantom/image_ap"] == pytest.approx(sklearn_metrics.average_precision_score(labels, scores))
-    evidence = np.array([[float(row[name]) for name in names] for row in rows])
     calibration = load_calibration(tiny_run.workdir / "calibration.npz", names, 3)
+    against = np.concatenate([calibration.fused, scores[labels == 1]])
+    expected = sklearn_metrics.roc_auc_score(np.arange(len(against)) >= len(calibration.fused), against)
+    assert found["test/phantom/abnormal_vs_calibration"] == pytest.approx(expected)
+    assert 0 <= found["test/phantom/normal_vs_calibration"] <= 1
+    evidence = np.array([[float(row[name]) for name in names] for row in rows])
     kinds = np.array(calibration.kinds)
     assert set(kinds) == {"error", "defect", "label", "texture"}
     fused = np.mean([evidence[:, kinds == kind].mean(axis=1) for kind in set(kinds)], axis=0)
