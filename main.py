@@ -2,7 +2,7 @@
 
   python main.py --config=configs/mtl_moe/bmad.py:brain --config.data.root=DIR --workdir=W     trains, then evaluates
   python main.py --mode=evaluate --workdir=W            restores the newest checkpoint and evaluates
-  python main.py --mode=predict --workdir=W --input=DIR scores any folder of images
+  python main.py --mode=predict --workdir=W --input=DIR scores any folder (--normals=DIR: against these)
   python main.py --mode=prepare --config=... --output=CACHE.npz   checks a data folder and writes a decoded cache
   python main.py --mode=compress --workdir=W --reduction=2 --output=S   distils a trained detector into a smaller one
   python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T --config.data.root=D --workdir=W
@@ -39,6 +39,12 @@ MODE = flags.DEFINE_enum(
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: config, checkpoints, metrics, report.")
 INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict.")
+NORMALS = flags.DEFINE_string(
+    "normals",
+    "",
+    "For --mode=predict: folder of normal images of the site that the input comes from; they calibrate the scores "
+    "instead of the training set's.",
+)
 EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes; a detector: stablehlo.")
 OUTPUT = flags.DEFINE_string(
     "output",
@@ -68,7 +74,7 @@ def main(argv: list[str]) -> None:
     commands = {
         "train": lambda: run.train_and_evaluate(config, workdir, DISTRIBUTED.value),
         "evaluate": lambda: run.evaluate(config, workdir),
-        "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value),
+        "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value, NORMALS.value),
         "prepare": lambda: run.prepare(config, OUTPUT.value),
         "compress": lambda: run.compress(config, workdir, OUTPUT.value, REDUCTION.value),
         "plan": lambda: run.plan(config, workdir if WORKDIR.value else None),

@@ -76,15 +76,15 @@ def evaluate(config: Any, workdir: Path) -> None:
     _print_report(evaluation.evaluate(system, dataset, workdir), workdir)
 
 
-def predict(config: Any, workdir: Path, source: str, output: str) -> None:
-    """Scores a folder of images with a trained and calibrated detector."""
+def predict(config: Any, workdir: Path, source: str, output: str, normals: str = "") -> None:
+    """Scores a folder of images with a trained detector, calibrated in its evaluation or on a folder of normals."""
     if not source:
         raise ValueError("--input is missing: the folder of images to score")
     _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
     folder = Path(output) if output else workdir / "predict"
-    prediction.predict(build_system(config), workdir, Path(source), folder)
+    prediction.predict(build_system(config), workdir, Path(source), folder, Path(normals) if normals else None)
     print(f"scores: {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
 
 

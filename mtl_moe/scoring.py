@@ -187,7 +187,9 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
             | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): run --mode=evaluate again, it writes the file anew") from error
+        raise ValueError(
+            f"{path} is damaged or of an earlier version ({error}): run --mode=evaluate again, it writes the file anew"
+        ) from error
     if found != tuple(names) or saved_step != step:
         raise ValueError(
             f"{path} was made for evidences {found} at step {saved_step}; expected {tuple(names)} at step {step}: run "
@@ -207,7 +209,7 @@ def check_calibration(fusion: str, num_normals: int) -> None:
     if num_normals < 5:
         raise ValueError(
             f"only {num_normals} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
-            "training images or raise data.calibration_fraction"
+            "normal images, or raise data.calibration_fraction"
         )
 
 

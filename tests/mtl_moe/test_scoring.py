@@ -248,6 +248,14 @@ def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
             load_calibration(path, ALL_NAMES, 7)
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name != "kinds"}
+    np.savez(path, **older)
+    with pytest.raises(
+        ValueError, match=r"calibration.npz is damaged or of an earlier version .*--mode=evaluate again"
+    ):
+        load_calibration(path, ALL_NAMES, 7)
     np.savez(path, names=np.array(ALL_NAMES), step=7)
     with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
         load_calibration(path, ALL_NAMES, 7)
