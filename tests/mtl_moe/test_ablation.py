@@ -32,6 +32,7 @@ def config(tiny_config) -> Any:
     """The ablation of the smallest detector, two tasks."""
     found = tiny_config()
     found.tasks.names = TASKS
+    found.tasks.synthetic.families = ("blob",)  # each compiles into every training
     found.command = "ablation"
     found.ablation = dict(rows=("top_1",), num_seeds=1, painted_images=5)
     found.train.num_steps = 2
