@@ -15,9 +15,10 @@ from scipy import ndimage
 from benchmarks.record import write_record
 from configs.workdir import get_config
 from input_pipeline.dataset import load_dataset
+from mtl_moe.calibration import evidence_names
 from mtl_moe.infer import Scorer, restore
 from mtl_moe.painted import by_kind, criteria, painted_auroc, painted_normals
-from mtl_moe.scoring import SMOOTHING, evidence_names
+from mtl_moe.scoring import SMOOTHING
 from mtl_moe.system import build_system
 
 SHARES = {"mean": 1.0, "top 5 %": 0.05, "top 1 %": 0.01}

@@ -117,7 +117,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         save_every=200,
     )
     config.score = dict(
-        fusion="tail",  # tail | robust_z | max | mean, see mtl_moe/scoring.py
+        fusion="tail",  # tail | robust_z | max | mean, see mtl_moe/calibration.py
         dtype="float32",  # as train.dtype; in float32 an image's score hardly depends on its batch mates
         batch_size=32,
         false_positive_rates=(0.01, 0.05, 0.1),

@@ -21,8 +21,8 @@ from mtl_moe.ablation_cell import FREE_FIELDS as CELL_FREE_FIELDS
 from mtl_moe.ablation_cell import Stored, joined, load_trained, measure, run_cell, uncorrected
 from mtl_moe.ablation_rows import BASE, Row, build_rows, cell_config
 from mtl_moe.ablation_summary import Outcome, write_summary
+from mtl_moe.calibration import Calibration, check_calibration
 from mtl_moe.painted import TRAINED, UNSEEN, painted_normals
-from mtl_moe.scoring import Calibration, check_calibration
 from mtl_moe.system import build_system
 
 # The table may grow: rows and seeds can be added later.

@@ -22,19 +22,12 @@ from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, Split
+from mtl_moe.calibration import TEXTURE, Calibration, fit_calibration, fused_names, load_calibration, with_normals
 from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.painted import by_kind, criteria, painted_auroc
-from mtl_moe.scoring import (
-    TEXTURE,
-    Calibration,
-    fit_calibration,
-    fused_names,
-    load_calibration,
-    make_map_fn,
-    with_normals,
-)
+from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import Reduction

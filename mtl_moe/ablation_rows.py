@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtl_moe.scoring import FUSIONS, task_evidences
+from mtl_moe.calibration import FUSIONS, task_evidences
 from mtl_moe.tasks import Task
 
 BASE = "base"

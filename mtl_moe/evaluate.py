@@ -26,11 +26,12 @@ from core.metrics import (
 )
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
+from mtl_moe.calibration import Calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, restore, router_use
 from mtl_moe.outputs import write_predictions
 from mtl_moe.provenance import provenance
 from mtl_moe.report import Case, ReportData, select_cases, write_report
-from mtl_moe.scoring import Calibration, evidence_names, make_map_fn, task_evidences
+from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.

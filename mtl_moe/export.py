@@ -17,8 +17,9 @@ import numpy as np
 
 from core.files import write_json
 from core.provenance import environment
+from mtl_moe.calibration import evidence_names
 from mtl_moe.infer import Trained
-from mtl_moe.scoring import evidence_names, make_score_fn
+from mtl_moe.scoring import make_score_fn
 from mtl_moe.system import System
 
 FILE = "detector.stablehlo"

@@ -16,8 +16,9 @@ from core.logs import progress_bar
 from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.dataset import Split, eval_batches
+from mtl_moe.calibration import Calibration, evidence_names, fit_calibration
 from mtl_moe.floors import log_mean_gradient
-from mtl_moe.scoring import Calibration, evidence_names, fit_calibration, make_map_fn, make_score_fn
+from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.system import System
 
 MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
@@ -102,7 +103,7 @@ class Scorer:
 
 
 def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
-    """Fits the calibration on held-out normals; see `mtl_moe.scoring`.
+    """Fits the calibration on held-out normals; see `mtl_moe.calibration`.
 
     Raises:
       ValueError: if there are fewer than five, or an abnormal image is among them.

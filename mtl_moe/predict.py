@@ -8,11 +8,11 @@ import numpy as np
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
+from mtl_moe.calibration import Calibration, check_calibration, fused_names, load_calibration
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, restore
 from mtl_moe.outputs import write_predictions
 from mtl_moe.report import ReportData, write_report
-from mtl_moe.scoring import Calibration, check_calibration, fused_names, load_calibration
 from mtl_moe.system import System
 
 

@@ -18,8 +18,8 @@ from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
 from mtl_moe.ablation import run_ablation
+from mtl_moe.calibration import check_calibration
 from mtl_moe.infer import restore
-from mtl_moe.scoring import check_calibration
 from mtl_moe.seeds import ensemble, summarise
 from mtl_moe.system import build_system, sample_images
 from mtl_moe.train import train

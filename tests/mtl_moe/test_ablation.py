@@ -18,9 +18,9 @@ from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, 
 from mtl_moe.ablation_report import choice_in_words, markdown
 from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
 from mtl_moe.ablation_summary import Outcome, choose, summarise
+from mtl_moe.calibration import evidence_names, fit_calibration, fused_names
 from mtl_moe.infer import Scored
 from mtl_moe.painted import KINDS
-from mtl_moe.scoring import evidence_names, fit_calibration, fused_names
 from mtl_moe.system import build_system
 from mtl_moe.tasks import build_tasks
 

@@ -10,8 +10,8 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from input_pipeline.split import ArrayPixels, Split
+from mtl_moe.calibration import evidence_names, fused_names, load_calibration
 from mtl_moe.evaluate import FLOORS, evaluate
-from mtl_moe.scoring import evidence_names, fused_names, load_calibration
 
 PIXEL_METRICS = {"pixel_auroc", "pixel_ap", "aupro", "aupro_bmad"}
 IMAGE_METRICS = {"image_auroc", "image_ap"}

@@ -15,10 +15,11 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from core.step import make_train_step_fn
 from input_pipeline.dataset import load_dataset
+from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
 from mtl_moe.losses import make_loss_fn
-from mtl_moe.scoring import SMOOTHING, TOP_SHARE, evidence_names, make_map_fn
+from mtl_moe.scoring import SMOOTHING, TOP_SHARE, make_map_fn
 from mtl_moe.system import build_system
 
 # Float32 sums in another order: rows of an image lie in other tiles of the expert matmul in another batch.

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from mtl_moe.scoring import (
+from mtl_moe.calibration import (
     FUSIONS,
-    MAP_LIMIT,
     TAIL_SHARE,
     TEXTURE,
     evidence_names,
     fit_calibration,
     fused_names,
     load_calibration,
-    make_map_fn,
     task_evidences,
 )
+from mtl_moe.scoring import MAP_LIMIT, make_map_fn
 from mtl_moe.tasks import TASKS, Geometry
 
 GEOMETRY = Geometry(16, 8, 1, 16)

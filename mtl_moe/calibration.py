@@ -1,0 +1,230 @@
+"""From raw scores to calibrated and fused ones: on the host, fitted on held-out training normals only.
+
+Axes: N images, n calibration normals, S evidences with a map (a task gives one or two), K = S + 1 evidences, texture
+last, H W map.
+
+- scores that are a map's top lose their linear fit on the image's log mean gradient, called its texture below: a smooth
+  image is easy to reconstruct, and gives few false alarms, whatever it shows;
+- what that takes away, how unusual the texture itself is to either side, is an evidence of its own: an image is as odd
+  as its errors are for its texture, and as its texture is;
+- u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
+- image score = mean of u over the evidences of each kind, then over the kinds: what fails together counts as one;
+  p-value = share of calibration normals at least as odd.
+"""
+
+import dataclasses
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from core.metrics import p_values
+from mtl_moe.tasks import Task
+from mtl_moe.tasks.base import EPS
+
+FUSIONS = ("tail", "robust_z", "max", "mean")
+TEXTURE = "texture"  # name of the evidence that no task gives
+TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
+
+
+def evidence_names(tasks: Sequence[Task]) -> list[str]:
+    """Names of the tasks' evidences, in the order of axis S."""
+    return [name for task in tasks for name in task.reductions]
+
+
+def fused_names(tasks: Sequence[Task]) -> list[str]:
+    """Names of all evidences that are fused, in the order of axis K."""
+    return [*evidence_names(tasks), TEXTURE]
+
+
+def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
+    """Evidence names by task, and the texture's by its own."""
+    return {task.name: tuple(task.reductions) for task in tasks} | {TEXTURE: (TEXTURE,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
+
+    Attributes:
+      names, kinds: of the evidences, length K.
+      fusion: one of FUSIONS.
+      slope, intercept: [S] linear fit of raw scores on texture; 0 where a score is a map's mean.
+      texture_median: of the calibration normals.
+      reference: [n, K] corrected scores of the calibration normals, each column sorted.
+      tail: [K, 3] threshold, scale and shape of the Pareto tail.
+      map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
+      fused: [n] fused scores of the calibration normals, sorted.
+      fused_low, fused_scale: the same two numbers for the finished fused map.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    fusion: str
+    slope: np.ndarray
+    intercept: np.ndarray
+    texture_median: float
+    reference: np.ndarray
+    tail: np.ndarray
+    map_low: np.ndarray
+    map_scale: np.ndarray
+    fused: np.ndarray
+    fused_low: float = 0.0
+    fused_scale: float = 1.0
+
+    def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
+        """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
+        texture = np.asarray(texture, np.float64)[:, None]
+        return np.hstack([raw - self.intercept - texture * self.slope, np.abs(texture - self.texture_median)])
+
+    def tail_scores(self, corrected: np.ndarray) -> np.ndarray:
+        """u = -log(1 - F(s)), [N, K]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
+        return np.stack(
+            [_tail_score(s, r, t) for s, r, t in zip(corrected.T, self.reference.T, self.tail, strict=True)], 1
+        )
+
+    def fuse(self, corrected: np.ndarray, leave_out: Sequence[str] = ()) -> np.ndarray:
+        """Image scores [N] from corrected scores [N, K], without the named evidences.
+
+        "tail" (default) means u, "max" its maximum, "robust_z" the mean of (s - median) / (1.48 MAD), "mean" that of
+        s; means are over the evidences of each kind, then over the kinds.
+        """
+        keep = [i for i, name in enumerate(self.names) if name not in leave_out]
+        values = corrected
+        if self.fusion == "robust_z":
+            median = np.median(self.reference, axis=0)
+            spread = 1.4826 * np.median(np.abs(self.reference - median), axis=0) + EPS
+            values = (corrected - median) / spread
+        elif self.fusion in ("tail", "max"):
+            values = self.tail_scores(corrected)
+        if self.fusion == "max":
+            return values[:, keep].max(1)
+        columns = [[i for i in keep if self.kinds[i] == kind] for kind in dict.fromkeys(self.kinds)]
+        return np.mean([values[:, same].mean(1) for same in columns if same], axis=0)
+
+    def p_values(self, fused: np.ndarray) -> np.ndarray:
+        """Share of calibration normals at least as odd, [N] in [1 / (n + 1), 1]."""
+        return p_values(fused, self.fused)
+
+    def save(self, path: Path, step: int) -> None:
+        """Writes all fields and the checkpoint's step as .npz, beside and renamed."""
+        fields = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, step=step, **fields)
+        temporary.replace(path)
+
+
+def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration:
+    """Reads `Calibration.save`'s file.
+
+    Raises:
+      ValueError: if it is missing, damaged, of other tasks or of another checkpoint.
+    """
+    if not path.exists():
+        raise ValueError(f"no {path}: run --mode=evaluate with the training data once, it writes the calibration")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            values = {name: stored[name] for name in stored.files}
+        found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
+        calibration = Calibration(
+            **values
+            | {"names": found, "kinds": tuple(map(str, values["kinds"])), "fusion": str(values["fusion"])}
+            | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
+        )
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is damaged or of an earlier version ({error}): run --mode=evaluate again, it writes the file anew"
+        ) from error
+    if found != tuple(names) or saved_step != step:
+        raise ValueError(
+            f"{path} was made for evidences {found} at step {saved_step}; expected {tuple(names)} at step {step}: run "
+            "--mode=evaluate again, it writes the file anew"
+        )
+    return calibration
+
+
+def check_calibration(fusion: str, num_normals: int) -> None:
+    """What can be said before any training about a calibration on `num_normals` images.
+
+    Raises:
+      ValueError: for an unknown fusion or fewer than five normals.
+    """
+    if fusion not in FUSIONS:
+        raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
+    if num_normals < 5:
+        raise ValueError(
+            f"only {num_normals} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
+            "normal images, or raise data.calibration_fraction"
+        )
+
+
+def fit_calibration(
+    tasks: Sequence[Task], fusion: str, raw: np.ndarray, texture: np.ndarray, maps: np.ndarray, body: np.ndarray
+) -> Calibration:
+    """Fits on calibration normals.
+
+    Args:
+      raw, texture: [n, S] and [n].
+      maps, body: [m, S, H, W] and [m, H, W] of some of the normals.
+
+    Raises:
+      ValueError: for an unknown fusion or fewer than five normals.
+    """
+    check_calibration(fusion, len(raw))
+    raw, texture = raw.astype(np.float64), texture.astype(np.float64)
+    reductions = [reduction for task in tasks for reduction in task.reductions.values()]
+    # Linear and of one measure: a curve, or several that vary together, extrapolate badly to images unlike the normals.
+    fits = [np.polyfit(texture, raw[:, i], 1) if r.how == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
+    slope, intercept = np.array(fits).T
+    inside = body > 0
+    quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
+    calibration = Calibration(
+        names=tuple(fused_names(tasks)),
+        kinds=(*(reduction.kind for reduction in reductions), TEXTURE),
+        fusion=fusion,
+        slope=slope,
+        intercept=intercept,
+        texture_median=float(np.median(texture)),
+        reference=np.zeros((0, 0)),
+        tail=np.zeros((0, 3)),
+        map_low=quantiles[:, 0],
+        map_scale=np.maximum(quantiles[:, 1] - quantiles[:, 0], EPS),
+        fused=np.zeros(0),
+    )
+    return with_normals(calibration, calibration.corrected(raw, texture))
+
+
+def with_normals(calibration: Calibration, corrected: np.ndarray) -> Calibration:
+    """The calibration with the distributions of these normals' corrected scores [n, K]."""
+    reference = np.sort(corrected, axis=0)
+    tail = np.stack([_fit_tail(column) for column in reference.T])
+    calibration = dataclasses.replace(calibration, reference=reference, tail=tail)
+    return dataclasses.replace(calibration, fused=np.sort(calibration.fuse(corrected)))
+
+
+def _fit_tail(reference: np.ndarray) -> np.ndarray:
+    """Threshold, scale and shape of a generalised Pareto distribution above the (1 - TAIL_SHARE) point.
+
+    Probability-weighted moments (Hosking and Wallis 1987), stable with tens of points; the shape is kept in [0, 0.5],
+    so that no finite score is called impossible.
+    """
+    count = max(int(TAIL_SHARE * len(reference)), 2)
+    threshold = reference[-count - 1]
+    excess = reference[-count:] - threshold
+    weights = (np.arange(count, 0, -1) - 0.65) / count  # 1 - plotting position (i - 0.35) / n
+    first, second = excess.mean(), (weights * excess).mean()
+    shape = np.clip(2 - first / max(first - 2 * second, EPS), 0.0, 0.5)
+    return np.array([threshold, max(first * (1 - shape), EPS), shape])
+
+
+def _tail_score(scores: np.ndarray, reference: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    threshold, scale, shape = tail
+    n = len(reference)
+    less, at_most = np.searchsorted(reference, scores, "left"), np.searchsorted(reference, scores, "right")
+    body = -np.log1p(-((less + at_most) / 2 + 0.5) / (n + 1))
+    start = -np.log1p(-(np.searchsorted(reference, threshold, "right") / (n + 1)))
+    excess = np.maximum(scores - threshold, 0) / scale
+    beyond = start + (np.log1p(shape * excess) / shape if shape > 0 else excess)
+    return np.where(scores > threshold, beyond, np.minimum(body, start))
