@@ -1,4 +1,4 @@
-"""From raw scores to calibrated and fused ones: on the host, fitted on held-out training normals only.
+"""From raw scores to calibrated and fused ones: on the host, fitted on normals alone that were not trained on.
 
 Axes: N images, n calibration normals, S evidences with a map (a task gives one or two), K = S + 1 evidences, texture
 last, H W map.

@@ -132,7 +132,7 @@ def _reading_guide(results: ReportData) -> Markup:
         "remove noise, put tiles in order, …); where it fails, the image differs from the normals it knows. Different "
         "need not mean diseased: a rare position, a device or an artefact is odd as well.",
         "Score: how oddly an image behaves over all tasks, and how unusual the amount of its texture is, against "
-        f"{num} normal images held out from training (the calibration normals). Higher is odder; there is no unit.",
+        f"{num} normal images that were not trained on (the calibration normals). Higher is odder; there is no unit.",
         "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
         "It is no probability of disease. It holds for images made like the calibration normals (same devices, same "
         "kind of patients); where test normals are known, the section Calibration checks it.",
@@ -312,7 +312,8 @@ def _calibration(results: ReportData) -> Markup:
     if abs(flagged - rate) > 2 * error:
         text += (
             ". That is more than chance explains: test and calibration normals differ (another device, other patients, "
-            "duplicates), and p-values and thresholds do not hold as stated."
+            "duplicates), and p-values and thresholds do not hold as stated. With normals of the same origin as the "
+            "test images, --mode=predict --normals=DIR calibrates anew."
         )
         verdict = page.paragraph(text, "callout warn")
     else:

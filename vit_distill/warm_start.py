@@ -146,8 +146,10 @@ class _Solver:
         rank = dict(self.lora.ranks)[site]
         without = {name: leaf for name, leaf in layers[part][site].items() if name not in ("a", "b", "magnitude")}
         p = self._merged(index, {**layers, part: {**layers[part], site: without}})
-        found = [self.moments(p, x, target, site) for x, target in batches]
-        second, cross, missing = (sum(np.asarray(x, np.float64) for x in batch) for batch in zip(*found, strict=True))
+        second, cross, missing = 0.0, 0.0, 0.0
+        for x, target in batches:  # added up one by one: a batch's moments of a ViT-B are 47 MB
+            xx, xy, yy = (np.asarray(part, np.float64) for part in self.moments(p, x, target, site))
+            second, cross, missing = second + xx, cross + xy, missing + yy
         a, b = low_rank_ridge(second, cross, rank, self.ridge)
         if layer_scale in p:
             gain = np.asarray(p[layer_scale], np.float64).reshape(1, -1)
