@@ -40,7 +40,7 @@ def smoke_config() -> Any:
     from configs import common
 
     config = common.detector("tiny")
-    config.data.update(image_size=32, mask_size=32)
+    config.data.update(image_size=32, mask_size=48)  # files as large as the masks
     config.data.phantom.update(num_train=64, num_valid=0, num_test=8, anatomies=("head",))
     config.model.update(width=32, num_heads=2, num_dense_layers=1, num_moe_layers=1, mlp_dim=32, expert_dim=16)
     config.tasks.names = ("masked", "denoise", "jigsaw", "cluster", "self_distill")  # "synthetic" compiles slowly
@@ -185,13 +185,13 @@ def run_inference(side: str, config: Any, batch: int) -> dict[str, float]:
 
 
 def write_phantoms(config: Any, root: Path) -> None:
-    """Phantoms as a folder of PNG files; `config.data` is pointed at it."""
+    """Phantoms as a folder of PNG files, images as large as masks; `config.data` is pointed at it."""
     from PIL import Image
 
     from input_pipeline.phantom import make_dataset
 
     data = config.data
-    for split in make_dataset(image_size=data.image_size, mask_size=data.mask_size, **data.phantom).values():
+    for split in make_dataset(image_size=data.mask_size, mask_size=data.mask_size, **data.phantom).values():
         for name, image, mask, label in zip(split["name"], split["image"], split["mask"], split["label"], strict=True):
             path = root / Path(name).parent / ("img" if label else "") / Path(name).name
             path.parent.mkdir(parents=True, exist_ok=True)
