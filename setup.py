@@ -17,7 +17,7 @@ INSTALL_REQUIRES = [
     "huggingface-hub>=1.0",  # teachers by name: hf-hub:ORGANISATION/NAME
     "scikit-learn>=1.5",  # logistic regression and k-NN probes; its digits are the embedded data of the distiller
     "scipy>=1.14",  # connected regions, generalised Pareto fit, k-means
-    "pillow>=11",  # reads every image format but DICOM and NIfTI
+    "pillow>=11",  # reads every image format but DICOM and NIfTI (extra `medical`)
     "matplotlib>=3.9",  # figures of the report
     "jinja2>=3.1",  # the report page, with escaping
     "markupsafe>=2.1",  # the same: text that is already HTML
@@ -31,12 +31,16 @@ INSTALL_REQUIRES = [
     "clu>=0.0.12",  # TensorBoard writer
     "tensorboard>=2.19",  # clu's writer imports it; tensorflow 2.21 no longer brings it
 ]
+# python-gdcm decodes the compressed DICOM of hospitals (JPEG lossless, JPEG-LS, JPEG 2000); its licence is Apache-2.0,
+# that of pylibjpeg-libjpeg, which pydicom also takes, is GPL.
+MEDICAL = ["pydicom>=3", "python-gdcm>=3.0", "nibabel>=5.3"]
 EXTRAS = {
+    "medical": MEDICAL,
     "cuda": ["jax[cuda13]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "torch": ["torch>=2.4"],  # reads .pth files, through weights_only=True
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", *MEDICAL],
     # Independent references. Tests that need them are skipped without; stored outputs of theirs are always compared.
     "parity": ["torch>=2.4", "timm>=1.0.12", "transformers>=5", "onnx>=1.17", "onnxruntime>=1.20"],
 }

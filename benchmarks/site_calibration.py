@@ -42,8 +42,7 @@ def compare(cell: Path) -> list[tuple[int, list[float], list[float]]]:
     for half in range(HALVES):
         chosen = np.isin(groups, np.random.default_rng(half).permutation(names)[: len(names) // 2])
         site, rest = chosen & normal, ~chosen
-        maps, body = np.zeros((1, test.raw.shape[1], 1, 1)), np.ones((1, 1, 1))  # no map is shown
-        calibration = fit_calibration(tasks, own.fusion, test.raw[site], test.texture[site], maps, body)
+        calibration = fit_calibration(tasks, own.fusion, test.raw[site], test.texture[site])
         found.append((int(site.sum()), measure(stored, own, rest), measure(stored, calibration, rest)))
     return found
 

@@ -32,13 +32,21 @@ from vit_distill.run import few_shot_images
 from vit_distill.teacher import load_teacher
 from vit_distill.train import start_values, training_batches
 
-EVERY = 10
 WARM = {"lora.warm_start": True}
 HALF = {"train.dtype": "bfloat16", "teacher.dtype": "bfloat16"}
+MUON = {"optim.kind": "muon"}
+# Fields of the config, and the schedules tried: the plain recipe's updates divided by each.
+RECIPES = {
+    "cached": ({}, (1, 2, 4)),
+    "cached + warm start": (WARM, (1, 2, 4)),
+    "cached + warm start + Muon": (WARM | MUON, (1, 2, 3, 4)),
+    "cached + warm start; bfloat16": (WARM | HALF, (1, 2)),
+    "cached + warm start + Muon; bfloat16": (WARM | MUON | HALF, (1, 2, 3, 4)),
+}
 
 
-def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, float]]:
-    """(update, seconds, held-out error) along a run; stops when the error reaches `target`."""
+def follow(config, teacher, images, held_out, target, every: int) -> list[tuple[int, float, float]]:
+    """(update, seconds, held-out error) every few updates of a run; stops when the error reaches `target`."""
     start = time.perf_counter()
     it = build_distiller(config, teacher)
     tx = build_optimizer(config.optim, config.train.num_steps)
@@ -55,7 +63,7 @@ def follow(config, teacher, images, held_out, target) -> list[tuple[int, float, 
     for update, batch in enumerate(batches):
         if batch is not None:
             state, _ = step_fn(state, shard_batch(batch, it.mesh), key)
-        if update % EVERY == 0 or update == config.train.num_steps:
+        if update % every == 0 or update == config.train.num_steps:
             jax.block_until_ready(state.params)
             now = time.perf_counter()
             error = float(error_fn(state.params, it.base))
@@ -100,39 +108,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--muon_rate", type=float, default=3e-2)
     parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--held_out", type=int, default=256, help="images that the error is taken on")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--name", default="time_to_quality", help="of the record")
     parser.add_argument("--torch", action="store_true", help="time PyTorch's updates as well")
     args = parser.parse_args()
     config = recipe.get_config()
     config.data.root, config.few_shot.ratio, config.student.reduction = args.root, args.ratio, args.reduction
     config.lora.rank, config.optim.learning_rate, config.calibration.num_images = args.rank, args.learning_rate, 500
+    config.train.batch_size, config.optim.warmup_steps = args.batch, min(config.optim.warmup_steps, args.steps // 5)
     teacher = load_teacher(args.teacher)
     images, few, rest = few_shot_images(config, teacher, None)
     few = images.take(few)
     few.pixels.images(np.arange(2))  # reads the files
-    rest = teacher.preprocessing.evaluate(jnp.asarray(images.pixels.images(rest[:256])))
+    rest = teacher.preprocessing.evaluate(jnp.asarray(images.pixels.images(rest[: args.held_out])))
     network = VisionTransformer(teacher.config)
     held_out = (rest, jax.jit(lambda p: network.apply({"params": p}, rest).blocks[-1])(teacher.params))
 
     config.train.num_steps = args.steps
-    plain = follow(config, teacher, few, held_out, target=0.0)
+    every = max(args.steps // 15, 1)
+    plain = follow(config, teacher, few, held_out, 0.0, every)
     (_, seconds, target), rows = plain[-1], []
     rows.append({"recipe": "plain", "steps": args.steps, "updates": args.steps, "seconds": round(seconds, 1)})
     rows[-1] |= {"error": round(target, 4), "start_error": round(plain[0][2], 4), "times_faster": 1.0}
     print(rows[-1], flush=True)
-    muon = {"optim.kind": "muon", "optim.learning_rate": args.muon_rate}
-    recipes = {
-        "cached": ({}, (1, 2, 4)),
-        "cached + warm start": (WARM, (1, 2, 4)),
-        "cached + warm start + Muon": (WARM | muon, (1, 2, 3, 4)),
-        "cached + warm start, bfloat16": (WARM | HALF, (1, 2)),
-        "cached + warm start + Muon, bfloat16": (WARM | muon | HALF, (1, 2, 3, 4)),
-    }
-    for name, (fields, shares) in recipes.items():
+    for name in args.recipes.split(","):
+        fields, shares = RECIPES[name]
         for share in shares:
             one = config.copy_and_resolve_references()
             one.train.update(num_steps=args.steps // share, cached_views=args.views)
             one.update_from_flattened_dict(fields)
-            curve = follow(one, teacher, few, held_out, target)
+            if one.optim.kind == "muon":
+                one.optim.learning_rate = args.muon_rate
+            curve = follow(one, teacher, few, held_out, target, every)
             updates, spent, error = curve[-1]
             row = {"recipe": name, "steps": args.steps // share, "updates": updates}
             row |= {"seconds": round(spent, 1), "error": round(error, 4), "start_error": round(curve[0][2], 4)}
@@ -146,7 +155,7 @@ def main() -> None:
     command = " ".join(["python -m benchmarks.time_to_quality", *sys.argv[1:]])
     command = command.replace(args.root, "IMAGES").replace(args.teacher, "TEACHER")
     packages = ("jax", "flax", "torch", "timm") if args.torch else ("jax", "flax")
-    write_record("time_to_quality_cpu", command, rows, packages)
+    write_record(f"{args.name}_cpu", command, rows, packages)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         image_size=image_size,
         mask_size=224,  # side of masks and of the maps that pixel metrics compare; 224 is BMAD's
         channels=1,  # 1: luminance; 3: RGB
+        window=(),  # (centre, width) of DICOM files and volumes, in Hounsfield units for CT; (): as they say themselves
         calibration_fraction=0.1,  # of the training normals, whole patients or groups
         seed=0,  # of the calibration split, apart from the run's so that seeds share one split
         skip_corrupt=False,
@@ -107,6 +108,11 @@ def detector(preset: str = "tiny") -> ConfigDict:
         log_every=50,
         save_every=1000,
         tensorboard=True,
+    )
+    config.slices = dict(  # --mode=slices: volumes to images
+        axis="axial",  # axial | coronal | sagittal
+        every=1,  # one slice of so many
+        min_body=0.5,  # slices with less body than this share of the volume's fullest slice are left out
     )
     config.compress = dict(  # --mode=compress; the optimiser's other fields, batches and logs are those of training
         reduction=2,  # r: one block in r is kept, of the trunk and of the expert blocks

@@ -17,6 +17,8 @@ def get_config(arg):
     if config.get("system") == "mtl_moe" and "compress" not in config:  # trained before detectors could be compressed
         config.compress = common.detector().compress
     if config.get("system") == "mtl_moe":
+        if "window" not in config.data:  # written before DICOM files and volumes were read
+            config.data.window, config.slices = (), common.detector().slices
         for section in (config.optim, config.compress):
             if "kind" not in section:  # written before there was a choice of optimizers
                 section.kind = "adamw"

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sys
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,10 +17,11 @@ from input_pipeline import phantom
 from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.bmad import index_bmad
 from input_pipeline.cache import load_npz
+from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, Index, calibration_rows, group_of
+from input_pipeline.index import DataError, Example, Index, calibration_rows
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
-from input_pipeline.tree import find_images
+from input_pipeline.tree import find_images, group_of_file
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -55,7 +56,7 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
 
     Args:
       data: kind ('phantom', 'bmad', 'folder', 'npz'), name, root, image_size, mask_size, channels,
-        calibration_fraction, seed, skip_corrupt, memory_limit_gb, cache, and phantom (arguments of
+        window, calibration_fraction, seed, skip_corrupt, memory_limit_gb, cache, and phantom (arguments of
         `phantom.make_dataset`). With `cache`, or for kind 'npz' with `root`, pixels come from that file, and the
         calibration split is drawn anew, so that files and their cache give the same splits.
       min_size: smallest image side accepted, the model's patch size.
@@ -95,14 +96,14 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> Split:
       DataError: no folder, or no image in it.
     """
     examples = [
-        Example((folder / name).as_posix(), root / folder / name, -1, None, group_of(PurePosixPath(name).stem))
+        Example(name, root / name, -1, None, group_of_file(root, name))
         for folder, names in find_images(root)[0].items()
-        for name in names
+        for name in ((folder / name).as_posix() for name in names)
     ]
     if not examples:
         raise DataError(f"{root}: no image in it")
     examples.sort(key=lambda example: example.name)
-    pixels = FilePixels(tuple(examples), data.image_size, data.mask_size, data.channels, min_size)
+    pixels = _file_pixels(tuple(examples), data, min_size)
     names, groups = [example.name for example in examples], [example.group for example in examples]
     return Split(names, groups, np.full(len(examples), -1, np.int32), False, pixels)
 
@@ -166,7 +167,7 @@ def dataset_from_index(
     in_memory = num_bytes <= memory_limit_gb * 2**30
     splits = {}
     for key, examples in index.splits.items():
-        pixels = FilePixels(examples, data.image_size, data.mask_size, data.channels, min_size, reader)
+        pixels = _file_pixels(examples, data, min_size, reader)
         if in_memory or skip_corrupt:  # on disk, one pass only finds the corrupt files
             pixels, rows = _decode(pixels, has_masks[key], in_memory, skip_corrupt, f"{index.dataset} {key}")
             examples = [examples[row] for row in rows]
@@ -174,6 +175,11 @@ def dataset_from_index(
         splits[key] = Split([e.name for e in examples], [e.group for e in examples], labels, has_masks[key], pixels)
     facts = (data.channels, data.image_size, data.mask_size, splits)
     return Dataset(index.dataset, index.layout, index.manifest_hash(), *facts)
+
+
+def _file_pixels(examples: tuple[Example, ...], data: ConfigDict, min_size: int, reader: str = "auto") -> FilePixels:
+    sizes = (data.image_size, data.mask_size, data.channels, min_size)
+    return FilePixels(examples, *sizes, reader, window=check_window(data.window))
 
 
 def _decode(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from input_pipeline.dicom import Window, dicom_size, is_dicom, read_dicom
 from input_pipeline.index import DataError, Example
 
 # What Pillow's readers raise on damaged files; anything else is a bug of ours and must surface.
@@ -54,10 +55,12 @@ class Resize:
 STRETCH = Resize()
 
 
-def _open(path: Path, load: bool = True) -> Image.Image:
+def _open(path: Path, load: bool = True, window: Window = ()) -> Image.Image:
     """Opens and, unless only the header is wanted, decodes one file; DataError naming it."""
     if path.suffix == ".npy":
         return _from_npy(path)
+    if is_dicom(path):
+        return read_dicom(path, window)
     try:
         with path.open("rb") as file:
             image = Image.open(file)
@@ -72,7 +75,8 @@ def _open(path: Path, load: bool = True) -> Image.Image:
         empty = path.stat().st_size == 0
         reason = "empty file (0 bytes)" if empty else f"cannot be decoded ({error})"
         raise DataError(
-            f"{path}: {reason}; expected a whole PNG, JPEG, TIFF or BMP: replace or remove it, or set data.skip_corrupt"
+            f"{path}: {reason}; expected a whole PNG, JPEG, TIFF, BMP or DICOM: replace or remove it, or set "
+            f"data.skip_corrupt"
         ) from error
     if pages > 1:
         raise DataError(f"{path}: {pages} pages in one TIFF; expected one image a file: split the stack")
@@ -103,6 +107,8 @@ def _from_npy(path: Path) -> Image.Image:
 
 def native_size(path: Path) -> tuple[int, int]:
     """(height, width) from the file's header; DataError if it has none."""
+    if is_dicom(path):
+        return dicom_size(path)
     image = _open(path, load=False)
     return image.height, image.width
 
@@ -152,10 +158,10 @@ def read_native(path: Path, channels: int, min_size: int = 1) -> np.ndarray:
     return _to_array(_read(path, channels, min_size), channels)
 
 
-def _read(path: Path, channels: int, min_size: int) -> Image.Image:
+def _read(path: Path, channels: int, min_size: int, window: Window = ()) -> Image.Image:
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (luminance) or 3 (RGB), found {channels}")
-    image = _open(path)
+    image = _open(path, window=window)
     if min(image.size) < min_size:
         raise DataError(
             f"{path}: {image.height}x{image.width} pixels, smaller than a patch of {min_size}: remove the image or "
@@ -170,18 +176,21 @@ def resize_array(image: np.ndarray, size: int, channels: int, resize: Resize) ->
     return _to_array(resize.square(picture, size), channels)
 
 
-def read_image(path: Path, size: int, channels: int, min_size: int = 1, resize: Resize = STRETCH) -> np.ndarray:
+def read_image(
+    path: Path, size: int, channels: int, min_size: int = 1, resize: Resize = STRETCH, window: Window = ()
+) -> np.ndarray:
     """One image as a square, by default stretched with antialiased bilinear resampling (the BMAD protocol).
 
     Args:
-      path: PNG, JPEG, TIFF or BMP; 1, 8 or 16-bit grey, RGB, RGBA or palette. Colour becomes luminance (ITU-R 601) for
-        channels=1, grey is repeated for channels=3. 16-bit grey is scaled by its range (65535 -> 255), never by the
-        image's own extrema; integers beyond 16 bit are refused; floating point must be in 0..1. Transparency is laid on
-        black; an opaque alpha is dropped.
+      path: PNG, JPEG, TIFF, BMP or DICOM (see `dicom.read_dicom`); 1, 8 or 16-bit grey, RGB, RGBA or palette. Colour
+        becomes luminance (ITU-R 601) for channels=1, grey is repeated for channels=3. 16-bit grey is scaled by its
+        range (65535 -> 255), never by its own extrema; integers beyond 16 bit are refused; floating point must be in
+        0..1. Transparency is laid on black; an opaque alpha is dropped.
       size: side of the result in pixels.
       channels: 1 or 3.
       min_size: smallest side accepted, the model's patch size.
       resize: how the picture becomes a square.
+      window: (centre, width) of DICOM files, () for their own; others have none.
 
     Returns:
       uint8 [size, size, channels].
@@ -189,7 +198,7 @@ def read_image(path: Path, size: int, channels: int, min_size: int = 1, resize: 
     Raises:
       DataError: missing, empty, truncated, undecodable, huge or too small a file, naming it.
     """
-    image = _read(path, channels, min_size)
+    image = _read(path, channels, min_size, window)
     return _to_array(resize.square(image, size), channels)
 
 
@@ -244,10 +253,16 @@ def check_mask_size(example: Example) -> None:
 
 
 def read_example(
-    example: Example, size: int, mask_size: int, channels: int, min_size: int, resize: Resize = STRETCH
+    example: Example,
+    size: int,
+    mask_size: int,
+    channels: int,
+    min_size: int,
+    resize: Resize = STRETCH,
+    window: Window = (),
 ) -> tuple:
     """(image uint8 [size, size, channels], mask uint8 [M, M, 1], zeros if it has none); errors as `read_image`."""
-    image = read_image(example.image, size, channels, min_size, resize)
+    image = read_image(example.image, size, channels, min_size, resize, window)
     if example.mask is None:
         return image, np.zeros((mask_size, mask_size, 1), np.uint8)
     check_mask_size(example)

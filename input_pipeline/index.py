@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -15,6 +15,8 @@ SPLITS = ("train", "calibration", "valid", "test")
 
 # Where the patient (or the near-duplicate group) stands in names that carry one.
 _GROUP_PATTERNS = (
+    re.compile(r"^(sub-[A-Za-z0-9]+)_"),  # sub-01_ses-2_T1w_slice045: BIDS
+    re.compile(r"^(.+)_slice\d+$"),  # BraTS-GLI-00005-000_slice045: slices of a volume, see nifti.py
     re.compile(r"^((?:[A-Za-z]+\d*-)?IM-\d+)(?:-\d+)+$"),  # IM-0115-0001, NORMAL2-IM-0451-0001-0002: chest_xray
     re.compile(r"^(person\d+)_"),  # person100_bacteria_475: chest_xray
     re.compile(r"^((?:CNV|DME|DRUSEN|NORMAL)-\d+)-\d+$"),  # NORMAL-1001666-12: OCT2017
@@ -60,6 +62,13 @@ class Index:
             mask = (example.mask.name, example.mask.stat().st_size) if example.mask else ("", 0)
             digest.update(repr((example.name, example.image.stat().st_size, example.label, *mask)).encode())
         return digest.hexdigest()
+
+
+def stem_of(name: str) -> str:
+    """File name without folders and suffix: `a/00003_60.png` -> `00003_60`, `x.nii.gz` -> `x`; `1.2.840` as it is."""
+    base = PurePosixPath(name).name
+    suffix = ".nii.gz" if base.lower().endswith(".nii.gz") else PurePosixPath(base).suffix
+    return base if suffix[1:].isdigit() or not suffix else base[: -len(suffix)]
 
 
 def group_of(stem: str) -> str:

@@ -14,7 +14,8 @@ from PIL import Image
 from input_pipeline.cache import save_npz
 from input_pipeline.dataset import build_index, dataset_from_index
 from input_pipeline.decode import native_size, read_example
-from input_pipeline.index import DataError, Example, Index
+from input_pipeline.dicom import Window, is_dicom, own_window
+from input_pipeline.index import DataError, Example, Index, stem_of
 from input_pipeline.split import Dataset
 
 HASH_SIZE = 64  # px; duplicates are equal pixels at this size, whatever the file format
@@ -51,7 +52,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
         "dataset": index.dataset,
         "layout": index.layout,
         "manifest_hash": dataset.manifest_hash,
-        "warnings": [*index.warnings, *_dark_images(dataset)],
+        "warnings": [*index.warnings, *_dark_images(dataset), *_windows(index, kept, data.window)],
         "counts": _counts(index),
         "corrupt": corrupt,
         "duplicates": [[name for _, name in same] for same in duplicates],
@@ -68,7 +69,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
 
 def _reason(example: Example, data: ConfigDict, min_size: int) -> str:
     try:
-        read_example(example, data.image_size, data.mask_size, data.channels, min_size)
+        read_example(example, data.image_size, data.mask_size, data.channels, min_size, window=data.window)
     except DataError as error:
         return str(error)
     raise RuntimeError(f"{example.image}: could not be decoded a moment ago and now can; is the disk failing?")
@@ -99,7 +100,7 @@ def _crossing_groups(index: Index) -> dict[str, list[str]]:
     parts = defaultdict(set)
     for key, examples in index.splits.items():
         for example in examples:
-            if example.group != PurePosixPath(example.name).with_suffix("").as_posix():
+            if example.group != (PurePosixPath(example.name).parent / stem_of(example.name)).as_posix():
                 parts[example.group].add(_PART.get(key, key))
     return {group: sorted(found) for group, found in sorted(parts.items()) if {"train"} < found}
 
@@ -118,7 +119,18 @@ def _dark_images(dataset: Dataset) -> list[str]:
         return []
     return [
         f"training images are very dark (median of their brightest pixels {brightest:.0f} of 255): 12-bit values "
-        f"stored in 16 bits? Window them to the full range before training"
+        f"stored in 16 bits? Window them to the full range before training (DICOM: data.window)"
+    ]
+
+
+def _windows(index: Index, kept: set[str], window: Window) -> list[str]:
+    examples = [e for found in index.splits.values() for e in found if e.name in kept and is_dicom(e.image)]
+    found = {} if window else Counter(own_window(e.image) for e in examples)
+    if len(found) < 2:
+        return []
+    return [
+        f"{len(examples)} DICOM files bring {len(found)} different windows of their own, so that equal values differ "
+        f"in brightness: for CT set data.window to one for all, for example --config.data.window='{next(iter(found))}'"
     ]
 
 

@@ -6,6 +6,7 @@ Axis alphabet: N images.
 import logging
 from pathlib import Path
 
+from input_pipeline.dicom import is_dicom
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
 from input_pipeline.tree import IMAGE_SUFFIXES, SPLIT_WORDS, find_images, read_tree
@@ -46,7 +47,8 @@ def _folders(root: Path) -> list[Path]:
 
 def _read_split(split: Path, root: Path, classes: tuple[str, ...], name: str, sizes: Sizes) -> LabelledSet:
     found = {c.name: c for c in _folders(split)}
-    direct = [p for p in split.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    visible = [p for p in split.iterdir() if not p.name.startswith(".")]
+    direct = [p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES or is_dicom(p)]
     if found and direct:
         raise DataError(f"{direct[0]}: {len(direct)} images stand beside class folders in {split}. {EXPECTED}")
     if unknown := [c for c in found if c not in classes]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from input_pipeline.decode import STRETCH, Resize, read_example, read_image
+from input_pipeline.dicom import Window
 from input_pipeline.index import DataError, Example
 from input_pipeline.reader import Decoded, choose_reader, decode_in_order
 
@@ -70,6 +71,7 @@ class FilePixels:
     min_size: int
     reader: str = "auto"
     resize: Resize = STRETCH
+    window: Window = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -80,8 +82,8 @@ class FilePixels:
         try:
             if with_masks:
                 sizes = (self.image_size, self.mask_size, self.channels, self.min_size)
-                return *read_example(example, *sizes, self.resize), ""
-            image = read_image(example.image, self.image_size, self.channels, self.min_size, self.resize)
+                return *read_example(example, *sizes, self.resize, self.window), ""
+            image = read_image(example.image, self.image_size, self.channels, self.min_size, self.resize, self.window)
             return image, no_mask, ""
         except DataError as error:
             image = np.zeros((self.image_size, self.image_size, self.channels), np.uint8)

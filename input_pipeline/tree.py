@@ -18,9 +18,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from input_pipeline.index import DataError, Example, Index, group_of, split_calibration
+from input_pipeline import dicom
+from input_pipeline.index import DataError, Example, Index, group_of, split_calibration, stem_of
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *dicom.SUFFIXES)
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
 SPLIT_WORDS |= {"test": "test", "testing": "test"}
@@ -80,14 +81,20 @@ def _place(folder: PurePosixPath, defects: set[str], root: Path) -> _Place:
     return _Place(**found)
 
 
-def find_images(root: Path) -> tuple[dict[PurePosixPath, list[str]], Counter[str]]:
-    """Image file names by folder relative to `root`, and the suffixes of the files that are no images."""
+def find_images(
+    root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> tuple[dict[PurePosixPath, list[str]], Counter[str]]:
+    """Image file names by folder relative to `root`, and the suffixes of the files that are no images.
+
+    DICOM files count as images without a suffix too, as scanners write them; not where other suffixes are asked for.
+    """
     folders, others = {}, Counter()
     for path, children, names in os.walk(root, followlinks=True):
         children[:] = sorted(c for c in children if not c.startswith((".", "__MACOSX")))
         names = sorted(n for n in names if not n.startswith(".") and n != "Thumbs.db")
-        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-        others.update(Path(n).suffix.lower() or n for n in names if not n.lower().endswith(IMAGE_SUFFIXES))
+        bare = suffixes == IMAGE_SUFFIXES
+        images = [n for n in names if n.lower().endswith(suffixes) or (bare and dicom.is_dicom(Path(path, n)))]
+        others.update(Path(n).suffix.lower() or n for n in set(names).difference(images))
         if images:
             folders[PurePosixPath(Path(path).relative_to(root).as_posix())] = images
     return folders, others
@@ -138,7 +145,7 @@ def _match_masks(
     for split, found in images.items():
         wanted = [(place, name) for place, name in found if place.label == 1]
         for place, name in wanted:
-            stem = PurePosixPath(name).stem
+            stem = stem_of(name)
             keys = [(split, 1, place.defect, s) for s in (stem, f"{stem}_mask")]
             if key := next((k for k in keys if k in masks), None):
                 if key in used:
@@ -156,14 +163,19 @@ def _match_masks(
     for key, name in masks.items():
         split, label, defect, stem = key
         stems = {stem, stem.removesuffix("_mask")}
-        partners = (p for p, image in images.get(split, []) if PurePosixPath(image).stem in stems)
+        partners = (p for p, image in images.get(split, []) if stem_of(image) in stems)
         if key not in used and not any((p.label, p.defect) == (label, defect) for p in partners):
             raise DataError(f"{root / name}: mask without an image; expected an image of the same name in {split}")
     return matched
 
 
 def read_tree(
-    root: Path, dataset: str, calibration_fraction: float = 0.1, seed: int = 0, require_train: bool = True
+    root: Path,
+    dataset: str,
+    calibration_fraction: float = 0.1,
+    seed: int = 0,
+    require_train: bool = True,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> Index:
     """Indexes the tree under `root`; see the module's text for the folders it knows.
 
@@ -172,16 +184,18 @@ def read_tree(
       dataset: name given to the index.
       calibration_fraction, seed: see `index.calibration_rows`.
       require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
+      suffixes: of the files that are images and masks.
 
     Raises:
       DataError: an unknown folder, unlabelled or abnormal training images, a mask without image or the reverse, no
         training normals.
     """
     root = unwrap(root)
-    folders, others = find_images(root)
+    folders, others = find_images(root, suffixes)
     if not folders:
-        suffixes = ", ".join(sorted(others)) or "none"
-        raise DataError(f"{root}: no image ({', '.join(IMAGE_SUFFIXES)}) in it, other files: {suffixes}; {EXPECTED}")
+        found = ", ".join(sorted(others)) or "none"
+        hint = "; volumes are cut into images by --mode=slices" if {".nii", ".gz"} & others.keys() else ""
+        raise DataError(f"{root}: no image ({', '.join(suffixes)}) in it, other files: {found}{hint}; {EXPECTED}")
     defects = _defects(folders)
     images: dict[str, list[tuple[_Place, str]]] = {}
     masks: dict[tuple[str, int, str, str], str] = {}
@@ -191,7 +205,7 @@ def read_tree(
         if place.is_mask:
             label = 1 if place.label is None else place.label
             key = (place.split or "test", label, place.defect)
-            masks |= {(*key, PurePosixPath(n).stem): (folder / n).as_posix() for n in names}
+            masks |= {(*key, stem_of(n)): (folder / n).as_posix() for n in names}
         else:
             split = _image_split(place, folder, names, root, flat=len(folders) == 1)
             images.setdefault(split, []).extend((place, (folder / n).as_posix()) for n in names)
@@ -226,10 +240,14 @@ def _image_split(place: _Place, folder: PurePosixPath, names: list[str], root: P
 def _examples(found: list[tuple[_Place, str]], matched: dict[str, str], root: Path) -> tuple[Example, ...]:
     examples = []
     for place, name in sorted(found, key=lambda item: item[1]):
-        stem = PurePosixPath(name).stem
-        group = group_of(stem)
-        if group == stem:  # no patient in the name: equal stems of two folders are two groups
-            group = PurePosixPath(name).with_suffix("").as_posix()
         mask = root / matched[name] if name in matched else None
-        examples.append(Example(name, root / name, place.label or 0, mask, group))
+        examples.append(Example(name, root / name, place.label or 0, mask, group_of_file(root, name)))
     return tuple(examples)
+
+
+def group_of_file(root: Path, name: str) -> str:
+    """Patient of the image `root`/`name`: of the DICOM header, else of the file name; else the name without suffix."""
+    group = dicom.patient_of(root / name) if dicom.is_dicom(root / name) else ""
+    if group or (group := group_of(stem_of(name))) != stem_of(name):
+        return group
+    return (PurePosixPath(name).parent / group).as_posix()  # equal stems of two folders are two groups

@@ -218,10 +218,9 @@ class _Uncorrected(NamedTuple):
 def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
     """The calibration fitted anew on the same normals, with no evidence corrected for texture.
 
-    For image scores only: its maps' scales are empty.
+    For image scores only.
     """
     normals = stored.scored["calibration"]
     kinds = dict(zip(calibration.names[:-1], calibration.kinds[:-1], strict=True))
     tasks = [_Uncorrected({name: Reduction("mean", kind) for name, kind in kinds.items()})]
-    maps, body = np.zeros((1, len(kinds), 1, 1)), np.ones((1, 1, 1))
-    return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture, maps, body)
+    return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture)

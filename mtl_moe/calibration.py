@@ -161,13 +161,18 @@ def check_calibration(fusion: str, num_normals: int) -> None:
 
 
 def fit_calibration(
-    tasks: Sequence[Task], fusion: str, raw: np.ndarray, texture: np.ndarray, maps: np.ndarray, body: np.ndarray
+    tasks: Sequence[Task],
+    fusion: str,
+    raw: np.ndarray,
+    texture: np.ndarray,
+    maps: np.ndarray | None = None,
+    body: np.ndarray | None = None,
 ) -> Calibration:
     """Fits on calibration normals.
 
     Args:
       raw, texture: [n, S] and [n].
-      maps, body: [m, S, H, W] and [m, H, W] of some of the normals.
+      maps, body: [m, S, H, W] and [m, H, W] of some of the normals; None: for image scores only.
 
     Raises:
       ValueError: for an unknown fusion or fewer than five normals.
@@ -178,8 +183,10 @@ def fit_calibration(
     # Linear and of one measure: a curve, or several that vary together, extrapolate badly to images unlike the normals.
     fits = [np.polyfit(texture, raw[:, i], 1) if r.how == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
     slope, intercept = np.array(fits).T
-    inside = body > 0
-    quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
+    quantiles = np.tile((0.0, 1.0), (len(reductions), 1))
+    if maps is not None:
+        inside = body > 0
+        quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
     calibration = Calibration(
         names=tuple(fused_names(tasks)),
         kinds=(*(reduction.kind for reduction in reductions), TEXTURE),

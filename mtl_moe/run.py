@@ -1,4 +1,4 @@
-"""The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, compress, export."""
+"""The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, slices, compress, export."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import load_dataset
+from input_pipeline.nifti import write_slices
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
 from mtl_moe import compress as compression
@@ -36,6 +37,7 @@ FREE_FIELDS = (
     "train.tensorboard",
     "num_seeds",
     "compress.",
+    "slices.",
 )
 
 
@@ -91,6 +93,16 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
 def prepare(config: Any, output: str) -> None:
     """Checks a data folder and, with `output`, writes the decoded cache."""
     print(format_report(prepare_data(config.data, output, min_size=config.model.patch_size)))
+
+
+def slices(config: Any, output: str) -> None:
+    """Cuts a folder of volumes into a folder of images."""
+    if not config.data.root or not output:
+        raise ValueError("--mode=slices: expected --config.data.root=VOLUMES and --output=FOLDER, a new one")
+    counts = write_slices(config.data.root, Path(output), **config.slices, window=config.data.window)
+    for folder, count in sorted(counts.items()):
+        print(f"{folder:<28} {count}")
+    print(f"check it: --mode=prepare --config.data.root={output}")
 
 
 def compress(config: Any, workdir: Path, output: str, reduction: int | None = None) -> None:

@@ -45,10 +45,12 @@ CONFINED = {
     "transformers": {"vit_distill/export/other_tools.py": False},
     "onnx": {"vit_distill/export/onnx_file.py": False, "vit_distill/export/onnx_graph.py": False},
     "onnxruntime": {"vit_distill/export/onnx_file.py": False},
+    "pydicom": {"input_pipeline/dicom.py": False},
+    "nibabel": {"input_pipeline/nifti.py": False},
     "pytest": {},
 }
 # Of the extras in setup.py: imported only where a user asks for them.
-OPTIONAL = ("torch", "timm", "transformers", "onnx", "onnxruntime")
+OPTIONAL = ("torch", "timm", "transformers", "onnx", "onnxruntime", "pydicom", "nibabel")
 MAX_LINES = 400
 
 

@@ -203,12 +203,13 @@ def test_a_folder_without_a_saved_config_is_named(tmp_path: Path):
         workdir.get_config(str(tmp_path))
 
 
-def test_a_detector_of_before_the_choice_of_optimizers_is_one_of_adamw(tmp_path: Path):
+def test_configs_of_before_a_field_was_there_are_read(tmp_path: Path):
     config = common.detector().to_dict()
-    del config["optim"]["kind"], config["compress"]["kind"]
+    del config["optim"]["kind"], config["compress"]["kind"], config["data"]["window"], config["slices"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = workdir.get_config(str(tmp_path))
     assert (found.optim.kind, found.compress.kind) == ("adamw", "adamw")
+    assert (found.data.window, found.slices) == ((), common.detector().slices)
     del config["compress"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert workdir.get_config(str(tmp_path)).optim.kind == "adamw"

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import nibabel
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import common
 from configs import workdir as saved
 from core.workdir import check_config
 from mtl_moe import run
@@ -47,7 +49,7 @@ def test_help_comes_without_jax():
     """Importing JAX takes seconds; nothing that only parses flags waits for it."""
     done = call("--help", options=("-X", "importtime"))
     assert "--workdir" in done.stdout
-    assert "--mode: <train|evaluate|predict|prepare|compress|export|plan>" in done.stdout
+    assert "--mode: <train|evaluate|predict|prepare|slices|compress|export|plan>" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "ml_collections" in imported  # the list is that of the program itself
     assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
@@ -61,7 +63,7 @@ def test_help_comes_without_jax():
         (["--workdir"], ["Missing value for flag --workdir"]),
         ([QUICKSTART], ["--workdir is missing"]),
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
-        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|compress|export|plan>"]),
+        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|slices|compress|export|plan>"]),
         ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
         ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
         ([QUICKSTART, "--workdir=w", "--config.train.num_steps=many"], ["config.train.num_steps=many", "int"]),
@@ -254,6 +256,20 @@ def test_prepare_reports_a_corrupt_file_and_writes_nothing(
     assert "corrupt files: 1" in printed
     assert "im07.png" in printed
     assert not (tmp_path / "cache.npz").exists()
+
+
+def test_slices_prints_what_it_wrote_and_asks_for_both_folders(tmp_path: Path, capsys: pytest.CaptureFixture):
+    volume = np.pad(np.ones((4, 4, 4), np.float32), 2)
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
+    config = common.detector()
+    with pytest.raises(ValueError, match=r"expected --config\.data\.root=VOLUMES and --output=FOLDER"):
+        run.slices(config, str(tmp_path / "out"))
+    config.data.root = str(tmp_path / "in")
+    run.slices(config, str(tmp_path / "out"))
+    assert "train/good                   8" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "train" / "good").glob("*.png"))) == 8
 
 
 # Two seeds, and a corrupt file that is to be skipped, in one run.

@@ -203,8 +203,8 @@ def test_bad_trees(tmp_path, case):
 def test_empty_and_foreign_folders(tmp_path):
     with pytest.raises(DataError, match=r"no image .* other files: none; expected images"):
         index_folder(tmp_path)
-    (tmp_path / "scan.dcm").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"other files: \.dcm"):
+    (tmp_path / "scan.nii").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"other files: \.nii; volumes are cut into images by --mode=slices"):
         index_folder(tmp_path)
 
 

@@ -52,6 +52,7 @@ def data_config(root: Path | str = "", **changes: object) -> ConfigDict:
         "image_size": 8,
         "mask_size": 8,
         "channels": 1,
+        "window": (),
         "calibration_fraction": 0.2,
         "seed": 0,
         "skip_corrupt": False,

@@ -1,0 +1,181 @@
+"""One DICOM file: its picture as a viewer shows it, its size, and the patient it belongs to. Needs pydicom.
+
+Decoding, modality tables, windows and palettes are pydicom's (DICOM PS3.3, C.7.6.3 and C.11). Decided here: which
+values become black and white, and that a file holds one frame.
+
+Axis alphabet: H W C image.
+"""
+
+import contextlib
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.index import DataError
+
+SUFFIXES = (".dcm", ".dicom", ".ima")
+# What pydicom and its decoders raise on files that are damaged, of another kind, or compressed in a way they lack.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError,
+    struct.error,
+)  # fmt: skip
+
+Window = tuple[float, ...]  # (centre, width) in the file's units (Hounsfield units in CT); () means the file's own
+
+
+def check_window(window: Sequence[float]) -> Window:
+    """`data.window` as it was given; ValueError unless it is () or a centre and a width above 0."""
+    if len(window) not in (0, 2) or (window and not window[1] > 0):
+        raise ValueError(f"data.window: expected () or (centre, width) with a width above 0, found {tuple(window)}")
+    return tuple(window)
+
+
+def may_be_dicom(name: str) -> bool:
+    """Whether a file of this name can be DICOM: by its suffix, or because it has none but digits (scanners, UIDs)."""
+    suffix = PurePath(name).suffix.lower()
+    return suffix in SUFFIXES or ((not suffix or suffix[1:].isdigit()) and name != "DICOMDIR")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is taken for DICOM: by its suffix, or without a real one by the DICM at byte 128."""
+    if path.suffix.lower() in SUFFIXES or not may_be_dicom(path.name):
+        return path.suffix.lower() in SUFFIXES
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def read_dicom(path: Path, window: Window = ()) -> Image.Image:
+    """The picture of one file.
+
+    Args:
+      window: (centre, width): what is mapped to black and white, after the modality's rescaling; () takes the file's
+        own table or first window, and without one everything that its stored bits can hold, never the image's extrema.
+
+    Returns:
+      Grey as mode F in 0..1, MONOCHROME1 turned so that what a viewer shows white is white, padding black; colour and
+      palettes as mode RGB.
+
+    Raises:
+      DataError: damaged, no picture in it, several frames, or compressed in a way no installed decoder knows.
+    """
+    pydicom = _pydicom()
+    with _named(path):
+        dicom = pydicom.dcmread(path)
+        if "PixelData" not in dicom:
+            raise DataError(f"{path}: DICOM without a picture ({_kind(dicom)}); expected an image: remove it")
+        frames = int(dicom.get("NumberOfFrames") or 1)
+        if frames > 1:
+            raise DataError(f"{path}: {frames} frames in one DICOM; expected one image a file: split the series")
+        if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
+            raise DataError(f"{path}: {dicom.Rows}x{dicom.Columns} pixels; tile the image or scale it down")
+        stored = pydicom.pixels.pixel_array(dicom)  # YCbCr as RGB
+        if dicom.PhotometricInterpretation == "PALETTE COLOR":
+            stored = pydicom.pixels.apply_color_lut(stored, dicom)[..., :3]
+        if stored.ndim == 3:
+            depth = 8 if stored.dtype == np.uint8 else 8 * stored.dtype.itemsize
+            return Image.fromarray((stored >> (depth - 8)).astype(np.uint8))
+        return Image.fromarray(_grey(dicom, stored, window))
+
+
+def dicom_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header; DataError if it has none."""
+    with _named(path):
+        dicom = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+        return int(dicom.Rows), int(dicom.Columns)
+
+
+def own_window(path: Path) -> Window:
+    """The first window of a file's header as (centre, width), () where it has none; DataError as `read_dicom`."""
+    with _named(path):
+        dicom = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["WindowCenter", "WindowWidth"])
+        ends = (dicom.get("WindowCenter"), dicom.get("WindowWidth"))
+        return () if None in ends else tuple(float(np.atleast_1d(value)[0]) for value in ends)
+
+
+def patient_of(path: Path) -> str:
+    """A name for the patient (without an ID: the study) that a file belongs to, "" where it says neither.
+
+    It is a hash, so that reports do not print the hospital's number; whoever has the numbers can hash them too.
+    """
+    pydicom = _pydicom()
+    try:
+        with _named(path):
+            tags = ["PatientID", "StudyInstanceUID"]
+            dicom = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            known = str(dicom.get("PatientID") or dicom.get("StudyInstanceUID") or "").strip()
+    except DataError:  # said where the picture is read, which can leave it out
+        return ""
+    return f"patient-{hashlib.sha256(known.encode()).hexdigest()[:12]}" if known else ""
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ImportError as error:
+        raise DataError("DICOM files need pydicom: pip install -e '.[medical]'") from error
+    return pydicom
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """DataError naming the file for whatever pydicom raises."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; was the data moved after it was indexed?") from error
+    except Exception as error:
+        if not isinstance(error, (*_UNREADABLE, _pydicom().errors.InvalidDicomError)):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: cannot be read as DICOM ({reason}); expected a whole image: replace or remove it, or set "
+            f"data.skip_corrupt; compressed pixels may need python-gdcm (pip install -e '.[medical]')"
+        ) from error
+
+
+def _kind(dicom: Any) -> str:
+    """For example "Basic Text SR Storage"."""
+    return getattr(dicom.get("SOPClassUID"), "name", "") or dicom.get("Modality", "no modality")
+
+
+def _grey(dicom: Any, stored: np.ndarray, window: Window) -> np.ndarray:
+    """float32 [H, W] in 0..1, 1 what a viewer shows white."""
+    values = np.clip(_unit(dicom, stored, window), 0, 1)
+    if dicom.PhotometricInterpretation == "MONOCHROME1":
+        values = 1 - values
+    if "PixelPaddingValue" in dicom:  # outside the exposed field; white after turning MONOCHROME1 otherwise
+        ends = dicom.PixelPaddingValue, dicom.get("PixelPaddingRangeLimit", dicom.PixelPaddingValue)
+        values = np.where((stored >= min(ends)) & (stored <= max(ends)), 0, values)
+    return values.astype(np.float32)
+
+
+def _unit(dicom: Any, stored: np.ndarray, window: Window) -> np.ndarray:
+    """Values to be clipped to 0..1."""
+    pixels = _pydicom().pixels
+    values = pixels.apply_modality_lut(stored, dicom)
+    if window:
+        center, width = window
+        return (values - center) / width + 0.5
+    if dicom.get("VOILUTSequence"):
+        bits = dicom.VOILUTSequence[0].LUTDescriptor[2]
+        return pixels.apply_voi(np.rint(values).astype(np.int32), dicom) / (2**bits - 1)
+    if dicom.get("WindowCenter") is not None and dicom.get("WindowWidth") is not None:
+        scale = _pydicom().Dataset()  # of eight bits: pydicom then maps the window to 0..255
+        scale.PhotometricInterpretation, scale.BitsStored, scale.PixelRepresentation = "MONOCHROME2", 8, 0
+        for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"):
+            if name in dicom:
+                scale[name] = dicom[name]
+        return pixels.apply_windowing(values, scale) / 255
+    half = 2 ** (dicom.BitsStored - 1)
+    ends = np.asarray([-half, half - 1] if dicom.PixelRepresentation else [0, 2 * half - 1])
+    black, white = np.sort(pixels.apply_modality_lut(ends, dicom).astype(np.float64))
+    return (values - black) / (white - black)

@@ -1,0 +1,165 @@
+"""Volumes (NIfTI) to a folder of slices that the detector reads like any other: PNG files, one grey scale a volume.
+
+The folders of the volumes are those of images (`tree.py`): a flat folder of normals, or train, valid and test with good
+and Ungood, and masks as volumes of the same names. A slice of an abnormal volume in which nothing is marked counts as
+normal, as in BMAD's brain and liver sets. Needs nibabel.
+
+Axis alphabet: X Y Z volume, towards the patient's right, front and head; H W image.
+"""
+
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from input_pipeline.dicom import Window, check_window
+from input_pipeline.index import DataError, Example, stem_of
+from input_pipeline.tree import read_tree
+
+SUFFIXES = (".nii", ".nii.gz")
+AXES = ("sagittal", "coronal", "axial")  # the axis of the volume that slices are cut across
+AIR = -500  # Hounsfield units: volumes that go below are CT, whose useful range is a fraction of what they hold
+WHITE = 99.5  # percentile of the voxels above the least one
+BODY = 0.1  # of white; voxels above it are body
+
+
+def write_slices(root: str, output: Path, axis: str, every: int, min_body: float, window: Window) -> Counter[str]:
+    """Writes `output`/{train,valid,test}/{good,Ungood/img,Ungood/anomaly_mask}/<volume>_slice<number>.png.
+
+    Args:
+      root: folder of volumes.
+      output: must not exist; it appears when all slices are written.
+      axis: one of AXES.
+      every: takes one slice of so many.
+      min_body: slices with less body than this share of the volume's fullest slice are left out, in [0, 1].
+      window: (centre, width) of what is mapped to black and white; () maps each volume's least value to black and the
+        99.5th percentile of the voxels above it to white.
+
+    Returns:
+      How many files each folder got, and "left out".
+
+    Raises:
+      DataError: a layout that `tree.read_tree` refuses, a damaged or four-dimensional volume, CT without a window, a
+        mask of another shape or place than its volume. ValueError: an impossible option.
+    """
+    check_window(window)
+    if axis not in AXES or every < 1 or not 0 <= min_body <= 1:
+        raise ValueError(
+            f"slices: expected axis among {', '.join(AXES)}, every of at least 1 and min_body in [0, 1], found "
+            f"axis={axis!r}, every={every}, min_body={min_body}"
+        )
+    if output.exists():
+        raise ValueError(f"{output} exists: expected a new folder for the slices")
+    index = read_tree(Path(root), Path(root).resolve().name, calibration_fraction=0, suffixes=SUFFIXES)
+    partial, counts = output.with_name(f"{output.name}.partial"), Counter()
+    shutil.rmtree(partial, ignore_errors=True)
+    volumes = [(split, example) for split, examples in index.splits.items() for example in examples]
+    for split, example in tqdm(volumes, "slices", unit=" volumes", delay=2):
+        grey, mask = _read(example, window)
+        number = AXES.index(axis)
+        body = (grey > BODY).mean(tuple(k for k in range(3) if k != number))
+        wanted = body >= min_body * body.max()
+        counts["left out"] += int((~wanted).sum())
+        for position in np.flatnonzero(wanted)[::every]:
+            for folder, picture in _pictures(example, grey, mask, number, position):
+                path = partial / split / folder / f"{stem_of(example.name)}_slice{position:03d}.png"
+                if path.exists():
+                    raise DataError(f"{example.image}: two volumes of this name in {split}: rename one")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
+                counts[f"{split}/{folder}"] += 1
+    partial.rename(output)
+    return counts
+
+
+def _pictures(
+    example: Example, grey: np.ndarray, mask: np.ndarray | None, number: int, position: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(folder below the split, uint8 [H, W]) of one slice and of its mask."""
+    picture = np.rint(255 * display(grey, number, position)).astype(np.uint8)
+    marked = None if mask is None else display(mask, number, position)
+    if example.label == 0 or (marked is not None and not marked.any()):
+        yield "good", picture
+        return
+    yield "Ungood/img", picture
+    if marked is not None:
+        yield "Ungood/anomaly_mask", 255 * marked.astype(np.uint8)
+
+
+def display(volume: np.ndarray, number: int, position: int) -> np.ndarray:
+    """One slice [H, W] as radiologists look at it: head or front up, the patient's right on the left, or front left.
+
+    Args:
+      volume: [X, Y, Z].
+      number: of the axis that is cut, see AXES.
+    """
+    # Columns run along the first axis that is left, rows along the second; both are turned.
+    return np.take(volume, position, axis=number)[::-1, ::-1].T
+
+
+def _read(example: Example, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+    """(float32 [X, Y, Z] in 0..1, bool of the same shape or None)."""
+    volume, affine = _load(example.image)
+    values = _unit(example.image, volume, window)
+    if example.mask is None:
+        return values, None
+    mask, place = _load(example.mask)
+    if mask.shape != values.shape or not np.allclose(affine, place, atol=1e-3):
+        raise DataError(
+            f"{example.mask}: mask of shape {mask.shape}, its volume {example.image} has {values.shape}, or they lie "
+            f"in other places; expected the same grid: resample the mask onto the volume"
+        )
+    return values, mask > 0
+
+
+def _load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [X, Y, Z] turned to right, front, head; affine [4, 4])."""
+    nibabel = _nibabel()
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+        if len(image.shape) != 3:
+            raise DataError(f"{path}: shape {image.shape}; expected one volume of three axes: split the series")
+        return image.get_fdata(dtype=np.float32), image.affine
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, *_errors(nibabel)) as error:
+        raise DataError(f"{path}: cannot be read as NIfTI ({error}); replace or remove it") from error
+
+
+def _errors(nibabel: Any) -> tuple[type[Exception], ...]:
+    spatial = nibabel.spatialimages
+    return nibabel.filebasedimages.ImageFileError, spatial.HeaderDataError, spatial.ImageDataError
+
+
+def _nibabel() -> Any:
+    try:
+        import nibabel
+    except ImportError as error:
+        raise DataError("NIfTI volumes need nibabel: pip install -e '.[medical]'") from error
+    return nibabel
+
+
+def _unit(path: Path, volume: np.ndarray, window: Window) -> np.ndarray:
+    """The volume in 0..1, black to white."""
+    volume = np.nan_to_num(volume)
+    least = volume.min()
+    if window:
+        center, width = window
+        black, white = center - width / 2, center + width / 2
+    elif least < AIR:
+        raise DataError(
+            f"{path}: values down to {least:g}, as in CT; say what is black and white in Hounsfield units, for example "
+            f'--config.data.window="(40., 400.)" for soft tissue'
+        )
+    else:
+        inside = volume[volume > least]
+        black, white = least, np.percentile(inside, WHITE) if inside.size else least
+    if not white > black:
+        raise DataError(f"{path}: nothing but the value {least:g} in it; replace or remove it")
+    return np.clip((volume - black) / (white - black), 0, 1)

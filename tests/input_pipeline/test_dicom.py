@@ -1,0 +1,219 @@
+"""DICOM files: the values of DICOM PS3.3 by a second way, compressed files against plain ones, bad files, patients."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from labelled import data as labelled_config
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from trees import data_config
+
+from input_pipeline.classification import load_labelled
+from input_pipeline.dataset import load_dataset, load_images
+from input_pipeline.decode import native_size, read_example, read_image, read_native
+from input_pipeline.dicom import check_window, is_dicom, patient_of, read_dicom
+from input_pipeline.index import DataError, Example
+from input_pipeline.prepare import prepare
+
+RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+
+
+def sample(name: str) -> Path:
+    """A file that pydicom brings."""
+    return Path(get_testdata_file(name, download=False))
+
+
+def make_dicom(path: Path, stored: np.ndarray = RAMP, **elements: Any) -> Path:
+    """Writes a grey image of 12 bits (16 if signed), with further elements by their keywords."""
+    dicom = Dataset()
+    dicom.file_meta = FileMetaDataset()
+    dicom.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dicom.SOPClassUID, dicom.SOPInstanceUID = CTImageStorage, pydicom.uid.generate_uid()
+    dicom.Rows, dicom.Columns = stored.shape
+    dicom.SamplesPerPixel, dicom.PhotometricInterpretation = 1, "MONOCHROME2"
+    signed = stored.dtype.kind == "i"
+    dicom.BitsAllocated, dicom.BitsStored, dicom.PixelRepresentation = 16, 16 if signed else 12, int(signed)
+    dicom.HighBit = dicom.BitsStored - 1
+    dicom.PixelData = stored.tobytes()
+    for name, value in elements.items():
+        setattr(dicom, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dicom.save_as(path, enforce_file_format=True)
+    return path
+
+
+def unit(path: Path, window: tuple[float, ...] = ()) -> np.ndarray:
+    return np.asarray(read_dicom(path, window))
+
+
+def test_without_a_window_the_stored_bits_are_the_range(tmp_path):
+    np.testing.assert_allclose(unit(make_dicom(tmp_path / "a.dcm")), RAMP / 4095, rtol=1e-6)
+    scaled = make_dicom(tmp_path / "b.dcm", RescaleSlope=2, RescaleIntercept=-1024)
+    np.testing.assert_allclose(unit(scaled), RAMP / 4095, rtol=1e-6)
+    falling = make_dicom(tmp_path / "c.dcm", RescaleSlope=-1, RescaleIntercept=0)
+    np.testing.assert_allclose(unit(falling), 1 - RAMP / 4095, atol=1e-6)
+    signed = make_dicom(tmp_path / "d.dcm", (RAMP.astype(np.int16) - 2048) * 15)
+    np.testing.assert_allclose(unit(signed), ((RAMP.astype(float) - 2048) * 15 + 32768) / 65535, atol=1e-6)
+
+
+def test_the_files_window_is_the_standards_formula(tmp_path):
+    """C.11.2.1.2: y = (x - (c - 0.5)) / (w - 1) + 0.5, black below and white above; the first of several windows."""
+    elements = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": [40, 600], "WindowWidth": [400, 1500]}
+    found = unit(make_dicom(tmp_path / "a.dcm", **elements))
+    for value, pixel in zip(RAMP.ravel().astype(float) - 1024, found.ravel(), strict=True):
+        expected = min(max((value - 39.5) / 399 + 0.5, 0.0), 1.0)
+        assert pixel == pytest.approx(expected, abs=1e-6)
+    exact = unit(make_dicom(tmp_path / "b.dcm", WindowCenter=2000, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT"))
+    np.testing.assert_allclose(exact, np.clip((RAMP.astype(float) - 2000) / 1000 + 0.5, 0, 1), atol=1e-6)
+    soft = unit(make_dicom(tmp_path / "c.dcm", WindowCenter=2000, WindowWidth=1000, VOILUTFunction="SIGMOID"))
+    np.testing.assert_allclose(soft, 1 / (1 + np.exp(-4 * (RAMP.astype(float) - 2000) / 1000)), atol=1e-6)
+
+
+def test_a_window_of_the_config_goes_before_the_files(tmp_path):
+    file = make_dicom(tmp_path / "a.dcm", RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=600, WindowWidth=1500)
+    expected = np.clip((RAMP.astype(float) - 1024 - 40) / 400 + 0.5, 0, 1)
+    np.testing.assert_allclose(unit(file, (40.0, 400.0)), expected, atol=1e-6)
+    pixels = read_image(file, 16, 1, window=(40.0, 400.0))[..., 0]
+    np.testing.assert_array_equal(pixels, np.rint(expected * 255))
+    example = Example("a.dcm", file, 0, None, "a")
+    np.testing.assert_array_equal(read_example(example, 16, 8, 1, 1, window=(40.0, 400.0))[0][..., 0], pixels)
+    split = load_images(tmp_path, data_config(image_size=16, window=(40.0, 400.0)))
+    np.testing.assert_array_equal(split.images([0])[0, ..., 0], pixels)
+    for bad in ((1.0,), (40.0, 0.0), (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match=r"data\.window: expected \(\) or \(centre, width\)"):
+            check_window(bad)
+
+
+def test_monochrome1_is_turned_and_padding_stays_black(tmp_path):
+    file = make_dicom(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0)
+    expected = 1 - RAMP / 4095
+    expected[0, 0] = 0
+    np.testing.assert_allclose(unit(file), expected, atol=1e-6)
+    ranged = make_dicom(
+        tmp_path / "b.dcm",
+        PhotometricInterpretation="MONOCHROME1",
+        PixelPaddingValue=64,
+        PixelPaddingRangeLimit=0,
+    )
+    assert (unit(ranged)[RAMP <= 64] == 0).all()
+    np.testing.assert_allclose(unit(ranged)[RAMP > 64], 1 - RAMP[RAMP > 64] / 4095, atol=1e-6)
+
+
+def test_a_table_of_the_file_is_applied(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 1000, 10], [1023 - 4 * k for k in range(256)]
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    found = unit(make_dicom(tmp_path / "a.dcm", VOILUTSequence=[table], RescaleSlope=1, RescaleIntercept=0))
+    entries = np.clip(RAMP.astype(int) - 1000, 0, 255)
+    np.testing.assert_allclose(found, (1023 - 4 * entries) / 1023, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_bigendian"]
+)
+def test_losslessly_compressed_files_give_the_plain_ones_pixels(name: str):
+    np.testing.assert_array_equal(unit(sample(f"{name}.dcm")), unit(sample("MR_small.dcm")))
+
+
+def test_colour_and_palettes():
+    plain = pydicom.dcmread(sample("examples_rgb_color.dcm"))
+    picture = read_dicom(sample("examples_rgb_color.dcm"))
+    assert picture.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(picture), plain.pixel_array)
+    assert read_native(sample("examples_rgb_color.dcm"), 1).shape == (*plain.pixel_array.shape[:2], 1)
+    palette = pydicom.dcmread(sample("examples_palette.dcm"))
+    tables = [getattr(palette, f"{c}PaletteColorLookupTableData") for c in ("Red", "Green", "Blue")]
+    bits = palette.RedPaletteColorLookupTableDescriptor[2]
+    entries = np.stack([np.frombuffer(table, "<u2" if bits == 16 else np.uint8) for table in tables], -1)
+    first = palette.RedPaletteColorLookupTableDescriptor[1]
+    expected = entries[palette.pixel_array.astype(int) - first] >> (bits - 8)
+    np.testing.assert_array_equal(np.asarray(read_dicom(sample("examples_palette.dcm"))), expected)
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "text.dcm").write_text("not a picture")
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    whole = make_dicom(tmp_path / "whole.dcm").read_bytes()
+    (tmp_path / "cut.dcm").write_bytes(whole[:-100])
+    for name in ("text", "empty", "cut"):
+        with pytest.raises(DataError, match=rf"{name}\.dcm: cannot be read as DICOM .*skip_corrupt"):
+            read_image(tmp_path / f"{name}.dcm", 8, 1)
+    with pytest.raises(DataError, match=r"absent\.dcm: no such file"):
+        read_image(tmp_path / "absent.dcm", 8, 1)
+    with pytest.raises(DataError, match=r"2 frames in one DICOM; expected one image a file"):
+        read_image(sample("SC_rgb_rle_2frame.dcm"), 8, 1)
+    with pytest.raises(DataError, match=r"DICOM without a picture .*SR"):
+        read_image(sample("test-SR.dcm"), 8, 1)
+    with pytest.raises(DataError, match="40000x40000 pixels; tile"):
+        read_image(make_dicom(tmp_path / "huge.dcm", Rows=40000, Columns=40000), 8, 1)
+
+
+def test_files_without_suffix_are_found_and_others_left_out(tmp_path):
+    for patient, name in ((1, "IM0001"), (1, "1.2.840.113.5"), (2, "1.2.840.113.6"), (3, "c.DCM")):
+        make_dicom(tmp_path / name, PatientID=f"hospital-{patient}")
+    make_dicom(tmp_path / "DICOMDIR")
+    (tmp_path / "notes").write_text("no image" * 50)
+    dataset = load_dataset(data_config(tmp_path, calibration_fraction=0.3))
+    found = {
+        name: group for split in dataset.splits.values() for name, group in zip(split.names, split.groups, strict=True)
+    }
+    assert sorted(found) == ["1.2.840.113.5", "1.2.840.113.6", "IM0001", "c.DCM"]
+    assert found["IM0001"] == found["1.2.840.113.5"] == patient_of(tmp_path / "IM0001")
+    assert len(set(found.values())) == 3
+    assert not any("hospital" in group for group in found.values())
+    assert not set(dataset.splits["train"].groups) & set(dataset.splits["calibration"].groups)
+    assert native_size(tmp_path / "IM0001") == (16, 16)
+    assert not is_dicom(tmp_path / "DICOMDIR")
+    assert not is_dicom(tmp_path / "notes")
+    assert load_images(tmp_path, data_config()).names == sorted(found)
+
+
+def test_patients_fall_back_to_the_study_and_the_name(tmp_path):
+    study = make_dicom(tmp_path / "a.dcm", PatientID="", StudyInstanceUID="1.2.3")
+    assert patient_of(study).startswith("patient-")
+    make_dicom(tmp_path / "b.dcm")
+    (tmp_path / "c.dcm").write_text("damaged")
+    split = load_images(tmp_path, data_config())
+    assert split.groups == [patient_of(study), "b", "c"]
+
+
+def test_a_corrupt_file_can_be_skipped(tmp_path, caplog):
+    for k in range(4):
+        make_dicom(tmp_path / f"{k}.dcm", RAMP + k)
+    (tmp_path / "4.dcm").write_bytes((tmp_path / "0.dcm").read_bytes()[:-50])
+    with pytest.raises(DataError, match=r"4\.dcm: cannot be read as DICOM"):
+        load_dataset(data_config(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(data_config(tmp_path, skip_corrupt=True))
+    assert sum(map(len, dataset.splits.values())) == 4
+    assert "4.dcm" in caplog.text
+
+
+def test_prepare_warns_of_windows_that_differ(tmp_path):
+    for k in range(4):
+        make_dicom(tmp_path / f"{k}.dcm", RAMP + k, WindowCenter=2000 + 10 * (k % 2), WindowWidth=3000)
+    report = prepare(data_config(tmp_path))
+    assert "4 DICOM files bring 2 different windows" in "".join(report["warnings"])
+    assert report["native_sizes"] == {"16x16": 4}
+    assert not prepare(data_config(tmp_path, window=(2000.0, 3000.0)))["warnings"]
+
+
+def test_the_distiller_reads_them_too(tmp_path):
+    for k in range(3):
+        make_dicom(tmp_path / f"IM{k}", RAMP + k)
+    found = load_labelled(labelled_config("folder", tmp_path, valid_fraction=0.0), "train", 16, "bilinear")
+    assert found.names == ("IM0", "IM1", "IM2")
+    np.testing.assert_array_equal(found.images([1])[0, ..., 0], np.rint(unit(tmp_path / "IM1") * 255))
+
+
+def test_without_pydicom_the_way_out_is_said(tmp_path, monkeypatch):
+    file = make_dicom(tmp_path / "a.dcm")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(DataError, match=r"pip install -e '\.\[medical\]'"):
+        read_dicom(file)
