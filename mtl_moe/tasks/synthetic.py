@@ -54,15 +54,20 @@ class Synthetic:
         return {self.name: base.Reduction("top", "defect"), f"{self.name}_clean": base.Reduction("top", "error")}
 
     def corrupt(self, key: jax.Array, images: jax.Array, teacher: base.Teacher | None) -> tuple[jax.Array, Any]:
-        key_count, key_clean, *keys = jax.random.split(key, 2 + self.max_defects)
+        key_count, key_clean, key_paint = jax.random.split(key, 3)
         body = base.body_mask(images)
         count = jax.random.randint(key_count, (images.shape[0], 1, 1, 1), 1, self.max_defects + 1)
         count = count * (jax.random.uniform(key_clean, count.shape) >= self.clean_share)
-        corrupted, where = images, jnp.zeros_like(body)
-        for i, k in enumerate(keys):  # one over the other, each of a family of its own
+
+        def turn(done: Any, step: Any) -> tuple[Any, None]:
+            (corrupted, where), (i, k) = done, step
             painted, soft = self._paint(k, corrupted, body)
             corrupted = jnp.where(i < count, painted, corrupted)
-            where = jnp.where(i < count, jnp.maximum(where, soft), where)
+            return (corrupted, jnp.where(i < count, jnp.maximum(where, soft), where)), None
+
+        # One over the other, each of a family of its own; a loop, because the families take long to compile.
+        steps = jnp.arange(self.max_defects), jax.random.split(key_paint, self.max_defects)
+        (corrupted, where), _ = jax.lax.scan(turn, (images, jnp.zeros_like(body)), steps)
         # A defect that changes nothing visible is none: blending like with like must not be called an anomaly.
         change = base.box_filter(jnp.abs(corrupted - images).mean(-1, keepdims=True), 3)
         defect = ((where > 0.5) & (change > 0.02)).astype(images.dtype)
