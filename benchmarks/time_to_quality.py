@@ -147,6 +147,8 @@ def main() -> None:
             row |= {"seconds": round(spent, 1), "error": round(error, 4), "start_error": round(curve[0][2], 4)}
             rows.append(row | {"times_faster": round(seconds / spent, 2) if error <= target else "not reached"})
             print(rows[-1], flush=True)
+            if updates == 0:
+                break  # no schedule can be shorter
     for bf16 in (False, True) if args.torch else ():
         spent = args.steps * torch_update_seconds(teacher.config, config, bf16)
         row = {"recipe": "PyTorch, updates alone" + ", bfloat16 autocast" * bf16, "steps": args.steps}

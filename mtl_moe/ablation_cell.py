@@ -51,8 +51,7 @@ class Stored:
         """Writes an .npz, beside and renamed."""
         arrays = {"names": self.names, "groups": self.groups, "labels": self.labels}
         for name, scored in self.scored.items():
-            fields = {field.name: getattr(scored, field.name) for field in dataclasses.fields(scored)}
-            arrays |= {f"{name}/{key}": value for key, value in fields.items() if key != "maps"}
+            arrays |= {f"{name}/raw": scored.raw, f"{name}/texture": scored.texture}
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, **arrays)
         temporary.replace(path)

@@ -65,7 +65,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         results.add_detector(system, calibration, corrected, fused, scored)
         results.add_floors(dataset)
         if system.config.score.untrained:
-            results.add_untrained(system, dataset)
+            results.add_untrained(system, scorer, dataset)
     thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, split.labels)
     report = {
         "metrics": results.metrics,
@@ -149,11 +149,11 @@ class Results:
                 resized = np.asarray(jax.image.resize(maps, (len(maps), size, size), "bilinear"))
                 self._pixel(f"floor/{name}/", resized)
 
-    def add_untrained(self, system: System, dataset: Dataset) -> None:
+    def add_untrained(self, system: System, scorer: Scorer, dataset: Dataset) -> None:
         """The same network before its first update, calibrated and fused in the same way."""
         init = jax.jit(system.init_fn(system.patch_centers(dataset)))
         params, extra = init(jax.random.key(system.config.seed))
-        scorer = Scorer(system, Trained(system.place(params), system.place(extra), 0))
+        scorer = scorer.trained_as(Trained(system.place(params), system.place(extra), 0))
         calibration = calibrate(system, scorer, dataset.splits["calibration"])
         size, mask_size = dataset.image_size, dataset.mask_size
         map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None

@@ -3,8 +3,9 @@
 Axes: N images of a split, S evidences, H W map, M side of the finished map.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ class Scored:
     Attributes:
       raw: [N, S] raw scores; texture: [N] log mean gradients.
       maps: finished fused maps [N, M, M] in calibrated units, or None where they were not asked for.
+      kept: {"maps" [n, S, H, W], "body" [n, H, W]} of the n rows that were asked for.
     """
 
     raw: np.ndarray
     texture: np.ndarray
     maps: np.ndarray | None = None
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def restore(system: System, workdir: Path) -> Trained:
@@ -63,7 +66,7 @@ def restore(system: System, workdir: Path) -> Trained:
 
 
 class Scorer:
-    """Scores images with one set of parameters; compiled once for a batch size."""
+    """Scores images with one set of parameters; compiled once for a batch size, `trained_as` included."""
 
     def __init__(self, system: System, trained: Trained):
         self._system = system
@@ -72,6 +75,12 @@ class Scorer:
         # Every device gets the same number of rows.
         shards = system.mesh.shape["data"]
         self.batch_size = -(-system.config.score.batch_size // shards) * shards
+
+    def trained_as(self, trained: Trained) -> "Scorer":
+        """The same compiled program with other parameters."""
+        other = copy.copy(self)
+        other._trained = trained
+        return other
 
     def batch(self, images: np.ndarray) -> dict[str, jax.Array]:
         """One full batch of uint8 images [batch_size, H, W, C] -> raw, maps, body as in `make_score_fn`."""
@@ -87,9 +96,19 @@ class Scorer:
             parts.append({k: np.asarray(v)[: len(rows)] for k, v in self.batch(padded).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def split(self, split: Split, description: str, map_fn: Callable[[jax.Array], jax.Array] | None = None) -> Scored:
-        """A whole split, every image once; with `map_fn` (`make_map_fn`) also its finished maps."""
-        raw, textures, maps = [], [], []
+    def split(
+        self,
+        split: Split,
+        description: str,
+        map_fn: Callable[[jax.Array], jax.Array] | None = None,
+        keep: Sequence[int] = (),
+    ) -> Scored:
+        """A whole split, every image once; with `map_fn` (`make_map_fn`) also its finished maps.
+
+        Args:
+          keep: rows, ascending, whose evidence maps and bodies are kept.
+        """
+        raw, textures, maps, kept, start = [], [], [], {"maps": [], "body": []}, 0
         with progress_bar(len(split), description=description) as bar:
             for batch in eval_batches(split, self.batch_size):
                 count = int(batch["valid"].sum())
@@ -98,8 +117,13 @@ class Scorer:
                 textures.append(log_mean_gradient(batch["image"][:count]))
                 if map_fn is not None:
                     maps.append(np.asarray(map_fn(result["maps"]))[:count])
+                here = [row - start for row in keep if start <= row < start + count]
+                for name, parts in kept.items() if here else ():
+                    parts.append(np.asarray(result[name])[here])
+                start += count
                 bar.update(count)
-        return Scored(np.concatenate(raw), np.concatenate(textures), np.concatenate(maps) if maps else None)
+        found = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
+        return Scored(np.concatenate(raw), np.concatenate(textures), np.concatenate(maps) if maps else None, found)
 
 
 def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
@@ -110,15 +134,15 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     """
     if split.labels.any():
         raise ValueError("the calibration split holds abnormal images: expected normals only")
-    scored = scorer.split(split, "calibrate")
     rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), MAX_CALIBRATION_MAPS)).round().astype(int))
-    sample = scorer.images(split.images(rows))
-    config = system.config
+    scored = scorer.split(split, "calibrate", keep=rows)
+    config, maps = system.config, scored.kept["maps"]
     calibration = fit_calibration(
-        system.tasks, config.score.fusion, scored.raw, scored.texture, sample["maps"], sample["body"]
+        system.tasks, config.score.fusion, scored.raw, scored.texture, maps, scored.kept["body"]
     )
     finish = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
-    finished = np.concatenate([np.asarray(finish(sample["maps"][i : i + 32])) for i in range(0, len(rows), 32)])
+    size = scorer.batch_size
+    finished = np.concatenate([np.asarray(finish(maps[i : i + size])) for i in range(0, len(rows), size)])
     low, high = np.quantile(finished, (0.5, 0.95))
     return dataclasses.replace(calibration, fused_low=float(low), fused_scale=float(max(high - low, 1e-6)))
 

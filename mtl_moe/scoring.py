@@ -76,12 +76,16 @@ def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[
     """
     bilinear = np.asarray(jax.image.resize(jnp.eye(size), (map_size, size), "bilinear"))
     smooth = jnp.asarray(_smoothing(bilinear))
-    low = jnp.asarray(calibration.map_low, jnp.float32)[None, :, None, None]
-    scale = jnp.asarray(calibration.map_scale, jnp.float32)[None, :, None, None]
+    low, scale = (np.asarray(x, np.float32)[None, :, None, None] for x in (calibration.map_low, calibration.map_scale))
+    fused_low, fused_scale = np.float32(calibration.fused_low), np.float32(calibration.fused_scale)
+    return lambda maps: _finish(maps, smooth, low, scale, fused_low, fused_scale)
 
-    def finish(maps: jax.Array) -> jax.Array:
-        fused = jnp.minimum((maps - low) / scale, MAP_LIMIT).mean(1)
-        finished = jnp.einsum("mh,bhw,nw->bmn", smooth, fused, smooth, precision="highest")
-        return (finished - calibration.fused_low) / calibration.fused_scale
 
-    return jax.jit(finish)
+@jax.jit
+def _finish(
+    maps: jax.Array, smooth: jax.Array, low: jax.Array, scale: jax.Array, fused_low: jax.Array, fused_scale: jax.Array
+) -> jax.Array:
+    """See `make_map_fn`; one program serves all calibrations."""
+    fused = jnp.minimum((maps - low) / scale, MAP_LIMIT).mean(1)
+    finished = jnp.einsum("mh,bhw,nw->bmn", smooth, fused, smooth, precision="highest")
+    return (finished - fused_low) / fused_scale

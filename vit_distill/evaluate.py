@@ -20,14 +20,19 @@ Rows = list[dict[str, Any]]
 
 
 def run_blocks(
-    config: VitConfig, params: Any, inputs: np.ndarray, batch_size: int, keep: tuple[int, ...]
+    config: VitConfig,
+    params: Any,
+    inputs: np.ndarray,
+    batch_size: int,
+    keep: tuple[int, ...],
+    dtype: Any = jnp.float32,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens [n, N, D] after the blocks `keep`, and pooled features [n, D], of normalised images [n, H, W, C]."""
 
     def read(output: VitOutput) -> tuple[list[jax.Array], jax.Array]:
         return [output.blocks[i] for i in keep], output.pooled
 
-    forward = jax.jit(make_forward(config, jnp.float32, read))
+    forward = jax.jit(make_forward(config, dtype, read))
 
     tokens, pooled = [], []
     for start in range(0, len(inputs), batch_size):

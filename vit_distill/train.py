@@ -16,8 +16,9 @@ from core.optim import build_optimizer
 from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
-from vit_distill.distill import Distiller, base_fingerprint, build_state, make_step_fn
+from vit_distill.distill import DTYPES, Distiller, base_fingerprint, build_state, make_step_fn
 from vit_distill.evaluate import run_blocks
+from vit_distill.forward import part_size
 from vit_distill.teacher_cache import build_cache, cached_batches
 from vit_distill.warm_start import warm_start
 
@@ -66,9 +67,18 @@ def start_values(distiller: Distiller, images: LabelledSet) -> Any:
         return None
     sample = images.pixels.images(np.arange(min(len(images), config.calibration.num_images)))
     inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(sample)))
-    targets, _ = run_blocks(teacher.config, teacher.params, inputs, min(32, len(inputs)), distiller.pairs)
-    adapters = distiller.init_trainable(jax.random.key(config.seed))
-    return warm_start(distiller.student_config, distiller.base, adapters, distiller.lora, inputs, targets)
+    size = min(32, len(inputs))
+    targets, _ = run_blocks(teacher.config, teacher.params, inputs, size, distiller.pairs, DTYPES[config.teacher.dtype])
+    return warm_start(
+        distiller.student_config,
+        distiller.base,
+        distiller.init_trainable(jax.random.key(config.seed)),
+        distiller.lora,
+        inputs,
+        targets,
+        batch_size=part_size(distiller.student_config, size),
+        dtype=DTYPES[config.train.dtype],
+    )
 
 
 def check_base(distiller: Distiller, extra: Any, workdir: Path) -> None:

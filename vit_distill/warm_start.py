@@ -5,13 +5,16 @@ residual stream (out, fc2) act on a block's output linearly, so the best change 
 form (reduced-rank regression: Izenman, J. Multivariate Analysis 5, 1975). It saves updates, not final quality.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
+from core.dense import outer
 from core.low_rank import product
 from core.vit import VisionTransformer, VitConfig, block_name, build_block
 from vit_distill.lora import Adapters, LoraConfig, merge
@@ -33,11 +36,12 @@ def warm_start(
     *,
     ridge: float = 1e-2,
     batch_size: int = 32,
+    dtype: Any = jnp.float32,
 ) -> Adapters:
     """Adapters with which every student block comes close to its teacher block at once.
 
     Blocks are solved in order, each on the outputs of the solved ones before it: fc2 against what the block misses;
-    with out adapted too, then out against what is left, by as much as it helps, and fc2 again.
+    with out adapted too, then out against what is left and fc2 again, if that helps.
 
     Args:
       config, params: the student's, before the adapters.
@@ -45,6 +49,8 @@ def warm_start(
       images: [n, H, W, C] as the model takes them.
       targets: for each student block the teacher's tokens [n, N, D] that it has to give, before the final norm.
       ridge: added to the diagonal of the layer's second moments, as a share of its mean.
+      batch_size: images at once.
+      dtype: that operands of products are rounded to, see `core.dense`; sums are float32.
 
     Returns:
       A new tree; only "a", "b" and "magnitude" of the solved layers differ.
@@ -61,7 +67,7 @@ def warm_start(
     shapes = [tuple(target.shape) for target in targets]
     if shapes != [expected] * config.depth:
         raise ValueError(f"warm start: expected {config.depth} targets of shape {expected}, found {shapes}")
-    solver = _Solver(config, params, lora, ridge)
+    solver = _Solver(config, params, lora, ridge, dtype)
     slices = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     tokens = [np.asarray(solver.embed(solver.params, images[rows])) for rows in slices]
     solved = dict(adapters)
@@ -82,7 +88,9 @@ def low_rank_ridge(second: np.ndarray, cross: np.ndarray, rank: int, ridge: floa
     Returns:
       a [F, R] and b [R, D], of equal norm component by component.
     """
-    full = np.linalg.solve(second + ridge * np.trace(second) / len(second) * np.eye(len(second)), cross)
+    penalised = second.copy()
+    np.fill_diagonal(penalised, second.diagonal() + ridge * second.diagonal().mean())
+    full = scipy.linalg.solve(penalised, cross, overwrite_a=True, assume_a="pos")
     # The best of a rank is the full solution projected on the leading directions of its (augmented) fit.
     directions = np.linalg.eigh(cross.T @ full)[1][:, ::-1][:, :rank]
     a = full @ directions
@@ -91,12 +99,19 @@ def low_rank_ridge(second: np.ndarray, cross: np.ndarray, rank: int, ridge: floa
     return a / root[None], directions.T * root[:, None]
 
 
+def _cross(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """x^T y, [M, D] and [M, F] -> [D, F] float32, of operands rounded to `dtype`."""
+    if dtype == jnp.float32:  # in full: GPU and TPU would round the operands otherwise
+        return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+    return outer(x.astype(dtype), y.astype(dtype))
+
+
 class _Solver:
     """Solves one block at a time; one compilation of each function serves all blocks."""
 
-    def __init__(self, config: VitConfig, params: Mapping[str, Any], lora: LoraConfig, ridge: float):
+    def __init__(self, config: VitConfig, params: Mapping[str, Any], lora: LoraConfig, ridge: float, dtype: Any):
         self.params, self.lora, self.ridge = jax.tree.map(jnp.asarray, params), lora, ridge
-        block, model = build_block(config), VisionTransformer(config)
+        block, model = build_block(config, dtype), VisionTransformer(config)
         self.embed = jax.jit(lambda p, images: model.apply({"params": p}, images).embedded)
         self.apply = jax.jit(lambda p, x: block.apply({"params": p}, x)[0])
 
@@ -105,23 +120,24 @@ class _Solver:
             (out, _), state = block.apply({"params": p}, x, mutable="intermediates")
             inputs = state["intermediates"][part][sown][0].reshape(x.shape[0] * x.shape[1], -1)
             missing = (target - out).reshape(-1, x.shape[-1])
-            products = (jnp.matmul(inputs.T, y, precision=jax.lax.Precision.HIGHEST) for y in (inputs, missing))
-            return *products, jnp.square(missing).sum()
+            return _cross(inputs, inputs, dtype), _cross(inputs, missing, dtype), jnp.square(missing).sum()
 
         self.moments = jax.jit(moments, static_argnames="site")
+        self.add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
     def solve(self, index: int, layers: Adapters, batches: Batches) -> Adapters:
         """New adapters of one block from (inputs, targets) of the block, both [n, N, D]."""
         layers, error = self._with(index, layers, batches, "fc2")
         if "out" not in dict(self.lora.ranks):
             return layers
-        # A change of out also moves what the MLP reads, which the regression does not know: the share of it that
-        # helps most is taken, none if need be.
+        # A change of out also moves what the MLP reads, which the regression does not know: the largest share of it
+        # that helps is taken, none if need be.
         a, b, _ = self._fit(index, layers, batches, "out")
-        candidates = [(layers, error)]
         for share in SHARES:
-            candidates.append(self._with(index, self._put(index, layers, "out", a, share * b), batches, "fc2"))
-        return min(candidates, key=lambda candidate: candidate[1])[0]
+            changed, left = self._with(index, self._put(index, layers, "out", a, share * b), batches, "fc2")
+            if left < error:
+                return changed
+        return layers
 
     def outputs(self, index: int, layers: Adapters, batches: Batches) -> list[np.ndarray]:
         """The block's outputs with these adapters."""
@@ -146,10 +162,9 @@ class _Solver:
         rank = dict(self.lora.ranks)[site]
         without = {name: leaf for name, leaf in layers[part][site].items() if name not in ("a", "b", "magnitude")}
         p = self._merged(index, {**layers, part: {**layers[part], site: without}})
-        second, cross, missing = 0.0, 0.0, 0.0
-        for x, target in batches:  # added up one by one: a batch's moments of a ViT-B are 47 MB
-            xx, xy, yy = (np.asarray(part, np.float64) for part in self.moments(p, x, target, site))
-            second, cross, missing = second + xx, cross + xy, missing + yy
+        # Added up one by one: a batch's moments of a ViT-B are 47 MB.
+        sums = functools.reduce(self.add, (self.moments(p, x, target, site) for x, target in batches))
+        second, cross, missing = (np.asarray(part, np.float64) for part in sums)
         a, b = low_rank_ridge(second, cross, rank, self.ridge)
         if layer_scale in p:
             gain = np.asarray(p[layer_scale], np.float64).reshape(1, -1)

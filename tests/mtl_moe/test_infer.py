@@ -102,6 +102,24 @@ def test_a_split_is_scored_once_in_order(tiny_run, scorer):
     assert scorer.split(split.take(np.arange(3)), "test").maps is None
 
 
+def test_maps_of_chosen_rows_are_kept(tiny_run, scorer):
+    split, rows = tiny_run.dataset.splits["train"], [0, 7, 8, 17]  # of every batch, the padded one too
+    kept = scorer.split(split, "test", keep=rows).kept
+    wanted = scorer.images(split.images(np.array(rows)))
+    assert set(kept) == {"maps", "body"}
+    for name, values in kept.items():
+        np.testing.assert_allclose(values, wanted[name], **TOLERANCE)
+    assert scorer.split(split.take(np.arange(3)), "test").kept == {}
+
+
+def test_a_scorer_of_other_parameters_scores_with_those(tiny_run, trained, scorer, images):
+    params = jax.tree.map(lambda x: 0.5 * x, trained.params)
+    wanted = Scorer(tiny_run.system, dataclasses.replace(trained, params=params)).images(images)
+    found = scorer.trained_as(dataclasses.replace(trained, params=params)).images(images)
+    np.testing.assert_array_equal(found["raw"], wanted["raw"])
+    assert not np.allclose(found["raw"], scorer.images(images)["raw"])
+
+
 @pytest.fixture(scope="module")
 def calibration(tiny_run, scorer):
     return calibrate(tiny_run.system, scorer, tiny_run.dataset.splits["calibration"])
