@@ -132,9 +132,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; was the data moved after it was indexed?") from error
-    except Exception as error:
-        if not isinstance(error, (*_UNREADABLE, _pydicom().errors.InvalidDicomError)):
-            raise
+    except (*_UNREADABLE, _pydicom().errors.InvalidDicomError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{path}: cannot be read as DICOM ({reason}); expected a whole image: replace or remove it, or set "
