@@ -7,7 +7,7 @@ normal, as in BMAD's brain and liver sets. Needs nibabel.
 Axis alphabet: X Y Z volume, towards the patient's right, front and head; H W image.
 """
 
-import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from input_pipeline.dicom import Window, check_window
-from input_pipeline.index import DataError, Example, stem_of
+from input_pipeline.index import DataError, Example, Index, stem_of
 from input_pipeline.tree import read_tree
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -57,24 +57,29 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder for the slices")
     index = read_tree(Path(root), Path(root).resolve().name, calibration_fraction=0, suffixes=SUFFIXES)
-    partial, counts = output.with_name(f"{output.name}.partial"), Counter()
-    shutil.rmtree(partial, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        counts = _write(index, Path(folder) / "slices", AXES.index(axis), every, min_body, window)
+        (Path(folder) / "slices").rename(output)
+    return counts
+
+
+def _write(index: Index, root: Path, number: int, every: int, min_body: float, window: Window) -> Counter[str]:
+    counts: Counter[str] = Counter()
     volumes = [(split, example) for split, examples in index.splits.items() for example in examples]
     for split, example in tqdm(volumes, "slices", unit=" volumes", delay=2):
         grey, mask = _read(example, window)
-        number = AXES.index(axis)
         body = (grey > BODY).mean(tuple(k for k in range(3) if k != number))
         wanted = body >= min_body * body.max()
         counts["left out"] += int((~wanted).sum())
         for position in np.flatnonzero(wanted)[::every]:
             for folder, picture in _pictures(example, grey, mask, number, position):
-                path = partial / split / folder / f"{stem_of(example.name)}_slice{position:03d}.png"
+                path = root / split / folder / f"{stem_of(example.name)}_slice{position:03d}.png"
                 if path.exists():
                     raise DataError(f"{example.image}: two volumes of this name in {split}: rename one")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
                 counts[f"{split}/{folder}"] += 1
-    partial.rename(output)
     return counts
 
 
