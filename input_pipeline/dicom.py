@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,16 +35,13 @@ def check_window(window: Sequence[float]) -> Window:
     return tuple(window)
 
 
-def may_be_dicom(name: str) -> bool:
-    """Whether a file of this name can be DICOM: by its suffix, or because it has none but digits (scanners, UIDs)."""
-    suffix = PurePath(name).suffix.lower()
-    return suffix in SUFFIXES or ((not suffix or suffix[1:].isdigit()) and name != "DICOMDIR")
-
-
 def is_dicom(path: Path) -> bool:
-    """Whether a file is taken for DICOM: by its suffix, or without a real one by the DICM at byte 128."""
-    if path.suffix.lower() in SUFFIXES or not may_be_dicom(path.name):
-        return path.suffix.lower() in SUFFIXES
+    """Whether a file is taken for DICOM: by suffix; without one, or with a UID's digits, by DICM at byte 128."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return True
+    if path.name == "DICOMDIR" or not (suffix == "" or suffix[1:].isdigit()):
+        return False
     with contextlib.suppress(OSError), path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
     return False
@@ -75,11 +72,12 @@ def read_dicom(path: Path, window: Window = ()) -> Image.Image:
         if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
             raise DataError(f"{path}: {dicom.Rows}x{dicom.Columns} pixels; tile the image or scale it down")
         stored = pydicom.pixels.pixel_array(dicom)  # YCbCr as RGB
+        bits = dicom.BitsStored
         if dicom.PhotometricInterpretation == "PALETTE COLOR":
             stored = pydicom.pixels.apply_color_lut(stored, dicom)[..., :3]
+            bits = 8 * stored.dtype.itemsize
         if stored.ndim == 3:
-            depth = 8 if stored.dtype == np.uint8 else 8 * stored.dtype.itemsize
-            return Image.fromarray((stored >> (depth - 8)).astype(np.uint8))
+            return Image.fromarray((stored >> (bits - 8)).astype(np.uint8))
         return Image.fromarray(_grey(dicom, stored, window))
 
 
@@ -108,7 +106,7 @@ def patient_of(path: Path) -> str:
         with _named(path):
             tags = ["PatientID", "StudyInstanceUID"]
             dicom = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-            known = str(dicom.get("PatientID") or dicom.get("StudyInstanceUID") or "").strip()
+            known = next((text for tag in tags if (text := str(dicom.get(tag) or "").strip())), "")
     except DataError:  # said where the picture is read, which can leave it out
         return ""
     return f"patient-{hashlib.sha256(known.encode()).hexdigest()[:12]}" if known else ""

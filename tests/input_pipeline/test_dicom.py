@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
@@ -121,6 +122,29 @@ def test_losslessly_compressed_files_give_the_plain_ones_pixels(name: str):
     np.testing.assert_array_equal(unit(sample(f"{name}.dcm")), unit(sample("MR_small.dcm")))
 
 
+def test_jpeg_lossless_gives_the_plain_ones_pixels(tmp_path):
+    """Written by the library that also decodes it: none of the files that come with pydicom is of this kind."""
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(sample("MR_small.dcm")))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetFileName(str(tmp_path / "a.dcm"))
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    assert "JPEG Lossless" in pydicom.dcmread(tmp_path / "a.dcm").file_meta.TransferSyntaxUID.name
+    np.testing.assert_array_equal(unit(tmp_path / "a.dcm"), unit(sample("MR_small.dcm")))
+
+
+def test_colour_is_scaled_by_the_bits_it_is_stored_in(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 4096, (16, 16, 3), dtype=np.uint16)
+    options = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    file = make_dicom(tmp_path / "a.dcm", PixelData=colour.tobytes(), **options)
+    np.testing.assert_array_equal(np.asarray(read_dicom(file)), colour >> 4)
+
+
 def test_colour_and_palettes():
     plain = pydicom.dcmread(sample("examples_rgb_color.dcm"))
     picture = read_dicom(sample("examples_rgb_color.dcm"))
@@ -175,7 +199,7 @@ def test_files_without_suffix_are_found_and_others_left_out(tmp_path):
 
 
 def test_patients_fall_back_to_the_study_and_the_name(tmp_path):
-    study = make_dicom(tmp_path / "a.dcm", PatientID="", StudyInstanceUID="1.2.3")
+    study = make_dicom(tmp_path / "a.dcm", PatientID=" ", StudyInstanceUID="1.2.3")
     assert patient_of(study).startswith("patient-")
     make_dicom(tmp_path / "b.dcm")
     (tmp_path / "c.dcm").write_text("damaged")
