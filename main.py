@@ -50,8 +50,8 @@ EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes
 OUTPUT = flags.DEFINE_string(
     "output",
     "",
-    "Where predict writes (default WORKDIR/predict), prepare its .npz, slices its images, export its folder "
-    "(WORKDIR/export/KIND), compress the smaller detector's work directory.",
+    "Where predict writes (default WORKDIR/predict/NAME, of --input), prepare its .npz, slices its images, export its "
+    "folder (WORKDIR/export/KIND), compress the smaller detector's work directory.",
 )
 REDUCTION = flags.DEFINE_integer("reduction", None, "For --mode=compress: one block in so many is kept.", lower_bound=2)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise jax.distributed first.")
@@ -64,7 +64,10 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if config is None:
         raise app.UsageError(NO_CONFIG)
-    mode, system = MODE.value, config.get("system", "nothing")
+    try:
+        mode, system = MODE.value, config.get("system", "nothing")
+    except OSError as error:  # ml_collections raises it when a field is read, not when flags are parsed
+        sys.exit(f"error: --config: {' '.join(str(error).split())}")
     if mode not in MODES.get(system, ()):
         known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in MODES.items())
         raise app.UsageError(f"--mode={mode} for config.system={system!r}: expected one of {known}")
@@ -120,6 +123,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     """absl's parser; a config field that does not exist ends in one line as well."""
     try:
         return app.parse_flags_with_usage(arguments)
+    except OSError as error:
+        sys.exit(f"error: --config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError) as error:  # ConfigDict raises either, the first around the second
         reason = error.args[0]
         sys.exit(f"error: unknown config field {reason.args[0] if isinstance(reason, KeyError) else reason}")

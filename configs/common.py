@@ -53,6 +53,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         channels=1,  # 1: luminance; 3: RGB
         window=(),  # (centre, width) of DICOM files and volumes, in Hounsfield units for CT; (): as they say themselves
         calibration_fraction=0.1,  # of the training normals, whole patients or groups
+        groups="auto",  # patients by DICOM header, file name or folder; image: every image is a group of its own
         seed=0,  # of the calibration split, apart from the run's so that seeds share one split
         skip_corrupt=False,
         memory_limit_gb=8.0,  # decoded sets below it are held in memory, larger ones are streamed
@@ -129,6 +130,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         false_positive_rates=(0.01, 0.05, 0.1),
         gallery=6,  # cases of each kind in the report
         bootstrap=1000,
+        save_maps=False,  # also write each scored image's map to maps/: overlay as .png, values as .npy
         untrained=True,  # also score with the untrained network of the same architecture
     )
     config.mesh = dict(expert=1)  # devices that share the experts; all others split the batch
@@ -168,6 +170,7 @@ def distiller() -> ConfigDict:
         valid_fraction=0.1,  # of train, where the source has no validation split
         test_fraction=0.2,  # the same for a labelled source without test and validation
         seed=0,  # of these splits
+        groups="auto",  # DICOM files of one patient stay together; image: every image is a group of its own
         skip_corrupt=False,
         memory_limit_gb=8.0,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import common
+from core.workdir import LATER_FIELDS
 
 
 def get_config(arg):
@@ -14,14 +15,14 @@ def get_config(arg):
     if not path.exists():
         raise ValueError(f"no config.json in {arg}: expected the work directory of an earlier training run")
     config = ConfigDict(_tuples(json.loads(path.read_text())))
-    if config.get("system") == "mtl_moe" and "compress" not in config:  # trained before detectors could be compressed
-        config.compress = common.detector().compress
-    if config.get("system") == "mtl_moe":
-        if "window" not in config.data:  # written before DICOM files and volumes were read
-            config.data.window, config.slices = (), common.detector().slices
-        for section in (config.optim, config.compress):
-            if "kind" not in section:  # written before there was a choice of optimizers
-                section.kind = "adamw"
+    defaults = common.detector() if config.get("system") == "mtl_moe" else common.distiller()
+    for section in ("compress", "slices"):  # what can be done with a detector since
+        if section in defaults and section not in config:
+            config[section] = defaults[section]
+    for name, value in LATER_FIELDS.items():
+        section, field = name.split(".")
+        if section in config and field in defaults.get(section, ()) and field not in config[section]:
+            config[section][field] = _tuples(value)
     return config
 
 

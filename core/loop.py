@@ -57,6 +57,8 @@ def train_loop(
       NonFiniteLossError: when a logged metric is not finite; nothing is saved from then on.
       ValueError: if the data end early.
     """
+    if min(log_every, save_every) < 1:
+        raise ValueError(f"train.log_every and train.save_every must be at least 1, found {log_every}, {save_every}")
     events = events or {}
     start = int(state.step)
     batches = iter(batches)

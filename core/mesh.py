@@ -21,13 +21,17 @@ def make_mesh(expert: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh [devices/expert, expert] with axes ("data", "expert").
 
     Raises:
-      ValueError: if the number of devices is not a multiple of `expert`.
+      ValueError: if the number of devices is not a multiple of `expert`, or experts would be split over hosts, each of
+        which brings other images.
     """
     devices = jax.devices() if devices is None else devices
     if expert < 1 or len(devices) % expert:
         raise ValueError(f"mesh.expert={expert} does not divide the {len(devices)} devices found: choose a divisor")
     shape = (len(devices) // expert, expert)
-    return jax.make_mesh(shape, ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    mesh = jax.make_mesh(shape, ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if any(len({device.process_index for device in row}) > 1 for row in mesh.devices):
+        raise ValueError(f"mesh.expert={expert} splits experts over hosts: choose a divisor of a host's devices")
+    return mesh
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:
@@ -58,6 +62,10 @@ def replicate(values: Any, mesh: Mesh) -> Any:
 def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError unless a batch divides over the devices that split it and over its micro-batches."""
     shards = mesh.shape["data"]
+    if min(batch_size, accumulation) < 1:
+        raise ValueError(
+            f"train.batch_size and train.accumulation must be at least 1, found {batch_size} and {accumulation}"
+        )
     if batch_size % (shards * accumulation):
         raise ValueError(
             f"train.batch_size={batch_size} does not divide by the {shards} devices that split the batch "

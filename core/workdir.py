@@ -7,6 +7,16 @@ from typing import Any
 
 from core.files import write_json
 
+# Fields that came later, and the value that says what was done before there was a choice. They complete the config of a
+# work directory that was made without them (configs/workdir.py), and stand in for what its config.json lacks here.
+LATER_FIELDS = {
+    "data.window": [],
+    "data.groups": "auto",
+    "optim.kind": "adamw",
+    "compress.kind": "adamw",
+    "score.save_maps": False,
+}
+
 
 def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict as JSON has it: lists for tuples."""
@@ -14,9 +24,12 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, workdir: Path) -> None:
-    """Writes `workdir/config.json`, making the folder."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", plain(config))
+    """Writes `workdir/config.json`, making the folder; of several hosts the first one does."""
+    import jax  # here, so that configs need not wait for it
+
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", plain(config))
 
 
 def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None:
@@ -33,6 +46,7 @@ def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None
     if not path.exists():
         return
     old, new = _flat(json.loads(path.read_text())), _flat(plain(config))
+    old |= {name: json.dumps(value) for name, value in LATER_FIELDS.items() if name in new and name not in old}
     names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(tuple(free_fields))})
     steps = "train.num_steps"
     if steps in old and steps in new and int(new[steps]) < int(old[steps]):

@@ -88,7 +88,12 @@ def compare_with_table(name: str, index: Index) -> tuple[str, ...]:
 
 
 def index_bmad(
-    name: str, root: str | Path, calibration_fraction: float = 0.1, seed: int = 0, require_train: bool = True
+    name: str,
+    root: str | Path,
+    calibration_fraction: float = 0.1,
+    seed: int = 0,
+    require_train: bool = True,
+    groups: str = "auto",
 ) -> Index:
     """Indexes one BMAD set in any of the layouts of its copies (`docs/data.md`).
 
@@ -97,6 +102,7 @@ def index_bmad(
       root: the set's folder or its parent.
       calibration_fraction, seed: the training normals held out, see `index.calibration_rows`.
       require_train: False accepts the re-packed few-shot copies, which have no train folder (evaluation only).
+      groups: see `tree.groups_of`.
 
     Returns:
       The index; counts that differ from the published table are in its `warnings`, not errors.
@@ -106,7 +112,7 @@ def index_bmad(
       DataError: as `tree.read_tree`, or no folder of that set.
     """
     bmad_set(name)
-    index = read_tree(find_root(name, root), name, calibration_fraction, seed, require_train)
+    index = read_tree(find_root(name, root), name, calibration_fraction, seed, require_train, groups=groups)
     lines = compare_with_table(name, index)
     layout = f"BMAD {name}, counts {'differ from' if lines else 'equal'} the table: {index.layout}"
     return replace(index, layout=layout, warnings=index.warnings + lines)

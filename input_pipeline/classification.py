@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from input_pipeline.decode import Resize
-from input_pipeline.index import DataError
+from input_pipeline.index import DataError, check_groups
 from input_pipeline.segmentation import read_segmentation
 from input_pipeline.sources import ArraySource, LabelledSet, Sizes
 from input_pipeline.sources_arrays import read_digits, read_npz
@@ -23,8 +23,8 @@ from input_pipeline.sources_tfds import read_tfds
 Source = Callable[[ConfigDict, Sizes], dict[str, LabelledSet]]
 
 SOURCES: dict[str, Source] = {
-    "folder": lambda data, sizes: read_folder(data.root, data.name, sizes),
-    "bmad": lambda data, sizes: read_bmad(data.root, data.name, sizes),
+    "folder": lambda data, sizes: read_folder(data.root, data.name, sizes, data.groups),
+    "bmad": lambda data, sizes: read_bmad(data.root, data.name, sizes, data.groups),
     "tfds": lambda data, sizes: read_tfds(data.root, data.name, sizes),
     "chestxray14": lambda data, sizes: read_chestxray14(data.root, data.name, sizes),
     "inat19": lambda data, sizes: read_inat19(data.root, data.name, sizes),
@@ -46,8 +46,9 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
     Parts of train are drawn by class and whole groups, from `seed` and the names alone, and train is what they leave.
 
     Args:
-      data: kind (a key of SOURCES), name, root, channels (1: luminance, 3: RGB), skip_corrupt, memory_limit_gb (decoded
-        images below it stay in memory), valid_fraction, test_fraction, seed.
+      data: kind (a key of SOURCES), name, root, channels (1: luminance, 3: RGB), groups (of files, see
+        `sources_folder.read_folder`), skip_corrupt, memory_limit_gb (decoded images below it stay in memory),
+        valid_fraction, test_fraction, seed.
       split: "train", "valid" or "test".
       image_size: S. The short side is resized to it, then the middle square is cut out.
       interpolation: "bicubic", "bilinear" or "nearest".
@@ -67,12 +68,13 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
         raise ValueError(
             f"expected an image_size above 0 and data.channels 1 or 3, found {image_size} and {data.channels}"
         )
+    check_groups(data.groups)
     sizes = Sizes(image_size, image_size, data.channels, Resize(crop=True, interpolation=interpolation))
     sets = _split_up(SOURCES[data.kind](data, sizes), data)
     if split not in sets:
         raise DataError(
             f"data '{data.kind}' {data.root}: no {split} split (found {', '.join(sets)}); "
-            f"set data.{split}_fraction above 0 to take it from train"
+            f"set data.{split}_fraction above 0 to take it from train, which needs two patients or groups in a class"
         )
     found = sets[split]
     if data.skip_corrupt and not isinstance(found.pixels.source, ArraySource):

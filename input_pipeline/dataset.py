@@ -17,11 +17,12 @@ from input_pipeline import phantom
 from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.bmad import index_bmad
 from input_pipeline.cache import load_npz
+from input_pipeline.decode import largest_value, read_native_mask
 from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, Index, calibration_rows
+from input_pipeline.index import DataError, Example, Index, calibration_rows, check_groups
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
-from input_pipeline.tree import find_images, group_of_file
+from input_pipeline.tree import find_images, groups_of, left_out, no_image
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -39,15 +40,24 @@ __all__ = [
 
 
 def build_index(data: ConfigDict) -> Index:
-    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings."""
+    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings and whether patients cross its splits."""
     if not data.root:
         raise DataError(f"data.root is empty: set --config.data.root to the folder of the {data.kind} data")
-    index_fn = {"bmad": lambda: index_bmad(data.name, data.root, data.calibration_fraction, data.seed)}
-    index_fn["folder"] = lambda: index_folder(data.root, data.name, data.calibration_fraction, data.seed)
+    options = dict(calibration_fraction=data.calibration_fraction, seed=data.seed, groups=check_groups(data.groups))
+    index_fn = {"bmad": lambda: index_bmad(data.name, data.root, **options)}
+    index_fn["folder"] = lambda: index_folder(data.root, data.name, **options)
     index = index_fn[data.kind]()
     logging.info("%s: %s", index.dataset, index.layout)
     for warning in index.warnings:
         logging.warning("%s: %s", index.dataset, warning)
+    if crossing := index.crossing_groups():
+        logging.warning(
+            "%s: %d patients or groups stand in train and in valid or test (%s): what is measured on patients of the "
+            "training set looks too good; --mode=prepare lists them",
+            index.dataset,
+            len(crossing),
+            ", ".join([*list(crossing)[:3], *["..."] * (len(crossing) > 3)]),
+        )
     return index
 
 
@@ -56,9 +66,9 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
 
     Args:
       data: kind ('phantom', 'bmad', 'folder', 'npz'), name, root, image_size, mask_size, channels,
-        window, calibration_fraction, seed, skip_corrupt, memory_limit_gb, cache, and phantom (arguments of
-        `phantom.make_dataset`). With `cache`, or for kind 'npz' with `root`, pixels come from that file, and the
-        calibration split is drawn anew, so that files and their cache give the same splits.
+        window, calibration_fraction, groups (see `tree.groups_of`), seed, skip_corrupt, memory_limit_gb, cache, and
+        phantom (arguments of `phantom.make_dataset`). With `cache`, or for kind 'npz' with `root`, pixels come from
+        that file, and the calibration split is drawn anew, so that files and their cache give the same splits.
       min_size: smallest image side accepted, the model's patch size.
       reader: 'tf', 'threads' or 'auto' (see `input_pipeline.reader`).
 
@@ -85,27 +95,37 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
     return dataset_from_index(build_index(data), data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
 
 
-def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> Split:
+def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> tuple[Split, dict[str, str]]:
     """Every image below `root`, whatever its folders are called, with unknown label (-1): what prediction scores.
 
     Args:
-      data: for image_size, mask_size and channels.
+      data: for image_size, mask_size, channels, window, groups, skip_corrupt and memory_limit_gb.
       min_size: smallest image side accepted.
 
+    Returns:
+      The images, and {name: reason} of those left out as they cannot be decoded: with `skip_corrupt`, which decodes all
+      of them here (they stay in memory if they fit). Without it {}, and the first bad file is a DataError when it is
+      read.
+
     Raises:
-      DataError: no folder, or no image in it.
+      DataError: no folder, no image in it, or none that can be decoded.
     """
-    examples = [
-        Example(name, root / name, -1, None, group_of_file(root, name))
-        for folder, names in find_images(root)[0].items()
-        for name in ((folder / name).as_posix() for name in names)
-    ]
-    if not examples:
-        raise DataError(f"{root}: no image in it")
-    examples.sort(key=lambda example: example.name)
-    pixels = _file_pixels(tuple(examples), data, min_size)
-    names, groups = [example.name for example in examples], [example.group for example in examples]
-    return Split(names, groups, np.full(len(examples), -1, np.int32), False, pixels)
+    if not root.is_dir():
+        raise DataError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; expected a folder of images")
+    folders, others = find_images(root)
+    if not folders:
+        raise no_image(root, others)
+    if others:
+        logging.warning("%s: %s", root, left_out(others))
+    names = sorted((folder / file).as_posix() for folder, files in folders.items() for file in files)
+    groups = groups_of(root, names, check_groups(data.groups))
+    examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
+    pixels, skipped = _file_pixels(examples, data, min_size), {}
+    if data.skip_corrupt:
+        in_memory = len(names) * data.image_size**2 * data.channels <= data.memory_limit_gb * 2**30
+        pixels, rows, skipped = _decode(pixels, False, in_memory, True, root.name)
+        names, groups = ([values[row] for row in rows] for values in (names, groups))
+    return Split(names, groups, np.full(len(names), -1, np.int32), False, pixels), skipped
 
 
 def _from_cache(data: ConfigDict) -> Dataset:
@@ -141,6 +161,8 @@ def _from_phantom(data: ConfigDict) -> Dataset:
 def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
     """Draws the calibration split from train (with a stored calibration split put back first)."""
     splits = dict(dataset.splits)
+    if check_groups(data.groups) == "image":
+        splits = {key: replace(split, groups=split.names) for key, split in splits.items()}
     if "train" not in splits:
         raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
     parts = [splits[key] for key in ("train", "calibration") if key in splits]
@@ -160,7 +182,10 @@ def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
 def dataset_from_index(
     index: Index, data: ConfigDict, skip_corrupt: bool, memory_limit_gb: float, min_size: int = 1, reader: str = "auto"
 ) -> Dataset:
-    """The data set of an index, in memory if its decoded pixels fit `memory_limit_gb` GiB; else as `load_dataset`."""
+    """The data set of an index, in memory if its decoded pixels fit `memory_limit_gb` GiB; else as `load_dataset`.
+
+    In memory, masks in which nothing is marked are found: a warning, or a DataError where a split has no others.
+    """
     has_masks = {key: any(e.mask for e in examples) for key, examples in index.splits.items()}
     per_image, per_mask = data.image_size**2 * data.channels, data.mask_size**2
     num_bytes = sum(len(found) * (per_image + has_masks[key] * per_mask) for key, found in index.splits.items())
@@ -169,8 +194,11 @@ def dataset_from_index(
     for key, examples in index.splits.items():
         pixels = _file_pixels(examples, data, min_size, reader)
         if in_memory or skip_corrupt:  # on disk, one pass only finds the corrupt files
-            pixels, rows = _decode(pixels, has_masks[key], in_memory, skip_corrupt, f"{index.dataset} {key}")
+            title = f"{index.dataset} {key}"
+            pixels, rows, _ = _decode(pixels, has_masks[key], in_memory, skip_corrupt, title)
             examples = [examples[row] for row in rows]
+            if in_memory and has_masks[key]:
+                _check_masks(pixels, examples, title)
         labels = np.asarray([e.label for e in examples], np.int32)
         splits[key] = Split([e.name for e in examples], [e.group for e in examples], labels, has_masks[key], pixels)
     facts = (data.channels, data.image_size, data.mask_size, splits)
@@ -184,9 +212,13 @@ def _file_pixels(examples: tuple[Example, ...], data: ConfigDict, min_size: int,
 
 def _decode(
     files: FilePixels, has_masks: bool, in_memory: bool, skip_corrupt: bool, title: str
-) -> tuple[Pixels, list[int]]:
-    """Decodes every file once; returns the pixels (in memory or still on disk) and the rows that could be decoded."""
-    n, kept = len(files), []
+) -> tuple[Pixels, list[int], dict[str, str]]:
+    """Decodes every file once.
+
+    Returns:
+      The pixels (in memory or still on disk), the rows that could be decoded, and {name: reason} of the others.
+    """
+    n, kept, skipped = len(files), [], {}
     image = np.empty((n if in_memory else 0, files.image_size, files.image_size, files.channels), np.uint8)
     mask = np.empty((n if in_memory and has_masks else 0, files.mask_size, files.mask_size, 1), np.uint8)
     stream = files.stream(lambda: range(n), n, has_masks)
@@ -197,16 +229,43 @@ def _decode(
             raise DataError(error)
         if error:
             logging.warning("skipped: %s", error)
+            skipped[files.examples[row].name] = error
             continue
         if in_memory:
             image[len(kept)] = one
             if has_masks:
                 mask[len(kept)] = its_mask
         kept.append(row)
-    if len(kept) < n:
-        logging.warning("%s: %d of %d images skipped, they cannot be decoded", title, n - len(kept), n)
+    if skipped:
+        logging.warning("%s: %d of %d images skipped, they cannot be decoded", title, len(skipped), n)
     if not kept:
         raise DataError(f"{title}: none of its {n} images can be decoded; check data.root and the files")
     if not in_memory:
-        return replace(files, examples=tuple(files.examples[row] for row in kept)), kept
-    return ArrayPixels(image[: len(kept)], mask[: len(kept)] if has_masks else None, files.mask_size), kept
+        return replace(files, examples=tuple(files.examples[row] for row in kept)), kept, skipped
+    return ArrayPixels(image[: len(kept)], mask[: len(kept)] if has_masks else None, files.mask_size), kept, skipped
+
+
+def _check_masks(pixels: ArrayPixels, examples: list[Example], title: str) -> None:
+    """A warning if some of a split's masks are empty; DataError if all are, which could not be measured against."""
+    masked = [row for row, example in enumerate(examples) if example.mask]
+    empty = [row for row in masked if not pixels.mask[row].any()]
+    if not empty:
+        return
+    first = examples[empty[0]].mask
+    if len(empty) < len(masked):
+        logging.warning(
+            "%s: nothing is marked in %d of %d masks at data.mask_size=%d, the first %s",
+            *(title, len(empty), len(masked), pixels.mask_size, first),
+        )
+        return
+    largest = largest_value(first)
+    if read_native_mask(first).any():
+        advice = "the marked places are lost when it is resized: raise data.mask_size"
+    elif largest:
+        advice = "masks stored as JPEG or WebP are cut at 127: store them as PNG, or with 255 for what is marked"
+    else:
+        advice = "export the masks again, or take the mask folder away"
+    raise DataError(
+        f"{first}: nothing is marked in it (largest value {largest:g}) at data.mask_size={pixels.mask_size}, nor in "
+        f"the other masks of {title} ({len(masked)} in all); {advice}"
+    )

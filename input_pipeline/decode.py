@@ -17,6 +17,7 @@ from input_pipeline.index import DataError, Example
 # What Pillow's readers raise on damaged files; anything else is a bug of ours and must surface.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_LOSSY = ("JPEG", "WEBP")
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "nearest")}
 
@@ -64,7 +65,7 @@ def _open(path: Path, load: bool = True, window: Window = ()) -> Image.Image:
     try:
         with path.open("rb") as file:
             image = Image.open(file)
-            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
             if load:
                 image.load()
     except _BOMBS as error:
@@ -75,11 +76,11 @@ def _open(path: Path, load: bool = True, window: Window = ()) -> Image.Image:
         empty = path.stat().st_size == 0
         reason = "empty file (0 bytes)" if empty else f"cannot be decoded ({error})"
         raise DataError(
-            f"{path}: {reason}; expected a whole PNG, JPEG, TIFF, BMP or DICOM: replace or remove it, or set "
+            f"{path}: {reason}; expected a whole PNG, JPEG, TIFF, BMP, WebP or DICOM: replace or remove it, or set "
             f"data.skip_corrupt"
         ) from error
     if pages > 1:
-        raise DataError(f"{path}: {pages} pages in one TIFF; expected one image a file: split the stack")
+        raise DataError(f"{path}: {pages} pages in one {image.format}; expected one image a file: split the stack")
     return image
 
 
@@ -182,10 +183,10 @@ def read_image(
     """One image as a square, by default stretched with antialiased bilinear resampling (the BMAD protocol).
 
     Args:
-      path: PNG, JPEG, TIFF, BMP or DICOM (see `dicom.read_dicom`); 1, 8 or 16-bit grey, RGB, RGBA or palette. Colour
-        becomes luminance (ITU-R 601) for channels=1, grey is repeated for channels=3. 16-bit grey is scaled by its
-        range (65535 -> 255), never by its own extrema; integers beyond 16 bit are refused; floating point must be in
-        0..1. Transparency is laid on black; an opaque alpha is dropped.
+      path: PNG, JPEG, TIFF, BMP, WebP or DICOM (see `dicom.read_dicom`); 1, 8 or 16-bit grey, RGB, RGBA or palette.
+        Colour becomes luminance (ITU-R 601) for channels=1, grey is repeated for channels=3. 16-bit grey is scaled by
+        its range (65535 -> 255), never by its own extrema; integers beyond 16 bit are refused; floating point must be
+        in 0..1. Transparency is laid on black; an opaque alpha is dropped.
       size: side of the result in pixels.
       channels: 1 or 3.
       min_size: smallest side accepted, the model's patch size.
@@ -202,23 +203,30 @@ def read_image(
     return _to_array(resize.square(image, size), channels)
 
 
-def _foreground(image: Image.Image) -> np.ndarray:
-    """bool [H, W]: any channel above zero. JPEG masks are cut at one half, as compression blurs their edges."""
-    lossy = image.format == "JPEG"
+def _mask_values(image: Image.Image) -> np.ndarray:
+    """[H, W]: the largest channel."""
     if image.mode not in ("L", "1", "F", *_DEEP_MODES):
         image = _opaque(image).convert("RGB")
     values = np.asarray(image)
-    values = values.max(axis=-1) if values.ndim == 3 else values
-    return values > (127 if lossy else 0)
+    return values.max(axis=-1) if values.ndim == 3 else values
+
+
+def largest_value(path: Path) -> float:
+    """The largest value of a mask file at its own size; DataError as `read_image`."""
+    return float(_mask_values(_open(path)).max())
 
 
 def read_native_mask(path: Path) -> np.ndarray:
-    """One mask at its own size: uint8 {0, 1} [H, W, 1]; DataError as `read_image`."""
-    return _foreground(_open(path)).astype(np.uint8)[..., None]
+    """One mask at its own size: uint8 {0, 1} [H, W, 1]; DataError as `read_image`.
+
+    Foreground is every value above zero; JPEG and WebP masks are cut at one half, as compression blurs their edges.
+    """
+    mask = _open(path)
+    return (_mask_values(mask) > (127 if mask.format in _LOSSY else 0)).astype(np.uint8)[..., None]
 
 
 def read_mask(path: Path, size: int, resize: Resize = STRETCH) -> np.ndarray:
-    """One mask: uint8 {0, 1} [size, size, 1], resized to the nearest pixel; foreground is every value above zero."""
+    """One mask: uint8 {0, 1} [size, size, 1], resized to the nearest pixel; foreground as in `read_native_mask`."""
     mask = Image.fromarray(read_native_mask(path)[..., 0])
     return np.asarray(resize.square(mask, size, nearest=True))[..., None]
 

@@ -8,8 +8,9 @@ Axis alphabet: H W C image.
 
 import contextlib
 import hashlib
+import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError,
     struct.error,
 )  # fmt: skip
+
+_NOBODY = ("0", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none")  # patients of anonymisers
 
 Window = tuple[float, ...]  # (centre, width) in the file's units (Hounsfield units in CT); () means the file's own
 
@@ -96,20 +99,39 @@ def own_window(path: Path) -> Window:
         return () if None in ends else tuple(float(np.atleast_1d(value)[0]) for value in ends)
 
 
-def patient_of(path: Path) -> str:
-    """A name for the patient (without an ID: the study) that a file belongs to, "" where it says neither.
+def patients_of(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: patient} of the DICOM files among the images `root`/name, as far as their headers tell.
+
+    The patient is the PatientID. Where that is empty, or a placeholder that anonymisers write, the StudyInstanceUID
+    stands for it; and so it does where all files share one PatientID and come from several studies, as other
+    anonymisers leave them. Two studies of one patient are then two patients: nothing in the files says otherwise.
 
     It is a hash, so that reports do not print the hospital's number; whoever has the numbers can hash them too.
     """
-    pydicom = _pydicom()
+    found = {name: ids for name in names if is_dicom(root / name) and any(ids := _patient_and_study(root / name))}
+    patients, studies = ({ids[k] for ids in found.values()} for k in (0, 1))
+    shared = len(patients) == 1 and len(studies) > 1
+    if shared and patients != {""}:
+        logging.warning(
+            "%s: %d DICOM files share one PatientID and come from %d studies: each study is taken for a patient",
+            root,
+            len(found),
+            len(studies),
+        )
+    known = {name: study if study and (shared or not patient) else patient for name, (patient, study) in found.items()}
+    return {name: f"patient-{hashlib.sha256(text.encode()).hexdigest()[:12]}" for name, text in known.items()}
+
+
+def _patient_and_study(path: Path) -> tuple[str, str]:
+    """PatientID and StudyInstanceUID of one file, "" where it does not tell."""
+    pydicom, tags = _pydicom(), ["PatientID", "StudyInstanceUID"]
     try:
         with _named(path):
-            tags = ["PatientID", "StudyInstanceUID"]
             dicom = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-            known = next((text for tag in tags if (text := str(dicom.get(tag) or "").strip())), "")
+            patient, study = (str(dicom.get(tag) or "").strip() for tag in tags)
     except DataError:  # said where the picture is read, which can leave it out
-        return ""
-    return f"patient-{hashlib.sha256(known.encode()).hexdigest()[:12]}" if known else ""
+        return "", ""
+    return "" if patient.lower() in _NOBODY else patient, study
 
 
 def _pydicom() -> Any:

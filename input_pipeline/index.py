@@ -5,6 +5,7 @@ Axis alphabet: B batch, H W C image, N images of a split.
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,9 +13,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 SPLITS = ("train", "calibration", "valid", "test")
+GROUPS = ("auto", "image")  # `data.groups`: patients as headers and names tell, or every image by itself
 
 # Where the patient (or the near-duplicate group) stands in names that carry one.
 _GROUP_PATTERNS = (
+    re.compile(r"^([^+]+)\+.+_slice\d+$"),  # PAT0+ST0-SE0-IM0001_slice045: of a tree of patients' folders, see nifti.py
     re.compile(r"^(sub-[A-Za-z0-9]+)_"),  # sub-01_ses-2_T1w_slice045: BIDS
     re.compile(r"^(.+)_slice\d+$"),  # BraTS-GLI-00005-000_slice045: slices of a volume, see nifti.py
     re.compile(r"^((?:[A-Za-z]+\d*-)?IM-\d+)(?:-\d+)+$"),  # IM-0115-0001, NORMAL2-IM-0451-0001-0002: chest_xray
@@ -38,6 +41,15 @@ class Example:
     mask: Path | None
     group: str
 
+    def __post_init__(self):
+        try:
+            str(self.image).encode()
+        except UnicodeEncodeError as error:  # reports and tables of names could not be written, after all the training
+            raise DataError(
+                f"{printable(self.image)}: the file's name is not UTF-8 (from an old archive?): rename it, "
+                f"for example with convmv -f latin1 -t utf8 -r --notest FOLDER"
+            ) from error
+
 
 @dataclass(frozen=True)
 class Index:
@@ -52,6 +64,14 @@ class Index:
     splits: dict[str, tuple[Example, ...]]
     warnings: tuple[str, ...] = ()
 
+    def crossing_groups(self) -> dict[str, list[str]]:
+        """{group: [split, ...]} of the patients or groups that stand in train (or calibration) and in valid or test."""
+        splits = defaultdict(set)
+        for key, examples in self.splits.items():
+            for example in examples:
+                splits[example.group].add("train" if key == "calibration" else key)
+        return {group: sorted(found) for group, found in sorted(splits.items()) if {"train"} < found}
+
     def manifest_hash(self) -> str:
         """sha256 over (name, file size in bytes, label) of every image and (name, size) of every mask, in name order.
 
@@ -62,6 +82,18 @@ class Index:
             mask = (example.mask.name, example.mask.stat().st_size) if example.mask else ("", 0)
             digest.update(repr((example.name, example.image.stat().st_size, example.label, *mask)).encode())
         return digest.hexdigest()
+
+
+def printable(name: str | Path) -> str:
+    """A file name that can be printed: bytes that are no UTF-8 become question marks."""
+    return str(name).encode(errors="replace").decode()
+
+
+def check_groups(groups: str) -> str:
+    """`data.groups` as it was given; ValueError unless it is one of GROUPS."""
+    if groups not in GROUPS:
+        raise ValueError(f"data.groups: expected one of {', '.join(GROUPS)}, found '{groups}'")
+    return groups
 
 
 def stem_of(name: str) -> str:
@@ -99,10 +131,7 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
     if fraction == 0:
         return np.zeros(len(groups), bool)
     if len(names) < 2:
-        raise DataError(
-            f"calibration needs training normals of at least two patients or groups, found {len(groups)} image(s) of "
-            f"{len(names)} group(s) ({names[0] if len(names) else 'none'}): add images, or set calibration_fraction=0"
-        )
+        raise DataError(_one_group(groups))
     target = max(1, round(fraction * len(groups)))
     order = np.random.default_rng(seed).permutation(len(names))
     chosen, count = [], 0
@@ -113,6 +142,19 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
     if not chosen:  # every group is larger than the target
         chosen = [order[np.argmin(sizes[order])]]
     return np.isin(inverse, chosen)
+
+
+def _one_group(groups: Sequence[str]) -> str:
+    """Why none of the images can be held out, and what to do about it."""
+    if len(groups) < 2:
+        return f"calibration needs at least two training normals, found {len(groups)}: add images"
+    by_header = re.fullmatch(r"patient-[0-9a-f]{12}", groups[0])  # see `dicom.patients_of`
+    origin = "the DICOM headers: PatientID, or StudyInstanceUID" if by_header else "the names of files and folders"
+    return (
+        f"calibration needs training normals of at least two patients or groups, found {len(groups)} images of one, "
+        f"'{groups[0]}' (from {origin}). Images of one patient must not be on both sides of a split: add images of "
+        f"other patients, or, if these are of different patients, set --config.data.groups=image"
+    )
 
 
 def split_calibration(

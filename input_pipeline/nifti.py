@@ -1,17 +1,18 @@
 """Volumes (NIfTI) to a folder of slices that the detector reads like any other: PNG files, one grey scale a volume.
 
 The folders of the volumes are those of images (`tree.py`): a flat folder of normals, or train, valid and test with good
-and Ungood, and masks as volumes of the same names. A slice of an abnormal volume in which nothing is marked counts as
-normal, as in BMAD's brain and liver sets. Needs nibabel.
+and Ungood, and masks as volumes of the same names; or a tree of patients' folders, all normals. A slice of an abnormal
+volume in which nothing is marked counts as normal, as in BMAD's brain and liver sets. Needs nibabel.
 
 Axis alphabet: X Y Z volume, towards the patient's right, front and head; H W image.
 """
 
+import logging
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from input_pipeline.dicom import Window, check_window
 from input_pipeline.index import DataError, Example, Index, stem_of
-from input_pipeline.tree import read_tree
+from input_pipeline.tree import known_word, read_tree
 
 SUFFIXES = (".nii", ".nii.gz")
 AXES = ("sagittal", "coronal", "axial")  # the axis of the volume that slices are cut across
@@ -31,6 +32,8 @@ BODY = 0.1  # of white; voxels above it are body
 
 def write_slices(root: str, output: Path, axis: str, every: int, min_body: float, window: Window) -> Counter[str]:
     """Writes `output`/{train,valid,test}/{good,Ungood/img,Ungood/anomaly_mask}/<volume>_slice<number>.png.
+
+    Volumes of a tree without known folder names, which may all be called alike, give <patient>+<folders>-<volume>.
 
     Args:
       root: folder of volumes.
@@ -57,6 +60,8 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder for the slices")
     index = read_tree(Path(root), Path(root).resolve().name, calibration_fraction=0, suffixes=SUFFIXES)
+    for warning in index.warnings:
+        logging.warning("%s: %s", root, warning)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         counts = _write(index, Path(folder) / "slices", AXES.index(axis), every, min_body, window)
@@ -74,13 +79,26 @@ def _write(index: Index, root: Path, number: int, every: int, min_body: float, w
         counts["left out"] += int((~wanted).sum())
         for position in np.flatnonzero(wanted)[::every]:
             for folder, picture in _pictures(example, grey, mask, number, position):
-                path = root / split / folder / f"{stem_of(example.name)}_slice{position:03d}.png"
+                path = root / split / folder / f"{_stem(example)}_slice{position:03d}.png"
                 if path.exists():
                     raise DataError(f"{example.image}: two volumes of this name in {split}: rename one")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
                 counts[f"{split}/{folder}"] += 1
     return counts
+
+
+def _stem(example: Example) -> str:
+    """What the slices of a volume are called: as it is, in front of that its folders where these say nothing else.
+
+    PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `index.group_of`.
+    """
+    *folders, _ = PurePosixPath(example.name).parts
+    stem = stem_of(example.name)
+    if not folders or any(map(known_word, folders)):
+        return stem
+    folders = folders[1:] if folders[0] == example.group else folders
+    return f"{example.group}+{'-'.join((*folders, stem))}"
 
 
 def _pictures(

@@ -5,7 +5,7 @@ Axis alphabet: H W C image, N images of a split.
 
 import hashlib
 from collections import Counter, defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,13 +13,18 @@ from PIL import Image
 
 from input_pipeline.cache import save_npz
 from input_pipeline.dataset import build_index, dataset_from_index
-from input_pipeline.decode import native_size, read_example
+from input_pipeline.decode import native_size, read_example, read_image
 from input_pipeline.dicom import Window, is_dicom, own_window
-from input_pipeline.index import DataError, Example, Index, stem_of
+from input_pipeline.index import DataError, Example, Index
 from input_pipeline.split import Dataset
 
 HASH_SIZE = 64  # px; duplicates are equal pixels at this size, whatever the file format
 DARK = 64  # of 255: images whose brightest pixel stays below were not windowed (12 bits stored in 16, for one)
+# An image is coloured when the channels of so large a share of its pixels differ by so much of 255: more than JPEG
+# makes of grey, and more than the "bone" colour map, of which luminance loses nothing.
+COLOURED, COLOURED_SHARE = 32, 0.01
+COLOUR_SAMPLE = 64  # images looked at
+SHRUNK = 4  # images that shrink by more lose what a larger data.image_size would keep
 
 _PART = {"calibration": "train"}  # calibration images are training images to these checks
 
@@ -36,7 +41,8 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
       (patients in train and elsewhere), native_sizes {'HxW': images}, and cache (the path written, or '').
 
     Raises:
-      ValueError: another kind of data. DataError: a layout that cannot be read (see `tree.read_tree`).
+      ValueError: another kind of data. DataError: a layout that cannot be read (see `tree.read_tree`), or masks in none
+        of which anything is marked.
     """
     if data.kind not in ("bmad", "folder"):
         raise ValueError(f"prepare checks folders of images (data.kind 'bmad' or 'folder'), found '{data.kind}'")
@@ -47,18 +53,20 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
     kept = {name for split in dataset.splits.values() for name in split.names}
     bad = [e for examples in index.splits.values() for e in examples if e.name not in kept]
     corrupt = {e.name: _reason(e, data, min_size) for e in bad}
-    duplicates = _duplicates(dataset)
+    duplicates, native_sizes = _duplicates(dataset), _native_sizes(index, kept)
+    warnings = [*index.warnings, *_dark_images(dataset), *_windows(index, kept, data.window)]
+    warnings += [*_coloured_images(index, kept, data), *_shrunk_images(native_sizes, data.image_size)]
     report = {
         "dataset": index.dataset,
         "layout": index.layout,
         "manifest_hash": dataset.manifest_hash,
-        "warnings": [*index.warnings, *_dark_images(dataset), *_windows(index, kept, data.window)],
+        "warnings": warnings,
         "counts": _counts(index),
         "corrupt": corrupt,
         "duplicates": [[name for _, name in same] for same in duplicates],
         "leaks": [[name for _, name in same] for same in duplicates if {"train"} < {part for part, _ in same}],
-        "crossing_groups": _crossing_groups(index),
-        "native_sizes": _native_sizes(index, kept),
+        "crossing_groups": index.crossing_groups(),
+        "native_sizes": native_sizes,
         "cache": "",
     }
     if out_path and (not corrupt or data.skip_corrupt):
@@ -95,16 +103,6 @@ def _duplicates(dataset: Dataset) -> list[list[tuple[str, str]]]:
     return sorted(sorted(found) for found in same.values() if len(found) > 1)
 
 
-def _crossing_groups(index: Index) -> dict[str, list[str]]:
-    """Patients or groups that stand in train and in another split, where names carry one."""
-    parts = defaultdict(set)
-    for key, examples in index.splits.items():
-        for example in examples:
-            if example.group != (PurePosixPath(example.name).parent / stem_of(example.name)).as_posix():
-                parts[example.group].add(_PART.get(key, key))
-    return {group: sorted(found) for group, found in sorted(parts.items()) if {"train"} < found}
-
-
 def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
     """Images per native size, most frequent first."""
     examples = [e for found in index.splits.values() for e in found if e.name in kept]
@@ -131,6 +129,36 @@ def _windows(index: Index, kept: set[str], window: Window) -> list[str]:
     return [
         f"{len(examples)} DICOM files bring {len(found)} different windows of their own, so that equal values differ "
         f"in brightness: for CT set data.window to one for all, for example --config.data.window='{next(iter(found))}'"
+    ]
+
+
+def _coloured_images(index: Index, kept: set[str], data: ConfigDict) -> list[str]:
+    examples = [e for found in index.splits.values() for e in found if e.name in kept]
+    if data.channels == 3:
+        return []
+    rows = np.unique(np.linspace(0, len(examples) - 1, COLOUR_SAMPLE).round().astype(int))
+    coloured = sum(_is_coloured(read_image(examples[row].image, HASH_SIZE, 3, window=data.window)) for row in rows)
+    if not coloured:
+        return []
+    return [
+        f"{coloured} of {len(rows)} images{' looked at' * (len(rows) < len(examples))} are coloured; they become grey: "
+        f"--config.data.channels=3 keeps colour"
+    ]
+
+
+def _is_coloured(image: np.ndarray) -> bool:
+    """Whether the channels of uint8 [H, W, 3] differ noticeably."""
+    return (np.ptp(image, axis=-1) > COLOURED).mean() > COLOURED_SHARE
+
+
+def _shrunk_images(native_sizes: dict[str, int], image_size: int) -> list[str]:
+    short = [min(map(int, size.split("x"))) for size, count in native_sizes.items() for _ in range(count)]
+    side = np.median(short)
+    if side <= SHRUNK * image_size:
+        return []
+    return [
+        f"median short side {side:g} px, used at {image_size}: --config.data.image_size={2 * image_size} and a larger "
+        f"preset (configs/mtl_moe/folder.py:preset=small) keep more"
     ]
 
 

@@ -19,8 +19,8 @@ from input_pipeline.tree import IMAGE_SUFFIXES, SPLIT_WORDS
 IGNORED = 255  # id of pixels that no class was given
 EXPECTED = (
     "Expected {train,valid,test}/{images,masks} with equal file stems (valid and test may be absent); images .png, "
-    ".jpg, .tif, .bmp or .npy (uint8 or 0..1, [H, W] or [H, W, 3]); masks grey or palette pictures or .npy of class "
-    "ids from 0 (255: ignored; masks of 0 and 255 alone are background and foreground); names of the classes in "
+    ".jpg, .tif, .bmp, .webp or .npy (uint8 or 0..1, [H, W] or [H, W, 3]); masks grey or palette pictures or .npy of "
+    "class ids from 0 (255: ignored; masks of 0 and 255 alone are background and foreground); names of the classes in "
     "classes.txt, one a line, if you like. HYPSO-1: https://ntnu-smallsat-lab.github.io/hypso1_sea_land_clouds_dataset"
 )
 

@@ -4,22 +4,27 @@ Axis alphabet: N images.
 """
 
 import logging
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 
-from input_pipeline.dicom import is_dicom
+from input_pipeline.dicom import patients_of
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
-from input_pipeline.tree import IMAGE_SUFFIXES, SPLIT_WORDS, find_images, read_tree
+from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree
 
 EXPECTED = (
-    "Expected {train,valid,test}/<class>/*.png (or .jpg, .tif, .bmp; valid and test may be absent, the classes stand "
-    "in every split by the same name), <class>/* without splits, or images directly in the folder (unlabelled)"
+    "Expected {train,valid,test}/<class>/*.png (or .jpg, .tif, .bmp, .webp; valid and test may be absent, the classes "
+    "stand in every split by the same name), <class>/* without splits, or images directly in the folder (unlabelled)"
 )
 BMAD_EXPECTED = "Expected train/good and test/{good,Ungood}, see docs/data.md (sets: https://github.com/DorisBao/BMAD)"
 
 
-def read_folder(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
+def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:
     """The splits ("train", "valid", "test") that stand in a folder; without split folders all of it is "train".
+
+    Args:
+      groups: "auto": DICOM files of one patient are a group; all other images, and with "image" all images, are a group
+        each. Names say nothing here: n01440764_10026 and cat1_0002 would make a group of every class.
 
     Raises:
       DataError: no folder, no image, images beside class folders, an empty class, or a class unknown to train.
@@ -37,7 +42,7 @@ def read_folder(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
     sets = {}
     for split in ("train", "valid", "test"):
         if split in splits:
-            sets[split] = _read_split(splits[split], folder, classes, name or folder.resolve().name, sizes)
+            sets[split] = _read_split(splits[split], folder, classes, name or folder.resolve().name, sizes, groups)
     return sets
 
 
@@ -45,49 +50,49 @@ def _folders(root: Path) -> list[Path]:
     return sorted(c for c in root.iterdir() if c.is_dir() and not c.name.startswith((".", "__MACOSX")))
 
 
-def _read_split(split: Path, root: Path, classes: tuple[str, ...], name: str, sizes: Sizes) -> LabelledSet:
-    found = {c.name: c for c in _folders(split)}
-    visible = [p for p in split.iterdir() if not p.name.startswith(".")]
-    direct = [p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES or is_dicom(p)]
+def _read_split(split: Path, root: Path, classes: tuple[str, ...], name: str, sizes: Sizes, groups: str) -> LabelledSet:
+    folders, others = find_images(split)
+    if others:
+        logging.warning("%s: %s", split, left_out(others))
+    files = defaultdict(list)
+    for below, names in folders.items():
+        files[below.parts[0] if below.parts else ""] += [below / file for file in names]
+    found, direct = [c.name for c in _folders(split)], files.pop("", [])
     if found and direct:
-        raise DataError(f"{direct[0]}: {len(direct)} images stand beside class folders in {split}. {EXPECTED}")
+        raise DataError(f"{split / direct[0]}: {len(direct)} images stand beside class folders in {split}. {EXPECTED}")
     if unknown := [c for c in found if c not in classes]:
         raise DataError(f"{split}: classes {', '.join(unknown[:5])} have no folder in train. {EXPECTED}")
     if not found:
         if not direct:
-            raise DataError(f"{split}: no image in it. {EXPECTED}")
-        examples = [_example(path, root, -1) for path in direct]
+            raise DataError(f"{no_image(split, others)}. {EXPECTED}")
+        examples = _examples(split, root, dict.fromkeys(direct, -1), groups)
         return set_of_files(name, f"{len(direct)} images without labels in {split}", classes, examples, sizes)
     if absent := [c for c in classes if c not in found]:
         logging.warning("%s: no folder of the classes %s", split, ", ".join(absent[:5]))
-    examples = []
-    for label, word in enumerate(classes):
-        if word not in found:
-            continue
-        images = [
-            _example(found[word] / below / file, root, label)
-            for below, files in find_images(found[word])[0].items()
-            for file in files
-        ]
-        if not images:
-            raise DataError(f"{found[word]}: class without an image; add images or remove the folder")
-        examples += images
+    if empty := [c for c in found if c not in files]:
+        raise DataError(f"{split / empty[0]}: class without an image; add images or remove the folder")
+    labels = {file: label for label, word in enumerate(classes) for file in files.get(word, ())}
+    examples = _examples(split, root, labels, groups)
     return set_of_files(name, f"{len(examples)} images of {len(found)} classes in {split}", classes, examples, sizes)
 
 
-def _example(path: Path, root: Path, label: int) -> Example:
-    name = path.relative_to(root).as_posix()
-    return Example(name, path, label, None, name)
+def _examples(split: Path, root: Path, labels: dict[PurePosixPath, int], groups: str) -> list[Example]:
+    """Of files given relative to `split`, named relative to `root`."""
+    below = split.relative_to(root)
+    names = {(below / file).as_posix(): label for file, label in labels.items()}
+    patients = patients_of(root, names) if groups == "auto" else {}
+    return [Example(name, root / name, label, None, patients.get(name, name)) for name, label in names.items()]
 
 
-def read_bmad(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
+def read_bmad(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:
     """A BMAD-like tree as classes normal and abnormal: "valid" where it holds both, and "test".
 
     The normal images of train/ are left out: with them, the classes would differ in number by the protocol of the
     set and not by anything in the images. Use kind 'folder' on train/good for unlabelled images.
     """
     folder = existing_root(root, "bmad", BMAD_EXPECTED)
-    index = read_tree(folder, name or folder.resolve().name, calibration_fraction=0, require_train=False)
+    title = name or folder.resolve().name
+    index = read_tree(folder, title, calibration_fraction=0, require_train=False, groups=groups)
     sets = {}
     for split in ("valid", "test"):
         examples = index.splits.get(split, ())

@@ -8,20 +8,23 @@ Every folder between the root and a file must be one of these words (any case), 
 A folder of any other name under a mask folder names a kind of defect (MVTec: `ground_truth/hole/000_mask.png`), and the
 same name under a split then holds abnormal images (`test/hole/000.png`). So `valid/Ungood/anomaly_mask`,
 `valid/label/Ungood` and `Val/val_label/Ungood` are one thing to the reader, and a name nobody expects is an error
-instead of a guess.
+instead of a guess. A tree without any of these words (a scanner's export, BIDS) holds training normals, as a
+flat folder does.
 
 Axis alphabet: H W C image, N images of a split.
 """
 
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from input_pipeline import dicom
-from input_pipeline.index import DataError, Example, Index, group_of, split_calibration, stem_of
+from input_pipeline.index import DataError, Example, Index, group_of, printable, split_calibration, stem_of
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *dicom.SUFFIXES)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *dicom.SUFFIXES)
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
 SPLIT_WORDS |= {"test": "test", "testing": "test"}
@@ -29,11 +32,12 @@ _NORMAL = ("good", "normal", "healthy")
 _ABNORMAL = ("ungood", "abnormal", "anomaly", "bad")
 _IMAGES = ("img", "image", "images", "data")
 _MASKS = ("anomaly_mask", "mask", "masks", "label", "labels", "ground_truth", "gt")
+_MASK_STEM = re.compile(r"(^|[-_.])(mask|masks|seg|dseg|segmentation|label|labels|roi)$", re.IGNORECASE)
 
 EXPECTED = (
-    "expected images directly in the folder (all of them normal), or train[/good], valid/{good,Ungood}, "
-    "test/{good,Ungood}, each with or without img/, and masks of the abnormal images in anomaly_mask/ (label, mask) "
-    "beside img/ or in ground_truth/<kind of defect>/"
+    "expected images directly in the folder or in folders of no known name (all of them normal), or train[/good], "
+    "valid/{good,Ungood}, test/{good,Ungood}, each with or without img/, and masks of the abnormal images in "
+    "anomaly_mask/ (label, mask) beside img/ or in ground_truth/<kind of defect>/"
 )
 
 
@@ -100,7 +104,25 @@ def find_images(
     return folders, others
 
 
-def _known(word: str) -> bool:
+def left_out(others: Counter[str]) -> str:
+    """What is said of the files that `find_images` left out beside images."""
+    return f"{sum(others.values())} files are no images and were left out: {_suffixes(others)}"
+
+
+def _suffixes(others: Counter[str]) -> str:
+    shown = [printable(suffix) for suffix in sorted(others)[:10]] + ["..."] * (len(others) > 10)
+    return ", ".join(shown) or "none"
+
+
+def no_image(root: Path, others: Counter[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> DataError:
+    """The error for a folder in which `find_images` found other files at most."""
+    hint = "; volumes are cut into images by --mode=slices" if {".nii", ".gz"} & others.keys() else ""
+    return DataError(f"{root}: no image ({', '.join(suffixes)}) in it, other files: {_suffixes(others)}{hint}")
+
+
+def known_word(name: str) -> bool:
+    """Whether a folder of this name says what is in it: a split, a label, images or masks."""
+    word = name.lower()
     return bool(_split_and_mask(word)[0]) or word in (*_NORMAL, *_ABNORMAL, *_IMAGES, *_MASKS)
 
 
@@ -123,9 +145,9 @@ def unwrap(root: Path) -> Path:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.root to the folder of the data set")
     while (child := _only_folder(root)) is not None:
-        if _known(child.name.lower()):
+        if known_word(child.name):
             child = _only_folder(child)
-            if child is None or _known(child.name.lower()) or not has_splits(child):
+            if child is None or known_word(child.name) or not has_splits(child):
                 return root
         root = child
     return root
@@ -134,7 +156,7 @@ def unwrap(root: Path) -> Path:
 def _defects(folders: dict[PurePosixPath, list[str]]) -> set[str]:
     """Names that stand right under a mask folder and mean nothing else: kinds of defect."""
     pairs = (pair for folder in folders for pair in zip(folder.parts, folder.parts[1:], strict=False))
-    return {child.lower() for parent, child in pairs if parent.lower() in _MASKS and not _known(child.lower())}
+    return {child.lower() for parent, child in pairs if parent.lower() in _MASKS and not known_word(child)}
 
 
 def _match_masks(
@@ -176,6 +198,7 @@ def read_tree(
     seed: int = 0,
     require_train: bool = True,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    groups: str = "auto",
 ) -> Index:
     """Indexes the tree under `root`; see the module's text for the folders it knows.
 
@@ -185,6 +208,7 @@ def read_tree(
       calibration_fraction, seed: see `index.calibration_rows`.
       require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
       suffixes: of the files that are images and masks.
+      groups: see `groups_of`.
 
     Raises:
       DataError: an unknown folder, unlabelled or abnormal training images, a mask without image or the reverse, no
@@ -193,15 +217,15 @@ def read_tree(
     root = unwrap(root)
     folders, others = find_images(root, suffixes)
     if not folders:
-        found = ", ".join(sorted(others)) or "none"
-        hint = "; volumes are cut into images by --mode=slices" if {".nii", ".gz"} & others.keys() else ""
-        raise DataError(f"{root}: no image ({', '.join(suffixes)}) in it, other files: {found}{hint}; {EXPECTED}")
+        raise DataError(f"{no_image(root, others, suffixes)}; {EXPECTED}")
+    words = {part for folder in folders for part in folder.parts}
+    free = bool(words) and not any(map(known_word, words))
     defects = _defects(folders)
     images: dict[str, list[tuple[_Place, str]]] = {}
     masks: dict[tuple[str, int, str, str], str] = {}
     parts = []
     for folder, names in folders.items():
-        place = _place(folder, defects, root)
+        place = _Place("train") if free else _place(folder, defects, root)
         if place.is_mask:
             label = 1 if place.label is None else place.label
             key = (place.split or "test", label, place.defect)
@@ -213,12 +237,32 @@ def read_tree(
     matched = _match_masks(images, masks, root)
     if not images.get("train") and require_train:
         raise DataError(f"{root}: no normal training images (found {'; '.join(parts)}); {EXPECTED}")
-    splits = {split: _examples(images[split], matched, root) for split in ("train", "valid", "test") if split in images}
+    warnings, layout = [left_out(others)] if others else [], "; ".join(parts)
+    names = [name for found in images.values() for _, name in found]
+    if free:
+        layout = f"{len(names)} images in {len(folders)} folders, none called train, good, ..."
+        warnings.append(_said_of_free_tree(root, names, groups))
+    group = dict(zip(names, groups_of(root, names, groups, by_folder=free), strict=True))
+    splits = {
+        split: _examples(images[split], matched, group, root) for split in ("train", "valid", "test") if split in images
+    }
     if "train" in splits and calibration_fraction:
         splits["train"], splits["calibration"] = split_calibration(splits["train"], calibration_fraction, seed)
-    ignored = sum(others.values())
-    warnings = (f"{ignored} files are no images and were left out: {', '.join(sorted(others))}",) if ignored else ()
-    return Index(dataset, root, "; ".join(parts), splits, warnings)
+    return Index(dataset, root, layout, splits, tuple(warnings))
+
+
+def _said_of_free_tree(root: Path, names: Sequence[str], groups: str) -> str:
+    """The warning about a tree without known words; DataError where it seems to hold masks."""
+    if masks := sorted(name for name in names if _MASK_STEM.search(stem_of(name))):
+        raise DataError(
+            f"{root / masks[0]}: a mask by its name ({len(masks)} such), and no folder is called train, good, ..., so "
+            f"that it would be a normal training image: move the masks out, or sort the images; {EXPECTED}"
+        )
+    by_folder = "first-level folders are groups, unless DICOM headers or file names say the patient"
+    return (
+        f"no folder is called train, good, ...: all {len(names)} images are taken as normal training images; "
+        f"{by_folder if groups == 'auto' else 'each is its own group'}"
+    )
 
 
 def _image_split(place: _Place, folder: PurePosixPath, names: list[str], root: Path, flat: bool) -> str:
@@ -237,17 +281,34 @@ def _image_split(place: _Place, folder: PurePosixPath, names: list[str], root: P
     return place.split
 
 
-def _examples(found: list[tuple[_Place, str]], matched: dict[str, str], root: Path) -> tuple[Example, ...]:
+def _examples(
+    found: list[tuple[_Place, str]], matched: dict[str, str], group: dict[str, str], root: Path
+) -> tuple[Example, ...]:
     examples = []
     for place, name in sorted(found, key=lambda item: item[1]):
         mask = root / matched[name] if name in matched else None
-        examples.append(Example(name, root / name, place.label or 0, mask, group_of_file(root, name)))
+        examples.append(Example(name, root / name, place.label or 0, mask, group[name]))
     return tuple(examples)
 
 
-def group_of_file(root: Path, name: str) -> str:
-    """Patient of the image `root`/`name`: of the DICOM header, else of the file name; else the name without suffix."""
-    group = dicom.patient_of(root / name) if dicom.is_dicom(root / name) else ""
-    if group or (group := group_of(stem_of(name))) != stem_of(name):
-        return group
-    return (PurePosixPath(name).parent / group).as_posix()  # equal stems of two folders are two groups
+def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder: bool = False) -> list[str]:
+    """The group of each image `root`/name: images of one group are never divided among splits.
+
+    Args:
+      groups: "auto": the patient of the DICOM header, else of the file name, else each image by itself; or "image":
+        each image by itself, whatever header and name say.
+      by_folder: images whose header and name say nothing form one group with all of their first-level folder.
+    """
+    if groups == "image":
+        return list(names)
+    patients = dicom.patients_of(root, names)
+    return [patients.get(name) or _group_of_name(name, by_folder) for name in names]
+
+
+def _group_of_name(name: str, by_folder: bool) -> str:
+    path, stem = PurePosixPath(name), stem_of(name)
+    group = group_of(stem)
+    # IM-0001-0002 in patients' folders is an export's series and image, the same in all of them.
+    if by_folder and len(path.parts) > 1 and (group == stem or group.startswith("IM-")):
+        return path.parts[0]
+    return group if group != stem else (path.parent / stem).as_posix()  # equal stems of two folders are two groups

@@ -21,7 +21,8 @@ from mtl_moe.ablation_cell import FREE_FIELDS as CELL_FREE_FIELDS
 from mtl_moe.ablation_cell import Stored, joined, load_trained, measure, run_cell, uncorrected
 from mtl_moe.ablation_rows import BASE, Row, build_rows, cell_config
 from mtl_moe.ablation_summary import Outcome, write_summary
-from mtl_moe.calibration import Calibration, check_calibration
+from mtl_moe.calibration import Calibration
+from mtl_moe.evaluate import check_score
 from mtl_moe.painted import TRAINED, UNSEEN, painted_normals
 from mtl_moe.system import build_system
 
@@ -162,7 +163,7 @@ def _check_rows(config: Any, rows: Mapping[str, Row]) -> None:
 
 
 def _check_data(config: Any, dataset: Dataset) -> None:
-    check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
+    check_score(config.score, dataset)
     test = dataset.splits.get("test")
     if test is None or len(np.unique(test.labels)) != 2:
         raise ValueError(

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +20,9 @@ from core.files import write_json
 from core.loop import NonFiniteLossError
 from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
-from core.workdir import check_config, save_config
+from core.workdir import check_config
 from input_pipeline.dataset import Dataset, Split
-from mtl_moe.calibration import TEXTURE, Calibration, fit_calibration, fused_names, load_calibration, with_normals
+from mtl_moe.calibration import Calibration, fit_scores, fused_names, load_calibration
 from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
@@ -30,7 +30,6 @@ from mtl_moe.painted import by_kind, criteria, painted_auroc
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
-from mtl_moe.tasks.base import Reduction
 from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
@@ -88,7 +87,6 @@ def run_cell(config: Any, load: Callable[[Any], tuple[Dataset, Split]], folder: 
         return json.loads(path.read_text())
     dataset, painted = load(config)
     resumed, start = (folder / "metrics.jsonl").exists(), time.monotonic()
-    save_config(config, folder)
     system = build_system(config)
     facts = _size(system) | {"seed": int(config.seed), "num_steps": int(config.train.num_steps)}
     try:
@@ -99,6 +97,7 @@ def run_cell(config: Any, load: Callable[[Any], tuple[Dataset, Split]], folder: 
         # Of a training that was stopped in between the time is not known.
         facts["train_seconds"] = None if resumed else time.monotonic() - start
         facts |= _score(system, dataset, painted, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, facts)
     return facts
 
@@ -193,25 +192,12 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
         part: Scored(np.concatenate([one.scored[part].raw for one in stored], 1), found.texture)
         for part, found in first.scored.items()
     }
-    columns = {
-        name: np.concatenate([getattr(calibration, name) for calibration in calibrations])
-        for name in ("slope", "intercept", "map_low", "map_scale")
-    }
-    # The texture, and its median, are those of the images: the same in every cell, and one evidence.
-    texts = {
-        field: (*(text for calibration in calibrations for text in getattr(calibration, field)[:-1]), TEXTURE)
-        for field in ("names", "kinds")
-    }
-    calibration = dataclasses.replace(calibrations[0], **columns, **texts)
+    # The texture is that of the images: the same in every cell, and one evidence.
+    names, kinds = ([text for c in calibrations for text in getattr(c, field)[:-1]] for field in ("names", "kinds"))
+    corrected = np.concatenate([calibration.slope != 0 for calibration in calibrations])
     normals = scored["calibration"]
-    calibration = with_normals(calibration, calibration.corrected(normals.raw, normals.texture))
+    calibration = fit_scores(names, kinds, corrected, calibrations[0].fusion, normals.raw, normals.texture)
     return dataclasses.replace(first, scored=scored), calibration
-
-
-class _Uncorrected(NamedTuple):
-    """As much of a task as a calibration reads. Scores that are means are not corrected for texture."""
-
-    reductions: Mapping[str, Reduction]
 
 
 def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
@@ -219,7 +205,6 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
 
     For image scores only.
     """
-    normals = stored.scored["calibration"]
-    kinds = dict(zip(calibration.names[:-1], calibration.kinds[:-1], strict=True))
-    tasks = [_Uncorrected({name: Reduction("mean", kind) for name, kind in kinds.items()})]
-    return fit_calibration(tasks, calibration.fusion, normals.raw, normals.texture)
+    normals, count = stored.scored["calibration"], len(calibration.slope)
+    names, kinds = calibration.names[:-1], calibration.kinds[:-1]
+    return fit_scores(names, kinds, [False] * count, calibration.fusion, normals.raw, normals.texture)

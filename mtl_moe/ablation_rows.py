@@ -72,7 +72,10 @@ def known_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
     rows["width_double"] = Row("twice the width", {name: 2 * size for name, size in sizes.items()})
     rows["depth_double"] = Row("twice the layers", {name: 2 * count for name, count in layers.items()})
     for side in (64, 96, 128, 224):
-        rows[f"image_{side}"] = Row(f"images of {side} pixels", {"data.image_size": side})
+        grid = side // model.patch_size
+        tiles = max(n for n in range(1, config.tasks.jigsaw.tiles + 1) if grid % n == 0)  # as near as the grid allows
+        fields = {"data.image_size": side, "tasks.jigsaw.tiles": tiles}
+        rows[f"image_{side}"] = Row(f"images of {side} pixels", fields)
     rows["steps_half"] = Row("half the updates", {"train.num_steps": steps // 2})
     rows["steps_double"] = Row("twice the updates", {"train.num_steps": 2 * steps})
     rows["adamw"] = Row("AdamW at rate 2e-3", {"optim.kind": "adamw", "optim.learning_rate": 2e-3})

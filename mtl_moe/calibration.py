@@ -9,10 +9,12 @@ last, H W map.
   as its errors are for its texture, and as its texture is;
 - u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
 - image score = mean of u over the evidences of each kind, then over the kinds: what fails together counts as one;
-  p-value = share of calibration normals at least as odd.
+  p-value = share of calibration normals at least as odd, each scored by a fit that did not see it: by the fit that it
+  is part of it would look more normal than a new image does.
 """
 
 import dataclasses
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,9 @@ from mtl_moe.tasks.base import EPS
 FUSIONS = ("tail", "robust_z", "max", "mean")
 TEXTURE = "texture"  # name of the evidence that no task gives
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
+FOLDS = 20  # of the calibration normals, each scored by a fit on the others; consecutive rows, so mostly whole patients
+BLANK = 10.0  # deviations from the median texture beyond which a normal has no say: one black image decides the fit
+FEW_GROUPS = 10  # patients below which a warning says how little they know of the others
 
 
 def evidence_names(tasks: Sequence[Task]) -> list[str]:
@@ -56,8 +61,8 @@ class Calibration:
       reference: [n, K] corrected scores of the calibration normals, each column sorted.
       tail: [K, 3] threshold, scale and shape of the Pareto tail.
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
-      fused: [n] fused scores of the calibration normals, sorted.
-      fused_low, fused_scale: the same two numbers for the finished fused map.
+      fused: [n] fused scores of the calibration normals, sorted, each by a fit without it.
+      fused_low, fused_scale: the same two numbers of the finished fused map, over the whole image.
     """
 
     names: tuple[str, ...]
@@ -145,18 +150,25 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
     return calibration
 
 
-def check_calibration(fusion: str, num_normals: int) -> None:
-    """What can be said before any training about a calibration on `num_normals` images.
+def check_calibration(fusion: str, groups: Sequence[str]) -> None:
+    """What can be said before any training about a calibration on images of these groups (patients), one an image.
 
     Raises:
       ValueError: for an unknown fusion or fewer than five normals.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
-    if num_normals < 5:
+    if len(groups) < 5:
         raise ValueError(
-            f"only {num_normals} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
+            f"only {len(groups)} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
             "normal images, or raise data.calibration_fraction"
+        )
+    if (count := len(set(groups))) < FEW_GROUPS:
+        logging.warning(
+            "the %d calibration normals come from %d patient(s) or group(s): thresholds and p-values say how odd an "
+            "image is among these few; bring normals of more patients",
+            len(groups),
+            count,
         )
 
 
@@ -171,44 +183,68 @@ def fit_calibration(
     """Fits on calibration normals.
 
     Args:
-      raw, texture: [n, S] and [n].
+      raw, texture: [n, S] and [n], n at least five.
       maps, body: [m, S, H, W] and [m, H, W] of some of the normals; None: for image scores only.
-
-    Raises:
-      ValueError: for an unknown fusion or fewer than five normals.
     """
-    check_calibration(fusion, len(raw))
-    raw, texture = raw.astype(np.float64), texture.astype(np.float64)
     reductions = [reduction for task in tasks for reduction in task.reductions.values()]
-    # Linear and of one measure: a curve, or several that vary together, extrapolate badly to images unlike the normals.
-    fits = [np.polyfit(texture, raw[:, i], 1) if r.how == "top" else (0.0, 0.0) for i, r in enumerate(reductions)]
-    slope, intercept = np.array(fits).T
-    quantiles = np.tile((0.0, 1.0), (len(reductions), 1))
-    if maps is not None:
-        inside = body > 0
-        quantiles = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])])
-    calibration = Calibration(
-        names=tuple(fused_names(tasks)),
-        kinds=(*(reduction.kind for reduction in reductions), TEXTURE),
-        fusion=fusion,
-        slope=slope,
-        intercept=intercept,
-        texture_median=float(np.median(texture)),
-        reference=np.zeros((0, 0)),
-        tail=np.zeros((0, 3)),
-        map_low=quantiles[:, 0],
-        map_scale=np.maximum(quantiles[:, 1] - quantiles[:, 0], EPS),
-        fused=np.zeros(0),
-    )
-    return with_normals(calibration, calibration.corrected(raw, texture))
+    kinds, top = [reduction.kind for reduction in reductions], [reduction.how == "top" for reduction in reductions]
+    calibration = fit_scores([*fused_names(tasks)[:-1]], kinds, top, fusion, raw, texture)
+    if maps is None:
+        return calibration
+    inside = body > 0
+    low, high = np.array([np.quantile(maps[:, s][inside], (0.5, 0.95)) for s in range(maps.shape[1])]).T
+    return dataclasses.replace(calibration, map_low=low, map_scale=np.maximum(high - low, EPS))
 
 
-def with_normals(calibration: Calibration, corrected: np.ndarray) -> Calibration:
-    """The calibration with the distributions of these normals' corrected scores [n, K]."""
-    reference = np.sort(corrected, axis=0)
-    tail = np.stack([_fit_tail(column) for column in reference.T])
-    calibration = dataclasses.replace(calibration, reference=reference, tail=tail)
-    return dataclasses.replace(calibration, fused=np.sort(calibration.fuse(corrected)))
+def fit_scores(
+    names: Sequence[str], kinds: Sequence[str], top: Sequence[bool], fusion: str, raw: np.ndarray, texture: np.ndarray
+) -> Calibration:
+    """The calibration of image scores; maps keep their scale.
+
+    Args:
+      names, kinds: of the S evidences with a map.
+      top: which of them lose their fit on texture.
+      raw, texture: [n, S] and [n].
+    """
+    raw, texture = raw.astype(np.float64), texture.astype(np.float64)
+    off = np.abs(texture - np.median(texture))
+    plain = off <= BLANK * 1.4826 * np.median(off) + EPS
+    if not plain.all():
+        logging.warning(
+            "%d of %d calibration normals are blank or of quite another texture than the rest: they have no say in how "
+            "scores are corrected for texture",
+            (~plain).sum(),
+            len(plain),
+        )
+
+    def fit(rows: np.ndarray) -> Calibration:
+        used = rows[plain[rows]]
+        # Linear, of one measure: a curve, or several that vary together, extrapolate badly to images unlike normals.
+        fits = [np.polyfit(texture[used], raw[used, i], 1) if fitted else (0.0, 0.0) for i, fitted in enumerate(top)]
+        slope, intercept = np.array(fits).T
+        calibration = Calibration(
+            names=(*names, TEXTURE),
+            kinds=(*kinds, TEXTURE),
+            fusion=fusion,
+            slope=slope,
+            intercept=intercept,
+            texture_median=float(np.median(texture[rows])),
+            reference=np.zeros((0, 0)),
+            tail=np.zeros((0, 3)),
+            map_low=np.zeros(len(names)),
+            map_scale=np.ones(len(names)),
+            fused=np.zeros(0),
+        )
+        reference = np.sort(calibration.corrected(raw[rows], texture[rows]), axis=0)
+        tail = np.stack([_fit_tail(column) for column in reference.T])
+        return dataclasses.replace(calibration, reference=reference, tail=tail)
+
+    rows = np.arange(len(raw))
+    fused = []
+    for fold in np.array_split(rows, min(len(rows), FOLDS)):
+        others = fit(np.setdiff1d(rows, fold))
+        fused.append(others.fuse(others.corrected(raw[fold], texture[fold])))
+    return dataclasses.replace(fit(rows), fused=np.sort(np.concatenate(fused)))
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

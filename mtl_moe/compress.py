@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from core.checkpoint import Checkpointer
 from core.files import write_json
@@ -34,6 +35,7 @@ from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
+from mtl_moe.training_data import bind_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
 FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "train.tensorboard")
@@ -89,6 +91,7 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / COMPRESS_FILE, facts)
     save_config(config, output)
+    bind_training_data(dataset, output)
 
     adapters = _distil(full, small, trained, base, dataset, output)
     distilled = merge(base, adapters)
@@ -182,7 +185,9 @@ def _extra(extra: Mapping[str, Any], distilled: Mapping[str, Any]) -> dict[str, 
 def _save_detector(small: System, params: Any, extra: Any, step: int, output: Path) -> None:
     """A checkpoint as training writes it, of the full detector's step: it can be evaluated, and trained on."""
     tx = build_optimizer(small.config.optim, small.config.train.num_steps)
-    state = TrainState(jnp.asarray(step, jnp.int32), params, params, tx.init(params), extra)
+    # The schedule counts in the optimizer's state: trained on, it goes on where the full detector's stood.
+    optimizer = optax.tree.set(tx.init(params), count=jnp.asarray(step, jnp.int32))
+    state = TrainState(jnp.asarray(step, jnp.int32), params, params, optimizer, extra)
     checkpointer = Checkpointer(output)
     try:
         if checkpointer.latest_step() is None:

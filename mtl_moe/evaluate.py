@@ -26,17 +26,31 @@ from core.metrics import (
 )
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
-from mtl_moe.calibration import Calibration, evidence_names, task_evidences
+from mtl_moe.calibration import Calibration, check_calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, restore, router_use
-from mtl_moe.outputs import write_predictions
+from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import provenance
 from mtl_moe.report import Case, ReportData, select_cases, write_report
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
+from mtl_moe.training_data import other_training_data
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
 MATCHED_TOLERANCE = 0.07
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
+
+
+def check_score(score: Any, dataset: Dataset) -> None:
+    """Checks `config.score` and the calibration normals before anything is computed; ValueError as it has to be."""
+    normals = dataset.splits.get("calibration")
+    check_calibration(score.fusion, normals.groups if normals else ())
+    if min(score.bootstrap, score.gallery) < 0 or score.batch_size < 1:
+        raise ValueError(
+            f"score: expected bootstrap and gallery of at least 0 (0: none) and a batch_size of at least 1, found "
+            f"{score.bootstrap}, {score.gallery} and {score.batch_size}"
+        )
+    if not all(0 < rate < 1 for rate in score.false_positive_rates):
+        raise ValueError(f"score.false_positive_rates: expected rates in (0, 1), found {score.false_positive_rates}")
 
 
 def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
@@ -54,7 +68,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     calibration.save(workdir / "calibration.npz", trained.step)
     has_test = len(dataset.splits.get("test", ())) > 0
     split = dataset.splits["test" if has_test else "calibration"]
-    map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if split.has_masks else None
+    save_maps = system.config.score.save_maps
+    wanted = split.has_masks or save_maps
+    map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if wanted else None
     scored = scorer.split(split, "score", map_fn)
     corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
@@ -75,11 +91,13 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     }
     evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
     write_predictions(workdir / "predictions.csv", split, fused, p, evidence_scores)
+    if save_maps:
+        write_maps(workdir / "maps", split, scored.maps)
     write_json(workdir / "report.json", report)
     data = ReportData(
         dataset=dataset.name,
         layout=dataset.layout,
-        headline=_headline(system, dataset, has_test),
+        headline=_headline(system, dataset, has_test, other_training_data(dataset, workdir)),
         metrics=results.metrics,
         intervals=results.intervals,
         tasks=[task.name for task in system.tasks],
@@ -89,6 +107,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         p_values=p,
         task_scores=evidence_scores,
         calibration_scores=calibration.fused,
+        groups=split.groups,
+        num_calibration_groups=len(set(dataset.splits["calibration"].groups)),
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
@@ -127,7 +147,7 @@ class Results:
         for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
             against = auroc_between(calibration.fused, fused[self._split.labels == label])
             self.metrics[self._prefix + name] = against
-        if scored.maps is not None:
+        if self._split.has_masks:
             self._pixel("", scored.maps, interval=True)
         for name, scores in zip(calibration.names, corrected.T, strict=True):
             self._image(f"task/{name}/", scores, interval=True)
@@ -170,7 +190,7 @@ class Results:
         matched, pairs = matched_auroc(scores, labels, self._covariate, MATCHED_TOLERANCE)
         if pairs:
             self.metrics[key + "matched_auroc"] = matched
-        if interval:
+        if interval and self._num_resamples:
             groups = np.array(self._split.groups)
             for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
                 self.intervals[key + name] = bootstrap_interval(metric, scores, labels, groups, self._num_resamples)
@@ -178,7 +198,7 @@ class Results:
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:
             self._masks = self._split.masks(np.arange(len(self._split)))[..., 0] > 0
-        if interval:
+        if interval and self._num_resamples:
             groups = np.array(self._split.groups)
             found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
             self.intervals |= {self._prefix + key + name: value for name, value in found.items()}
@@ -207,6 +227,8 @@ def gallery(
     """Cases of the report: hits, misses, false alarms and quiet normals, scored once more for their maps."""
     sections = select_cases(split.labels, fused, system.config.score.gallery)
     rows = [(title, int(row)) for title, indices in sections.items() for row in indices]
+    if not rows:
+        return []
     indices = np.array([row for _, row in rows])
     images, masks = split.images(indices), split.masks(indices)
     maps = scorer.images(images)["maps"]
@@ -246,12 +268,17 @@ def _thresholds(rates: Any, calibration: Calibration, fused: np.ndarray, labels:
     return rows
 
 
-def _headline(system: System, dataset: Dataset, has_test: bool) -> str:
-    counts = {name: len(split) for name, split in dataset.splits.items()}
+def _headline(system: System, dataset: Dataset, has_test: bool, learned_from: str) -> str:
+    """`learned_from`: what was trained on where it is not the data set's training split, else ""."""
+    normals = dataset.splits["calibration"]
     text = (
-        f"{len(system.tasks)} proxy tasks learned from scratch on {counts['train']} normal images, calibrated on "
-        f"{counts['calibration']} more that were not trained on."
+        f"{len(system.tasks)} proxy tasks learned from scratch on "
+        + (learned_from or f"{len(dataset.splits['train'])} normal images")
+        + f", calibrated on {len(normals)} {'' if learned_from else 'more '}that were not trained on "
+        f"({len(set(normals.groups))} patients or groups)."
     )
+    if learned_from:
+        logging.warning("this detector learned from other images: %s", learned_from)
     if not has_test:
         text += (
             " There is no test split: the images shown are the calibration normals. Score others with --mode=predict."

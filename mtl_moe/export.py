@@ -1,9 +1,9 @@
 """A trained detector as one StableHLO file: images in, raw scores and maps out, for any JAX or XLA without this code.
 
 Axes: B batch (config.score.batch_size, fixed in the file), H W C image, S evidences. Input: uint8 images [B, H, W, C].
-Output: raw [B, S], maps [B, S, H, W] and body [B, H, W], float32, as in `mtl_moe.scoring.make_score_fn`; export.json
-beside the file names the evidences. What calibrates them is the work directory's calibration.npz. Weights are constants
-of the program.
+Output, float32: raw [B, S], maps [B, S, H, W] and body [B, H, W] as in `mtl_moe.scoring.make_score_fn`, and texture [B]
+(`mtl_moe.floors.log_mean_gradient`): all that `mtl_moe.calibration` makes scores and p-values of, with the work
+directory's calibration.npz. export.json beside the file names the evidences. Weights are constants of the program.
 """
 
 import dataclasses
@@ -18,11 +18,14 @@ import numpy as np
 from core.files import write_json
 from core.provenance import environment
 from mtl_moe.calibration import evidence_names
+from mtl_moe.floors import grey_log_mean_gradient
 from mtl_moe.infer import Trained
+from mtl_moe.losses import to_float
 from mtl_moe.scoring import make_score_fn
 from mtl_moe.system import System
 
 FILE = "detector.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")  # that the file can run on, whichever it is written on
 TOLERANCE = 1e-4  # of an output's largest value: float32 sums in another order
 
 
@@ -43,10 +46,15 @@ def export(system: System, trained: Trained, images: np.ndarray, folder: Path) -
     params, extra = jax.device_get((trained.params, trained.extra))
     score_fn = make_score_fn(single)
     batch = images[np.arange(system.config.score.batch_size) % len(images)]
+
+    def outputs(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
+        texture = grey_log_mean_gradient(to_float(images).mean(axis=-1))
+        return score_fn(params, extra, images) | {"texture": texture}
+
     # The precision becomes part of the program: it gives the same scores on every machine.
     with jax.default_matmul_precision("highest"):
-        expected = jax.device_get(score_fn(params, extra, batch))
-        program = jax.export.export(jax.jit(lambda images: score_fn(params, extra, images)))(
+        expected = jax.device_get(jax.jit(outputs)(params, extra, batch))
+        program = jax.export.export(jax.jit(lambda images: outputs(params, extra, images)), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct(batch.shape, jnp.uint8)
         )
     content = program.serialize()

@@ -6,6 +6,7 @@ Axes: N images, H W C image, S thumbnail side, R principal components.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 from scipy import fft, ndimage
@@ -31,10 +32,12 @@ def _check_images(**named_images: np.ndarray) -> None:
             )
 
 
-def _log_mean_gradient(grey: np.ndarray) -> np.ndarray:
+def grey_log_mean_gradient(grey: Any) -> Any:
+    """`log_mean_gradient` of channel means in [0, 1], [N, H, W] -> [N], of NumPy or JAX."""
+    xp = grey.__array_namespace__()
     down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     across = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
-    return np.log(LOG_EPS + np.hypot(down, across).mean(axis=(1, 2)) / 2.0)
+    return xp.log(LOG_EPS + xp.hypot(down, across).mean(axis=(1, 2)) / 2.0)
 
 
 def _log_band_amplitudes(grey: np.ndarray) -> np.ndarray:
@@ -75,7 +78,7 @@ def _thumbnails(grey: np.ndarray) -> np.ndarray:
 
 STATISTICS = {
     "intensity": lambda grey: grey.mean(axis=(1, 2)),
-    "gradient": _log_mean_gradient,
+    "gradient": grey_log_mean_gradient,
     "bands": _log_band_amplitudes,
     "histogram": _cumulative_histogram,
     "thumbnail": _thumbnails,

@@ -198,7 +198,7 @@ class MoeMlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, task_ids: jax.Array, deterministic: bool, row_weight: jax.Array | None = None
+        self, tokens: jax.Array, task_ids: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Applies the layer; in training (not deterministic) it draws from the random stream "router".
 
@@ -206,7 +206,6 @@ class MoeMlp(nn.Module):
           tokens: [B, N, D].
           task_ids: int32 [B], the task of each view, in [0, T).
           deterministic: no router noise.
-          row_weight: [B], 0 for views that do not count in losses and statistics (padding); None counts all.
 
         Returns:
           tokens [B, N, D] in `activation_dtype(dtype)`, and {load_balance [], z_loss [], utilisation [T, E],
@@ -215,7 +214,6 @@ class MoeMlp(nn.Module):
         """
         batch, num_tokens, width = tokens.shape
         row_tasks = jnp.repeat(task_ids, num_tokens)
-        weight = None if row_weight is None else jnp.repeat(row_weight, num_tokens)
         gate = self._gate(tokens, task_ids, row_tasks, deterministic)
 
         mesh = None if self.is_initializing() else self.mesh
@@ -228,10 +226,10 @@ class MoeMlp(nn.Module):
             out = out + Mlp(self.hidden_dim, dtype=self.dtype, name="shared")(tokens)[0]
 
         learned = self.router != "fixed"
-        utilisation, entropy = routing.router_stats(gate, row_tasks, self.num_tasks, weight)
+        utilisation, entropy = routing.router_stats(gate, row_tasks, self.num_tasks)
         return out, {
-            "load_balance": routing.load_balance_loss(gate, weight) if learned else jnp.zeros(()),
-            "z_loss": routing.z_loss(gate, weight) if learned else jnp.zeros(()),
+            "load_balance": routing.load_balance_loss(gate) if learned else jnp.zeros(()),
+            "z_loss": routing.z_loss(gate) if learned else jnp.zeros(()),
             "utilisation": utilisation,
             "entropy": entropy,
         }

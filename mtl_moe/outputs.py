@@ -1,24 +1,47 @@
-"""predictions.csv, written beside and renamed."""
+"""What is written for each scored image: predictions.csv, beside and renamed, and its anomaly map."""
 
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+from PIL import Image
 
 from input_pipeline.dataset import Split
+from mtl_moe.report_figures import overlay
 
 
 def write_predictions(
-    path: Path, split: Split, scores: np.ndarray, p_values: np.ndarray, evidence: Mapping[str, np.ndarray]
+    path: Path,
+    split: Split,
+    scores: np.ndarray,
+    p_values: np.ndarray,
+    evidence: Mapping[str, np.ndarray],
+    skipped: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """CSV with columns name, label, score, p_value and one calibrated score an evidence; label is empty if unknown."""
+    """CSV with columns name, label, score, p_value, one calibrated score an evidence, and error; label is empty if
+    unknown. The images of `skipped`, name -> why it could not be read, follow with nothing but that."""
     temporary = path.with_suffix(".csv.tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "label", "score", "p_value", *evidence])
+        writer.writerow(["name", "label", "score", "p_value", *evidence, *(["error"] if skipped else [])])
         for i, name in enumerate(split.names):
             label = int(split.labels[i])
             values = [scores[i], p_values[i], *(column[i] for column in evidence.values())]
             writer.writerow([name, label if label >= 0 else "", *(f"{value:.6g}" for value in values)])
+        writer.writerows([name, *[""] * (3 + len(evidence)), reason] for name, reason in skipped.items())
     temporary.replace(path)
+
+
+def write_maps(folder: Path, split: Split, maps: np.ndarray) -> None:
+    """For each image `folder`/NAME.png, the map laid over the image as in the report, and NAME.npy, float32 [M, M].
+
+    Args:
+      maps: [N, M, M] in calibrated units: 0 the normals' median, 1 their 95th percentile.
+    """
+    for row, name in enumerate(split.names):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay(split.images(np.array([row]))[0], maps[row], None)[1]).save(path)
+        np.save(path.with_suffix(".npy"), maps[row])

@@ -11,8 +11,9 @@ from input_pipeline.dataset import load_images
 from mtl_moe.calibration import Calibration, check_calibration, fused_names, load_calibration
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, restore
-from mtl_moe.outputs import write_predictions
+from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.report import ReportData, write_report
+from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 
 
@@ -31,22 +32,26 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     """
     config = system.config
     trained = restore(system, workdir)
-    split = load_images(source, config.data, min_size=config.model.patch_size)
+    split, skipped = load_images(source, config.data, min_size=config.model.patch_size)
     scorer = Scorer(system, trained)
     if normals is None:
         calibration = _load(system, workdir, trained.step)
     else:
         calibration = _calibrate(system, scorer, normals, source)
-    scored = scorer.split(split, "score")
+    map_fn = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
+    scored = scorer.split(split, "score", map_fn if config.score.save_maps else None)
     corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
     evidence = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
     output.mkdir(parents=True, exist_ok=True)
-    write_predictions(output / "predictions.csv", split, fused, p, evidence)
+    write_predictions(output / "predictions.csv", split, fused, p, evidence, skipped)
+    if scored.maps is not None:
+        write_maps(output / "maps", split, scored.maps)
     data = ReportData(
         dataset=source.name,
-        layout=f"{len(split)} images below {source.name}",
+        layout=f"{len(split)} images below {source.name}"
+        + (f", {len(skipped)} more could not be read: {', '.join(skipped)}" if skipped else ""),
         headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals"
         + (f" of {normals.name}." if normals else "."),
         metrics={},
@@ -57,6 +62,8 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         p_values=p,
         task_scores=evidence,
         calibration_scores=calibration.fused,
+        groups=split.groups,
+        num_calibration_groups=len(calibration.fused),  # not shown: nothing here is known to be normal
         thresholds=[
             {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
             for rate in config.score.false_positive_rates
@@ -86,6 +93,6 @@ def _calibrate(system: System, scorer: Scorer, normals: Path, source: Path) -> C
             f"--normals={normals} and --input={source} hold the same images, which would look as normal as themselves: "
             "expected two folders, neither inside the other"
         )
-    split = load_images(normals, system.config.data, min_size=system.config.model.patch_size)
-    check_calibration(system.config.score.fusion, len(split))
+    split, _ = load_images(normals, system.config.data, min_size=system.config.model.patch_size)
+    check_calibration(system.config.score.fusion, split.groups)
     return calibrate(system, scorer, dataclasses.replace(split, labels=np.zeros_like(split.labels)))

@@ -301,13 +301,15 @@ def _drop_empty_columns(rows: list[list[str]], header: list[str]) -> tuple[list[
 
 def _calibration(results: ReportData) -> Markup:
     p_values = results.p_values[results.labels == 0]
-    num_calibration = len(results.calibration_scores)
+    # Images of one patient are flagged together: what chance explains follows from the numbers of patients.
+    num_test = len({group for group, label in zip(results.groups, results.labels, strict=True) if label == 0})
+    num_calibration = results.num_calibration_groups
     rate = 0.05
     flagged = float(np.mean(p_values <= rate))
-    error = float(figures.flag_rate_error(rate, len(p_values), num_calibration))
+    error = float(figures.flag_rate_error(rate, num_test, num_calibration))
     text = (
-        f"At a false-positive rate of 5 % by design, {100 * flagged:.1f} % of the {len(p_values)} test normals are "
-        "flagged"
+        f"At a false-positive rate of 5 % by design, {100 * flagged:.1f} % of the {len(p_values)} test normals "
+        f"({num_test} patients or groups; {num_calibration} calibrate) are flagged"
     )
     if abs(flagged - rate) > 2 * error:
         text += (
@@ -319,7 +321,7 @@ def _calibration(results: ReportData) -> Markup:
     else:
         verdict = page.paragraph(f"{text}, within what chance explains (± {200 * error:.1f} points).", "callout")
     figure = page.chart(
-        figures.calibration_figure(p_values, num_calibration),
+        figures.calibration_figure(p_values, num_test, num_calibration),
         "Flagged test normals against the rate asked for",
         "On the diagonal, p-values mean what they say. Above it, more normals are flagged than asked for.",
     )

@@ -46,6 +46,8 @@ class ReportData:
     p_values: np.ndarray  # float [N] in (0, 1]: share of normals at least as odd, by the calibration
     task_scores: Mapping[str, np.ndarray]  # task -> [N]
     calibration_scores: np.ndarray  # float [M]
+    groups: Sequence[str]  # [N]: patient of each image
+    num_calibration_groups: int  # patients among the calibration normals
     # Each with `fpr` and `threshold`, and where labels allow `observed_fpr` and `tpr` (else None or absent).
     thresholds: Sequence[Mapping[str, float | None]] = ()
     cases: Sequence[Case] = ()

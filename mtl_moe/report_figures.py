@@ -113,12 +113,12 @@ def score_figure(groups: Mapping[str, np.ndarray], thresholds: Sequence[Mapping[
     return fig
 
 
-def calibration_figure(p_values: np.ndarray, num_calibration: int) -> Figure:
+def calibration_figure(p_values: np.ndarray, num_test: int, num_calibration: int) -> Figure:
     """Share of the test normals [N] with a p-value up to p, against p: on the diagonal where test and calibration
-    normals are alike. The band is twice the standard error from the numbers of both."""
+    normals are alike. The band is twice the standard error from the numbers of patients of both."""
     fig, (ax,) = new_axes(5.0, 4.4)
     p = np.linspace(0, 1, 201)
-    error = 2 * flag_rate_error(p, len(p_values), num_calibration)
+    error = 2 * flag_rate_error(p, num_test, num_calibration)
     ax.fill_between(p, np.clip(p - error, 0, 1), np.clip(p + error, 0, 1), color="#dde3e9", label="expected range")
     ordered = np.sort(p_values)
     share = np.searchsorted(ordered, p, side="right") / len(ordered)

@@ -88,51 +88,36 @@ def _shares(gate: Gate) -> jax.Array:
     return jax.nn.one_hot(gate.experts, gate.probs.shape[-1], dtype=jnp.float32).mean(axis=1)
 
 
-def _row_mean(values: jax.Array, row_weight: jax.Array | None) -> jax.Array:
-    """Mean over the leading axis, weighted by `row_weight` [N]; 0 where all weights are 0."""
-    if row_weight is None:
-        return values.mean(axis=0)
-    weight = row_weight.astype(jnp.float32)
-    total = weight.sum()
-    return jnp.tensordot(weight, values, axes=(0, 0)) / jnp.where(total > 0, total, 1.0)
-
-
-def load_balance_loss(gate: Gate, row_weight: jax.Array | None = None) -> jax.Array:
+def load_balance_loss(gate: Gate) -> jax.Array:
     """E * sum_e (share of selections of e) * (mean probability of e), Switch eq. 4: 1 if balanced, E if collapsed.
 
     Taken over the whole batch and not per task: balance within each task would forbid experts to specialise on tasks.
 
     Args:
       gate: of N rows.
-      row_weight: [N], 0 for rows that do not count (padding); None counts all rows.
     """
-    share = jax.lax.stop_gradient(_row_mean(_shares(gate), row_weight))
-    return gate.probs.shape[-1] * jnp.sum(share * _row_mean(gate.probs, row_weight))
+    share = jax.lax.stop_gradient(_shares(gate).mean(axis=0))
+    return gate.probs.shape[-1] * jnp.sum(share * gate.probs.mean(axis=0))
 
 
-def z_loss(gate: Gate, row_weight: jax.Array | None = None) -> jax.Array:
-    """Mean squared log-sum-exp of the router's logits (ST-MoE eq. 5), which keeps them small; arguments as above."""
-    return _row_mean(jax.nn.logsumexp(gate.logits, axis=-1) ** 2, row_weight)
+def z_loss(gate: Gate) -> jax.Array:
+    """Mean squared log-sum-exp of the router's logits (ST-MoE eq. 5), which keeps them small."""
+    return (jax.nn.logsumexp(gate.logits, axis=-1) ** 2).mean()
 
 
-def router_stats(
-    gate: Gate, task_ids: jax.Array, num_tasks: int, row_weight: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def router_stats(gate: Gate, task_ids: jax.Array, num_tasks: int) -> tuple[jax.Array, jax.Array]:
     """Use of the experts by each task.
 
     Args:
       gate: of N rows.
       task_ids: int32 [N], the task of each row, in [0, T).
       num_tasks: T.
-      row_weight: [N], 0 for rows that do not count; None counts all rows.
 
     Returns:
       utilisation [T, E]: share of the task's selections that went to each expert; rows sum to 1. entropy [T]: mean
       entropy of the router's probabilities, in nats, from 0 to log E. Both are 0 for a task without rows.
     """
     member = jax.nn.one_hot(task_ids, num_tasks, dtype=jnp.float32)
-    if row_weight is not None:
-        member = member * row_weight.astype(jnp.float32)[:, None]
     total = member.sum(axis=0)
     member = member / jnp.where(total > 0, total, 1.0)[None, :]
     entropy = jax.scipy.special.entr(gate.probs).sum(axis=-1)

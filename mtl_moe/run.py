@@ -9,7 +9,7 @@ import jax
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
-from core.workdir import check_config, save_config
+from core.workdir import check_config
 from input_pipeline.dataset import load_dataset
 from input_pipeline.nifti import write_slices
 from input_pipeline.prepare import format_report
@@ -18,7 +18,6 @@ from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
-from mtl_moe.calibration import check_calibration
 from mtl_moe.infer import restore
 from mtl_moe.seeds import ensemble, summarise
 from mtl_moe.system import build_system, sample_images
@@ -32,6 +31,7 @@ FREE_FIELDS = (
     "data.cache",
     "data.memory_limit_gb",
     "data.kind",
+    "data.skip_corrupt",
     "score.",
     "train.tensorboard",
     "num_seeds",
@@ -59,6 +59,8 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         return
     if config.num_seeds < 1:
         raise ValueError(f"num_seeds={config.num_seeds}: expected at least 1")
+    if (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} holds a single run, whose report would be lost: choose another --workdir")
     folders, reports = [], []
     for seed in range(config.seed, config.seed + config.num_seeds):
         one = config.copy_and_resolve_references()
@@ -74,21 +76,28 @@ def evaluate(config: Any, workdir: Path) -> None:
     _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
+    _check_seed(workdir)
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    evaluation.check_score(config.score, dataset)
     _print_report(evaluation.evaluate(system, dataset, workdir), workdir)
 
 
 def predict(config: Any, workdir: Path, source: str, output: str, normals: str = "") -> None:
-    """Scores a folder of images with a trained detector, calibrated in its evaluation or on a folder of normals."""
+    """Scores a folder of images with a trained detector, calibrated in its evaluation or on a folder of normals.
+
+    Without `output` the results go to `workdir`/predict/NAME, NAME that of the folder and of the normals'.
+    """
     if not source:
         raise ValueError("--input is missing: the folder of images to score")
     _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
-    folder = Path(output) if output else workdir / "predict"
+    _check_seed(workdir)
+    name = "_against_".join(Path(folder).resolve().name for folder in (source, normals) if folder)
+    folder = Path(output) if output else workdir / "predict" / name
     prediction.predict(build_system(config), workdir, Path(source), folder, Path(normals) if normals else None)
-    print(f"scores: {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
+    print(f"scores (a low p_value is suspicious): {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
 
 
 def prepare(config: Any, output: str) -> None:
@@ -116,7 +125,7 @@ def compress(config: Any, workdir: Path, output: str, reduction: int | None = No
     check_config(config, workdir, FREE_FIELDS)
     small = build_system(compression.small_config(config, reduction))
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
-    check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
+    evaluation.check_score(config.score, dataset)
     folder = Path(output)
     facts = compression.compress(build_system(config), small, dataset, workdir, folder)
     if (folder / "report.json").exists():
@@ -140,6 +149,13 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     print(f"exported to {folder}; reloaded, it differs by {max(facts['max_difference'].values()):.1e}")
 
 
+def _check_seed(workdir: Path) -> None:
+    """Of several seeds' common folder there is no one detector."""
+    seeds = sorted(path.parent for path in workdir.glob("seed_*/config.json"))
+    if seeds and not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} holds {len(seeds)} seeds: name one of them, --workdir={seeds[0]}")
+
+
 def _check_single(config: Any) -> None:
     """An ordinary detector's config has no command."""
     if config.get("command") == "ablation":
@@ -153,9 +169,7 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     print(f"{dataset.name}: {dataset.layout}")
-    check_calibration(config.score.fusion, len(dataset.splits.get("calibration", ())))
-    # Only now: a folder must not be bound to a config that cannot be trained.
-    save_config(config, workdir)
+    evaluation.check_score(config.score, dataset)
     train(system, dataset, workdir)
     if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction
         print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")

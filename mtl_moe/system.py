@@ -98,7 +98,9 @@ def build_system(config: Any) -> System:
     for field in ("train", "score"):
         if config[field].dtype not in DTYPES:
             raise ValueError(f"{field}.dtype: expected one of {sorted(DTYPES)}, found {config[field].dtype!r}")
-    mesh = make_mesh(config.mesh.expert)
+    mesh, model = make_mesh(config.mesh.expert), config.model
+    if model.mlp == "moe" and model.num_experts % config.mesh.expert:
+        raise ValueError(f"mesh.expert={config.mesh.expert} does not divide the {model.num_experts} experts")
     tasks = build_tasks(config.tasks, build_geometry(config))
     model = Detector(
         config=build_model_config(config.model),

@@ -1,9 +1,11 @@
 """Trains the detector: config and data in, checkpoints and metrics.jsonl out. Run the same command again to resume."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from core.checkpoint import Checkpointer
 from core.logs import MetricLogger
@@ -12,34 +14,50 @@ from core.mesh import check_batch_size
 from core.optim import build_optimizer
 from core.state import TrainState
 from core.step import make_train_step_fn
+from core.workdir import save_config
 from input_pipeline.dataset import Dataset, train_batches
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import System, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher
+from mtl_moe.training_data import bind_training_data
 
 
 def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     """Trains to `config.train.num_steps`, from the newest checkpoint of `workdir` if there is one.
 
+    The folder is bound to the config and the training images only after an update could be traced, so that a mistake
+    can be mended in the same folder.
+
     Returns:
       The last state, saved.
+
+    Raises:
+      ValueError: for a config that cannot be trained, or a folder of a detector that learned from other images.
     """
     config = system.config
     check_batch_size(config.train.batch_size, config.train.accumulation, system.mesh)
     tx = build_optimizer(config.optim, config.train.num_steps)
-    state = system.init_state(tx, dataset)
-    checkpointer = Checkpointer(workdir)
-    if checkpointer.latest_step() is not None:
-        state = checkpointer.restore_train(state)
-        print(f"resuming after step {int(state.step)}")
-    start = int(state.step)
-
     step_fn = make_train_step_fn(
         make_loss_fn(system.model, config, system.tasks),
         tx,
         ema_decay=config.train.ema_decay,
         accumulation=config.train.accumulation,
     )
+    size = config.data.image_size
+    image = jax.ShapeDtypeStruct((config.train.batch_size, size, size, config.data.channels), jnp.uint8)
+    jax.eval_shape(step_fn, system.abstract_state(tx), {"image": image}, jax.random.key(0))
+    bind_training_data(dataset, workdir)
+    save_config(config, workdir)
+
+    state = system.init_state(tx, dataset)
+    checkpointer = Checkpointer(workdir)
+    if checkpointer.latest_step() is not None:
+        state = checkpointer.restore_train(state)
+        print(f"resuming after step {int(state.step)}")
+    start = int(state.step)
+    refresh = _refresh_event(system, dataset)
+    if refresh and start >= config.train.refresh_step and not bool(state.extra["teacher"]["refreshed"]):
+        state = refresh(state)  # its time was the end of a shorter run, or the very start
     batches = train_batches(
         dataset.splits["train"],
         config.train.batch_size,
@@ -65,17 +83,25 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
                 log_every=config.train.log_every,
                 save_every=config.train.save_every,
                 images_per_step=config.train.batch_size,
-                events=_events(system, dataset),
+                events={config.train.refresh_step: refresh} if refresh else {},
             )
     finally:
         checkpointer.close()
 
 
-def _events(system: System, dataset: Dataset) -> dict[int, Any]:
-    """Refresh of the pseudo-labels, once."""
+def _refresh_event(system: System, dataset: Dataset) -> Any:
+    """Refresh of the pseudo-labels, state -> state; None where no task reads any, or the run ends before."""
     config = system.config
-    if not needs_teacher(system.tasks) or config.train.refresh_step >= config.train.num_steps:
-        return {}
+    if not needs_teacher(system.tasks):
+        return None
+    if config.train.refresh_step >= config.train.num_steps:
+        logging.warning(
+            "train.refresh_step=%d is not before the end of the run (train.num_steps=%d): pseudo-labels stay those of "
+            "raw patches and of an untrained encoder",
+            config.train.refresh_step,
+            config.train.num_steps,
+        )
+        return None
     refresh = make_refresh_fn(
         system.model.config, sample_images(dataset, config.seed), system.num_clusters, config.seed
     )
@@ -84,4 +110,4 @@ def _events(system: System, dataset: Dataset) -> dict[int, Any]:
         teacher = refresh(state.ema_params, jax.device_get(state.extra["teacher"]))
         return state.replace(extra=state.extra | {"teacher": system.place(teacher)})
 
-    return {config.train.refresh_step: event}
+    return event

@@ -226,7 +226,7 @@ def test_predict_scores_a_folder_of_images(launch: Any, straight: Path, tmp_path
     for name, shape in {"b.png": (40, 50), "a.png": (64, 64, 3), "sub/c.png": (32, 32)}.items():
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(source / name)
     done = launch("--mode=predict", f"--workdir={straight}", f"--input={source}")
-    folder = straight / "predict"
+    folder = straight / "predict" / "new images"
     assert str(folder / "predictions.csv") in done.stdout
     with (folder / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -60,6 +60,7 @@ def test_help_comes_without_jax():
     [
         (["--workdir=w"], ["--config is missing, and --workdir holds no config.json"]),
         (["--workdir=w", "--config.data.root=d"], ["error: --config is missing"]),
+        (["--config=nowhere.py", "--workdir=w"], ["--config: ", "nowhere.py"]),
         (["--workdir"], ["Missing value for flag --workdir"]),
         ([QUICKSTART], ["--workdir is missing"]),
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
@@ -163,6 +164,14 @@ def unknown_task(config: ConfigDict, root: Path) -> None:
     config.tasks.names = ("masked", "magic")
 
 
+def more_experts_than_there_are(config: ConfigDict, root: Path) -> None:
+    config.model.top_k = 9
+
+
+def impossible_rate(config: ConfigDict, root: Path) -> None:
+    config.score.false_positive_rates = (0.0,)
+
+
 def no_seed(config: ConfigDict, root: Path) -> None:
     config.num_seeds = 0
 
@@ -181,6 +190,8 @@ def no_seed(config: ConfigDict, root: Path) -> None:
         (few_calibration_normals, r"only 2 calibration normals.*calibration_fraction"),
         (unknown_fusion, r"score\.fusion: expected one of .*'tail'.*found 'best'"),
         (unknown_task, r"tasks\.names: expected some of .*'masked'.*found .*'magic'"),
+        (more_experts_than_there_are, r"top_k"),
+        (impossible_rate, r"score\.false_positive_rates"),
         (no_seed, r"num_seeds=0: expected at least 1"),
     ],
 )
@@ -303,3 +314,9 @@ def test_seeds_are_averaged_and_a_corrupt_file_is_skipped(
     printed = capsys.readouterr().out
     assert "mean and standard deviation over 2 seeds" in printed
     assert "ensemble/image_auroc" in printed
+
+    for command in (run.evaluate, lambda *a: run.predict(*a, str(tmp_path), "")):
+        with pytest.raises(ValueError, match=r"holds 2 seeds: name one of them, --workdir=.*seed_0"):
+            command(folder_config, workdir)
+    with pytest.raises(ValueError, match="holds a single run, whose report would be lost"):
+        run.train_and_evaluate(folder_config, workdir / "seed_0")

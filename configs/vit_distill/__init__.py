@@ -1,1 +1,1 @@
-"""Configs of the anomaly detector."""
+"""Configs of the distiller."""

@@ -23,6 +23,31 @@ def test_make_mesh_rejects_what_does_not_divide(expert):
         make_mesh(expert)
 
 
+def test_experts_are_not_split_over_hosts(monkeypatch):
+    """Each host brings other images; the devices of an expert group have to see the same ones."""
+
+    class Device:
+        def __init__(self, host):
+            self.process_index = host
+
+    class FourDevices:
+        devices = np.array([Device(i // 2) for i in range(4)])
+
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: FourDevices.devices.reshape(shape).view(Grid))
+    four = list(FourDevices.devices)
+    make_mesh(2, four)
+    with pytest.raises(ValueError, match=r"mesh\.expert=4 splits experts over hosts"):
+        make_mesh(4, four)
+
+
+class Grid(np.ndarray):
+    """As much of a mesh as is looked at."""
+
+    @property
+    def devices(self):
+        return np.asarray(self)
+
+
 def test_expert_leaves_of_parameters_and_optimizer_are_split_and_nothing_else(toy):
     mesh = make_mesh(2)
     state = init_state(toy.init_fn, jax.random.key(0), toy.tx, mesh)

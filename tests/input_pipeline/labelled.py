@@ -12,7 +12,7 @@ def data(kind: str, root: object = "", **changes: object) -> ConfigDict:
     """A `config.data` of labelled sets."""
     values = dict(
         kind=kind, name="", root=str(root), channels=3, skip_corrupt=False, memory_limit_gb=1.0, valid_fraction=0.2,
-        test_fraction=0.25, seed=0,
+        test_fraction=0.25, seed=0, groups="auto",
     )  # fmt: skip
     return ConfigDict(values | changes)
 

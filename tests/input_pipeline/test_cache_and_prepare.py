@@ -152,6 +152,35 @@ def test_prepare_warns_of_unwindowed_images(tmp_path):
     assert any("very dark" in warning for warning in prepare(data_config(tmp_path))["warnings"])
 
 
+def test_prepare_warns_of_colour_that_is_dropped(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = np.repeat(picture(0, 16)[..., None], 3, -1)
+    bone = np.clip(np.stack([0.875 * grey[..., 0] + offset for offset in (0, 0, 31.875)], -1), 0, 255).astype(np.uint8)
+    write(tmp_path / "grey.png", grey)
+    write(tmp_path / "bone.png", bone)
+    write(tmp_path / "grey.jpg", grey)
+    assert not prepare(data_config(tmp_path))["warnings"]
+    for k in range(2):
+        write(tmp_path / f"stained{k}.png", rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    (warning,) = prepare(data_config(tmp_path))["warnings"]
+    assert warning == "2 of 5 images are coloured; they become grey: --config.data.channels=3 keeps colour"
+    assert not prepare(data_config(tmp_path, channels=3))["warnings"]
+
+
+def test_prepare_looks_at_some_images_of_a_large_set(tmp_path):
+    for k in range(130):
+        write(tmp_path / f"{k:03d}.png", np.dstack([picture(k, 8), np.zeros((8, 8), np.uint8), picture(k, 8)]))
+    assert "64 of 64 images looked at are coloured" in "".join(prepare(data_config(tmp_path))["warnings"])
+
+
+def test_prepare_warns_of_images_that_shrink_much(tmp_path):
+    for k, size in enumerate((20, 33, 34, 70)):  # median 33.5, more than four times 8
+        write(tmp_path / f"{k}.png", np.pad(picture(k, size), ((0, 0), (0, 9))))
+    (warning,) = prepare(data_config(tmp_path))["warnings"]
+    assert warning.startswith("median short side 33.5 px, used at 8: --config.data.image_size=16 and a larger preset")
+    assert not prepare(data_config(tmp_path, image_size=9))["warnings"]
+
+
 def test_prepare_is_for_folders(tmp_path):
     with pytest.raises(ValueError, match="prepare checks folders"):
         prepare(data_config(kind="phantom"), tmp_path / "x.npz")

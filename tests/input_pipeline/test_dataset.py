@@ -4,9 +4,11 @@ import logging
 
 import numpy as np
 import pytest
-from trees import BRAIN, data_config, equal_batches, make_tree
+from PIL import Image
+from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
 
-from input_pipeline.dataset import eval_batches, load_dataset, train_batches
+from input_pipeline.cache import save_npz
+from input_pipeline.dataset import eval_batches, load_dataset, load_images, train_batches
 from input_pipeline.decode import read_image, read_mask
 from input_pipeline.index import DataError
 from input_pipeline.split import ArrayPixels, Split
@@ -168,6 +170,98 @@ def test_all_corrupt_is_an_error_even_when_skipping(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of its 1 images can be decoded"):
         load_dataset(data_config(tmp_path, skip_corrupt=True))
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_images_to_score_that_are_corrupt_stop_or_are_left_out(tmp_path, limit, caplog):
+    make_tree(tmp_path, {"new": ["a.png", "b.png"], "old": ["c.png", "d.png"]})
+    (tmp_path / "new/b.png").write_bytes(b"")
+    config = data_config(memory_limit_gb=limit)
+    split, skipped = load_images(tmp_path, config)
+    assert (len(split), skipped) == (4, {})
+    with pytest.raises(DataError, match=r"b\.png: empty file"):
+        list(eval_batches(split, 2))
+    config.skip_corrupt = True
+    split, skipped = load_images(tmp_path, config)
+    assert split.names == ["new/a.png", "old/c.png", "old/d.png"]
+    assert split.groups == ["new/a", "old/c", "old/d"]
+    assert split.labels.tolist() == [-1] * 3
+    assert split.in_memory == bool(limit)
+    assert skipped.keys() == {"new/b.png"}
+    assert "b.png: empty file" in skipped["new/b.png"]
+    assert "skipped: " in caplog.text
+    expected = np.stack([read_image(tmp_path / name, 8, 1) for name in split.names])
+    np.testing.assert_array_equal(split.images(np.arange(3)), expected)
+    for name in split.names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="none of its 4 images can be decoded"):
+        load_images(tmp_path, config)
+
+
+def test_folders_without_images_to_score_are_told_apart(tmp_path, caplog):
+    with pytest.raises(DataError, match="absent: no such folder; expected a folder"):
+        load_images(tmp_path / "absent", data_config())
+    image = write(tmp_path / "set" / "x.png", picture(0))
+    with pytest.raises(DataError, match=r"x\.png: is a file; expected a folder"):
+        load_images(image, data_config())
+    (tmp_path / "volumes").mkdir()
+    (tmp_path / "volumes" / "a.nii.gz").write_bytes(b"x")
+    (tmp_path / "volumes" / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no image .* other files: \.gz, \.heic; volumes are cut .*--mode=slices"):
+        load_images(tmp_path / "volumes", data_config())
+    (tmp_path / "set" / "y.heic").write_bytes(b"x")
+    assert load_images(tmp_path / "set", data_config())[0].names == ["x.png"]
+    assert "1 files are no images and were left out: .heic" in caplog.text
+
+
+def test_every_image_by_itself_from_files_and_from_their_cache(tmp_path):
+    make_tree(tmp_path / "set", BRAIN)
+    save_npz(load_dataset(data_config(tmp_path / "set")), tmp_path / "set.npz")
+    files = load_dataset(data_config(tmp_path / "set", groups="image")).splits
+    cached = load_dataset(data_config(cache=str(tmp_path / "set.npz"), groups="image")).splits
+    for key, split in files.items():
+        assert split.groups == split.names
+        assert (cached[key].names, cached[key].groups) == (split.names, split.groups)
+    assert load_images(tmp_path / "set/train", data_config(groups="image"))[0].groups[0] == "good/img/00000_60.png"
+    for config in (data_config(tmp_path / "set", groups="x"), data_config(cache=str(tmp_path / "set.npz"), groups="x")):
+        with pytest.raises(ValueError, match=r"data\.groups: expected one of auto, image, found 'x'"):
+            load_dataset(config)
+
+
+def test_patients_on_both_sides_are_said_at_training_time(tmp_path, caplog):
+    load_dataset(data_config(make_tree(tmp_path, BRAIN)))
+    assert "2 patients or groups stand in train and in valid or test (00000, 00002)" in caplog.text
+    caplog.clear()
+    load_dataset(data_config(tmp_path, groups="image"))
+    assert "stand in train" not in caplog.text
+
+
+def dot(value):
+    """A mask of 12 x 12 pixels with one of them marked, which 8 x 8 nearest pixels pass over."""
+    values = np.zeros((12, 12), np.uint8)
+    values[4, 4] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values", "message"),
+    [
+        (".png", np.zeros((12, 12), np.uint8), r"\(largest value 0\).*test \(2 in all\); export the masks again"),
+        (".jpg", np.ones((12, 12), np.uint8), r"\(largest value 1\).*cut at 127: store them as PNG"),
+        (".png", dot(7), r"\(largest value 7\) at data\.mask_size=8.*lost when it is resized: raise data\.mask_size"),
+    ],
+)
+def test_masks_without_a_mark_stop_at_once(tmp_path, suffix, values, message, caplog):
+    folders = {key: names for key, names in BRAIN.items() if "valid" not in key and "mask" not in key}
+    make_tree(tmp_path, folders)
+    masks = [write(tmp_path / f"test/Ungood/anomaly_mask/{stem}{suffix}", values) for stem in ("00002_60", "00200_68")]
+    with pytest.raises(DataError, match=rf"00002_60\{suffix}: nothing is marked in it {message}"):
+        load_dataset(data_config(tmp_path))
+    assert load_dataset(data_config(tmp_path, memory_limit_gb=0.0)).splits["test"].has_masks  # read when it is needed
+    Image.fromarray(np.full((12, 12), 255, np.uint8)).save(masks[1])
+    load_dataset(data_config(tmp_path))
+    assert "nothing is marked in 1 of 2 masks at data.mask_size=8, the first " in caplog.text
+    assert f"00002_60{suffix}" in caplog.text
 
 
 def test_patch_size_and_config_errors(tmp_path):

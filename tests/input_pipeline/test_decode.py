@@ -28,6 +28,18 @@ def test_lossless_containers(tmp_path, suffix):
     np.testing.assert_array_equal(read_image(write(tmp_path / f"x.{suffix}", RGB), 9, 3), RGB)
 
 
+def test_webp(tmp_path):
+    """Lossless gives the pixels; of an animation no frame is chosen; masks are cut at one half, as JPEG masks are."""
+    Image.fromarray(RGB).save(tmp_path / "x.webp", lossless=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.webp", 9, 3), RGB)
+    frames = [Image.fromarray(np.roll(RGB, k, 0)) for k in range(2)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match=r"moving\.webp: 2 pages in one WEBP; expected one image a file"):
+        read_image(tmp_path / "moving.webp", 9, 3)
+    Image.fromarray(np.array([[0, 100], [200, 255]], np.uint8)).convert("RGB").save(tmp_path / "m.webp", lossless=True)
+    np.testing.assert_array_equal(read_native_mask(tmp_path / "m.webp")[..., 0], [[0, 0], [1, 1]])
+
+
 def test_jpeg(tmp_path):
     smooth = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8) * 8
     values = read_image(write(tmp_path / "x.jpeg", smooth), 16, 1)

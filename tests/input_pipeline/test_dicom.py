@@ -1,6 +1,7 @@
 """DICOM files: the values of DICOM PS3.3 by a second way, compressed files against plain ones, bad files, patients."""
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trees import data_config
 from input_pipeline.classification import load_labelled
 from input_pipeline.dataset import load_dataset, load_images
 from input_pipeline.decode import native_size, read_example, read_image, read_native
-from input_pipeline.dicom import check_window, is_dicom, patient_of, read_dicom
+from input_pipeline.dicom import check_window, is_dicom, patients_of, read_dicom
 from input_pipeline.index import DataError, Example
 from input_pipeline.prepare import prepare
 
@@ -84,7 +85,7 @@ def test_a_window_of_the_config_goes_before_the_files(tmp_path):
     np.testing.assert_array_equal(pixels, np.rint(expected * 255))
     example = Example("a.dcm", file, 0, None, "a")
     np.testing.assert_array_equal(read_example(example, 16, 8, 1, 1, window=(40.0, 400.0))[0][..., 0], pixels)
-    split = load_images(tmp_path, data_config(image_size=16, window=(40.0, 400.0)))
+    split, _ = load_images(tmp_path, data_config(image_size=16, window=(40.0, 400.0)))
     np.testing.assert_array_equal(split.images([0])[0, ..., 0], pixels)
     for bad in ((1.0,), (40.0, 0.0), (1.0, 2.0, 3.0)):
         with pytest.raises(ValueError, match=r"data\.window: expected \(\) or \(centre, width\)"):
@@ -188,23 +189,63 @@ def test_files_without_suffix_are_found_and_others_left_out(tmp_path):
         name: group for split in dataset.splits.values() for name, group in zip(split.names, split.groups, strict=True)
     }
     assert sorted(found) == ["1.2.840.113.5", "1.2.840.113.6", "IM0001", "c.DCM"]
-    assert found["IM0001"] == found["1.2.840.113.5"] == patient_of(tmp_path / "IM0001")
+    assert found["IM0001"] == found["1.2.840.113.5"] == patients_of(tmp_path, ["IM0001"])["IM0001"]
     assert len(set(found.values())) == 3
     assert not any("hospital" in group for group in found.values())
     assert not set(dataset.splits["train"].groups) & set(dataset.splits["calibration"].groups)
     assert native_size(tmp_path / "IM0001") == (16, 16)
     assert not is_dicom(tmp_path / "DICOMDIR")
     assert not is_dicom(tmp_path / "notes")
-    assert load_images(tmp_path, data_config()).names == sorted(found)
+    assert load_images(tmp_path, data_config())[0].names == sorted(found)
 
 
-def test_patients_fall_back_to_the_study_and_the_name(tmp_path):
-    study = make_dicom(tmp_path / "a.dcm", PatientID=" ", StudyInstanceUID="1.2.3")
-    assert patient_of(study).startswith("patient-")
-    make_dicom(tmp_path / "b.dcm")
+@pytest.mark.parametrize("patient", [" ", "ANONYMOUS", "Anonymized", "anon", "Unknown", "none", "0"])
+def test_patients_fall_back_to_the_study_and_the_name(tmp_path, patient: str):
+    make_dicom(tmp_path / "a.dcm", PatientID=patient, StudyInstanceUID="1.2.3")
+    make_dicom(tmp_path / "b.dcm", PatientID=patient)
     (tmp_path / "c.dcm").write_text("damaged")
-    split = load_images(tmp_path, data_config())
-    assert split.groups == [patient_of(study), "b", "c"]
+    make_dicom(tmp_path / "d.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.4")
+    make_dicom(tmp_path / "e.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.5")
+    study, *others, one, two = load_images(tmp_path, data_config())[0].groups
+    assert others == ["b", "c"]
+    assert one == two != study
+    assert study == patients_of(tmp_path, ["a.dcm"])["a.dcm"]
+    assert {group[:8] for group in (study, one)} == {"patient-"}
+
+
+def test_studies_stand_for_patients_that_all_have_one_number(tmp_path, caplog):
+    for k in range(6):
+        make_dicom(tmp_path / f"{k}.dcm", RAMP + k, PatientID="TRIAL", StudyInstanceUID=f"1.2.{k // 2}")
+    splits = load_dataset(data_config(tmp_path, calibration_fraction=0.3)).splits
+    groups = {name: group for split in splits.values() for name, group in zip(split.names, split.groups, strict=True)}
+    assert [groups[f"{k}.dcm"] for k in (0, 2, 4)] == [groups[f"{k}.dcm"] for k in (1, 3, 5)]
+    assert len(set(groups.values())) == 3
+    assert "6 DICOM files share one PatientID and come from 3 studies" in caplog.text
+    for k in range(6):
+        make_dicom(tmp_path / f"{k}.dcm", RAMP + k, PatientID="TRIAL", StudyInstanceUID="1.2")
+    with pytest.raises(DataError, match=r"6 images of one, 'patient-\w+' \(from the DICOM headers.*data\.groups=image"):
+        load_dataset(data_config(tmp_path))
+    assert len(load_dataset(data_config(tmp_path, groups="image")).splits["calibration"]) == 1
+
+
+def test_a_report_among_images_to_score_is_left_out(tmp_path):
+    make_dicom(tmp_path / "a.dcm")
+    shutil.copy(sample("test-SR.dcm"), tmp_path / "b.dcm")
+    split, skipped = load_images(tmp_path, data_config(skip_corrupt=True))
+    assert split.names == ["a.dcm"]
+    assert "DICOM without a picture" in skipped["b.dcm"]
+
+
+@pytest.mark.parametrize("groups", ["auto", "image"])
+def test_slices_of_a_patient_stay_in_one_split_of_class_folders(tmp_path, groups: str):
+    for patient in range(8):
+        for k in range(4):
+            file = tmp_path / "ab"[patient % 2] / f"{patient}-{k}.dcm"
+            make_dicom(file, RAMP + 4 * patient + k, PatientID=f"hospital-{patient}")
+    config = labelled_config("folder", tmp_path, groups=groups)
+    parts = [{n[:3] for n in load_labelled(config, split, 16).names} for split in ("train", "valid", "test")]
+    crossing = parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+    assert bool(crossing) == (groups == "image")
 
 
 def test_a_corrupt_file_can_be_skipped(tmp_path, caplog):

@@ -1,13 +1,15 @@
 """Groups, the calibration split and the manifest hash."""
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import BRAIN, make_tree
+from trees import BRAIN, make_tree, picture, write
 
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, calibration_rows, group_of, split_calibration
+from input_pipeline.index import DataError, Example, calibration_rows, check_groups, group_of, split_calibration
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,8 @@ from input_pipeline.index import DataError, Example, calibration_rows, group_of,
         ("person100_bacteria_475", "person100"),
         ("person1661_virus_2872", "person1661"),
         ("NORMAL-1001666-12", "NORMAL-1001666"),
+        ("PAT0+ST0-SE0-IM0001_slice045", "PAT0"),
+        ("sub-01+anat-sub-01_T1w_slice045", "sub-01"),
         ("1000", "1000"),
         ("IMG_0001", "IMG_0001"),
         ("scan_of_someone_3", "scan_of_someone_3"),
@@ -69,3 +73,45 @@ def test_manifest_hash_follows_the_data_not_the_seed_or_the_place(tmp_path):
     assert reference == index_folder(moved).manifest_hash()
     (moved / "test/good/img/00000_96.png").rename(moved / "test/good/img/00001_96.png")
     assert reference != index_folder(moved).manifest_hash()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["cohort2"] * 4, r"found 4 images of one, 'cohort2' \(from the names of files .*--config\.data\.groups=image"),
+        (["patient-0123456789ab"] * 4, r"one, 'patient-0123456789ab' \(from the DICOM headers: PatientID"),
+        (["a"], "at least two training normals, found 1: add images$"),
+    ],
+)
+def test_a_single_group_is_explained(groups, message):
+    with pytest.raises(DataError, match=message) as error:
+        calibration_rows(groups, 0.1, 0)
+    assert "calibration_fraction" not in str(error.value)
+
+
+def test_images_can_be_said_to_be_independent(tmp_path):
+    root = make_tree(tmp_path, {".": [f"cohort2_{k:04d}.png" for k in range(10)]})
+    with pytest.raises(DataError, match="of one, 'cohort2'"):
+        index_folder(root)
+    index = index_folder(root, groups="image")
+    assert {split: len(found) for split, found in index.splits.items()} == {"train": 9, "calibration": 1}
+    assert all(e.group == e.name for found in index.splits.values() for e in found)
+    with pytest.raises(ValueError, match=r"data\.groups: expected one of auto, image, found 'patient'"):
+        check_groups("patient")
+
+
+def test_names_that_no_report_could_hold_are_refused_at_once(tmp_path):
+    write(tmp_path / "a.png", picture(0))
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.png"))
+    write(tmp_path / "b.png", picture(1)).rename(odd)
+    with pytest.raises(DataError, match=r"M\?ller\.png: the file's name is not UTF-8.*rename it"):
+        index_folder(tmp_path)
+    odd.rename(tmp_path / "M\u00fcller.png")
+    assert len(index_folder(tmp_path, calibration_fraction=0).splits["train"]) == 2
+
+
+def test_patients_on_both_sides_of_a_split(tmp_path):
+    # by hand: train and calibration hold patients 00000 to 00004; valid 00025, 00124; test 00000, 00002, 00025, 00200
+    index = index_folder(make_tree(tmp_path, BRAIN | {"test/good/img": ["00000_96.png", "00025_97.png"]}))
+    assert index.crossing_groups() == {"00000": ["test", "train"], "00002": ["test", "train"]}
+    assert index_folder(tmp_path, groups="image").crossing_groups() == {}

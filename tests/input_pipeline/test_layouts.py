@@ -200,6 +200,50 @@ def test_bad_trees(tmp_path, case):
         index_folder(make_tree(tmp_path, folders))
 
 
+TREES = {  # images by folder, and their groups in the order of their names
+    "names say nothing": (
+        {"PAT0/ST0/SE0": ["IM0001.png", "IM0002.png"], "PAT0/ST0/SE1": ["IM0001.png"], "PAT1/ST0/SE0": ["IM0001.png"]},
+        ["PAT0", "PAT0", "PAT0", "PAT1"],
+    ),
+    "BIDS below sites": (
+        {"site1/sub-01/anat": ["sub-01_T1w.png"], "site1/sub-02/anat": ["sub-02_T1w.png", "sub-02_T2w.png"]},
+        ["sub-01", "sub-02", "sub-02"],
+    ),
+    "series and image in the name": (
+        {"a/x": ["IM-0001-0001.png", "IM-0002-0001.png"], "b/x": ["IM-0001-0001.png"]},
+        ["a", "a", "b"],
+    ),
+    "images beside the folders": ({"a": ["1.png"], ".": ["1.png", "7_1.png"]}, ["1", "7", "a"]),
+}
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_trees_without_known_words_hold_normals(tmp_path, case):
+    folders, groups = TREES[case]
+    root = make_tree(tmp_path, folders)
+    (root / "readme.txt").write_text("keeps the only folder from being gone through")
+    index = index_folder(root, calibration_fraction=0)
+    assert list(index.splits) == ["train"]
+    assert [e.group for e in index.splits["train"]] == groups
+    assert {(e.label, e.mask) for e in index.splits["train"]} == {(0, None)}
+    assert len({e.name for e in index.splits["train"]}) == len(groups)
+    assert f"all {len(groups)} images are taken as normal training images; first-level folders" in index.warnings[-1]
+    assert index.layout == f"{len(groups)} images in {len(folders)} folders, none called train, good, ..."
+
+
+@pytest.mark.parametrize("name", ["sub-01_T1w_seg.png", "mask.png", "x-label.png"])
+def test_masks_in_such_a_tree_are_no_normals(tmp_path, name):
+    make_tree(tmp_path, {"a": ["x.png"], "b": [name, "y_masked_out.png"]})
+    with pytest.raises(DataError, match=rf"{name}: a mask by its name \(1 such\).*move the masks out"):
+        index_folder(tmp_path)
+
+
+def test_one_known_word_makes_all_others_errors(tmp_path):
+    root = make_tree(tmp_path, {"PAT0/ST0": ["1.png"], "PAT1/good": ["1.png"]})
+    with pytest.raises(DataError, match="'PAT0' is not a known label"):
+        index_folder(root)
+
+
 def test_empty_and_foreign_folders(tmp_path):
     with pytest.raises(DataError, match=r"no image .* other files: none; expected images"):
         index_folder(tmp_path)

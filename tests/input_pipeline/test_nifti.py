@@ -115,6 +115,19 @@ def test_a_tree_with_masks_is_read_as_any_other(tmp_path):
     np.testing.assert_array_equal(marked, display(lesion, 2, 6) * 255)
 
 
+def test_volumes_called_alike_in_patients_folders_do_not_collide(tmp_path, caplog):
+    for number, folder in enumerate(("PAT0/ST0/SE0", "PAT0/ST0/SE1", "PAT1/ST0/SE0")):
+        save(tmp_path / "in" / folder / "IM0001.nii", body(number))
+    save(tmp_path / "in" / "site" / "sub-01" / "sub-01_T1w.nii.gz", body(3))
+    kept = cut(tmp_path / "in", tmp_path / "out", every=7)["train/good"] // 4
+    assert "all 4 images are taken as normal training images" in caplog.text
+    names = [path.name for path in sorted((tmp_path / "out" / "train" / "good").iterdir())]
+    stems = ["PAT0+ST0-SE0-IM0001", "PAT0+ST0-SE1-IM0001", "PAT1+ST0-SE0-IM0001", "sub-01+site-sub-01-sub-01_T1w"]
+    assert names == [f"{stem}_slice{7 * k:03d}.png" for stem in stems for k in range(kept)]
+    splits = load_dataset(data_config(tmp_path / "out", calibration_fraction=0.4)).splits
+    assert set(splits["train"].groups) | set(splits["calibration"].groups) == {"PAT0", "PAT1", "sub-01"}
+
+
 def test_ct_needs_a_window(tmp_path):
     volume = np.linspace(-1000, 1000, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     for name in ("v", "w"):

@@ -50,8 +50,30 @@ def test_an_empty_class(tmp_path):
     with pytest.raises(DataError, match=r"train/b: class without an image"):
         read_folder(str(tmp_path), "", SIZES)
     (tmp_path / "flat").mkdir()
-    with pytest.raises(DataError, match="no image in it"):
+    with pytest.raises(DataError, match=r"flat: no image \(\.png.*other files: none\. Expected"):
         read_folder(str(tmp_path / "flat"), "", SIZES)
+
+
+@pytest.mark.parametrize("folders", [{".": files(2)}, {"a": files(2), "b": files(1)}])
+def test_other_files_are_counted_and_webp_is_read(tmp_path, folders, caplog):
+    make_tree(tmp_path, folders)
+    folder = tmp_path / next(iter(folders))
+    Image.new("RGB", (9, 9), (250, 0, 0)).save(folder / "x.webp", lossless=True)
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    train = read_folder(str(tmp_path), "", SIZES)["train"]
+    assert len(train) == sum(map(len, folders.values())) + 1
+    row = next(row for row, name in enumerate(train.names) if name.endswith("x.webp"))
+    assert (train.images([row])[0] == (250, 0, 0)).all()
+    assert "3 files are no images and were left out: .heic, .txt" in caplog.text
+
+
+def test_names_make_no_groups_in_class_folders(tmp_path):
+    """Else ImageNet's names, synset_number, would make one group of every class, and nothing could be carved."""
+    names = {word: [f"{word}_{k:05d}.JPEG" for k in range(5)] for word in ("n01440764", "n01443537")}
+    for groups in ("auto", "image"):
+        train = read_folder(str(make_tree(tmp_path, names)), "", SIZES, groups)["train"]
+        assert train.groups == train.names
 
 
 def test_images_below_a_class_folder_belong_to_it(tmp_path):

@@ -54,6 +54,7 @@ def data_config(root: Path | str = "", **changes: object) -> ConfigDict:
         "channels": 1,
         "window": (),
         "calibration_fraction": 0.2,
+        "groups": "auto",
         "seed": 0,
         "skip_corrupt": False,
         "memory_limit_gb": 1.0,

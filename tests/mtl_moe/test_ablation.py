@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from configs import common
 from configs.mtl_moe import ablation as config_file
 from core.bootstrap import bootstrap_difference
 from core.loop import NonFiniteLossError
@@ -125,6 +126,17 @@ def test_rows_that_cannot_run_are_named_before_anything_is_run(config, tmp_path)
     with pytest.raises(ValueError, match=r"row top_2 \(two experts a token\) cannot be built: .*top_k"):
         run_ablation(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", sorted(common.PRESETS))
+def test_the_default_rows_can_be_built_with_every_preset(preset):
+    """Images of other sides get a jigsaw that divides their token grid. Experts are checked without tracing here."""
+    config = config_file.get_config(preset)
+    for name, row in build_rows(config, build_system(cell_config(config, Row("base", {}), 0)).tasks).items():
+        if row.trained:
+            one = cell_config(config, row, 0)
+            build_system(one)
+            assert name.startswith("image_") or one.tasks.jigsaw.tiles == config.tasks.jigsaw.tiles
 
 
 def test_free_fields_exist():

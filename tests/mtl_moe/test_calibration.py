@@ -12,9 +12,11 @@ import pytest
 from scipy import ndimage, stats
 
 from mtl_moe.calibration import (
+    FOLDS,
     FUSIONS,
     TAIL_SHARE,
     TEXTURE,
+    check_calibration,
     evidence_names,
     fit_calibration,
     fused_names,
@@ -205,7 +207,6 @@ def test_fusions_are_what_they_say(leave_out):
             "robust_z": mean_of_kinds(z),
         }
         np.testing.assert_allclose(calibration.fuse(corrected, leave_out), wanted[fusion], rtol=1e-4)
-        np.testing.assert_allclose(calibration.fused, np.sort(calibration.fuse(calibration.corrected(*data))))
 
 
 def test_p_values_count_the_normals_at_least_as_odd(calibration):
@@ -214,11 +215,50 @@ def test_p_values_count_the_normals_at_least_as_odd(calibration):
     np.testing.assert_allclose(calibration.p_values(fused), wanted, rtol=1e-12)
 
 
+def test_normals_are_scored_by_a_fit_without_them():
+    raw, texture = make_data(NUM, seed=3, slopes=SLOPES)
+    found = []
+    for fold in np.array_split(np.arange(NUM), FOLDS):
+        others = np.setdiff1d(np.arange(NUM), fold)
+        without = fit(raw[others], texture[others])
+        found.extend(without.fuse(without.corrected(raw[fold], texture[fold])))
+    np.testing.assert_allclose(fit(raw, texture).fused, np.sort(found), rtol=1e-9)
+
+
+@pytest.mark.parametrize("num", [9, 19])
+def test_few_normals_keep_the_rate_they_state(num):
+    """New normals of the same kind are flagged at 10 % by design: scored by the fit they are part of, calibration
+    normals would look too normal, and 18 and 13 % would be."""
+    flagged = []
+    for seed in range(150):
+        raw, texture = make_data(num + 50, seed=seed, slopes=SLOPES)
+        calibration = fit(raw[:num], texture[:num])
+        fused = calibration.fuse(calibration.corrected(raw[num:], texture[num:]))
+        flagged.append(np.mean(calibration.p_values(fused) <= 0.1))
+    assert np.mean(flagged) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_blank_normal_does_not_decide_what_texture_explains(caplog):
+    raw, texture = make_data(64, slopes=SLOPES)
+    clean = fit(raw, texture)
+    assert not caplog.records
+    raw[10], texture[10] = 50.0, -13.8  # black, and hard to restore
+    np.testing.assert_allclose(fit(raw, texture).slope, clean.slope, atol=0.1)
+    assert "1 of 64 calibration normals are blank" in caplog.text
+
+
 def test_too_few_normals_and_unknown_fusion_are_errors():
     with pytest.raises(ValueError, match=r"only 4 calibration normals: at least 5 .*data.calibration_fraction"):
-        fit(*make_data(4))
+        check_calibration("tail", list("abcd"))
     with pytest.raises(ValueError, match=r"score.fusion: expected one of .*'tail'.*found 'vote'"):
-        fit(*make_data(), fusion="vote")
+        check_calibration("vote", list("abcde"))
+
+
+def test_many_slices_of_few_patients_are_said_to_be_few(caplog):
+    check_calibration("tail", [f"patient {i}" for i in range(10)])
+    assert not caplog.records
+    check_calibration("tail", ["one patient"] * 200)
+    assert "200 calibration normals come from 1 patient(s)" in caplog.text
 
 
 def test_file_round_trip(calibration, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -150,7 +151,7 @@ def test_the_output_is_an_ordinary_work_directory(compressed):
     names = {path.name for path in compressed.output.iterdir()}
     assert names == {
         "checkpoints", "metrics.jsonl", "calibration.npz", "predictions.csv", "report.json", "report.html",
-        "config.json", "compress.json", "distillation",
+        "config.json", "compress.json", "distillation", "training_data.json",
     }  # fmt: skip
     config = saved.get_config(str(compressed.output))
     assert (config.model.num_dense_layers, config.model.num_moe_layers, config.model.num_neck_layers) == (1, 1, 1)
@@ -161,6 +162,8 @@ def test_the_output_is_an_ordinary_work_directory(compressed):
     state = checkpointer.restore_train(small.placed_shapes(small.abstract_state(tx)))  # training can go on from here
     checkpointer.close()
     assert int(state.step) == 3
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    assert {int(count) for _, count in counts} == {3}  # where the schedule goes on
 
 
 def test_the_report_says_what_it_was_made_from(compressed):

@@ -7,11 +7,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
+from core.metrics import pixel_metrics
 from input_pipeline.split import ArrayPixels, Split
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
-from mtl_moe.evaluate import FLOORS, evaluate
+from mtl_moe.evaluate import FLOORS, check_score, evaluate
+from mtl_moe.training_data import FILE
 
 PIXEL_METRICS = {"pixel_auroc", "pixel_ap", "aupro", "aupro_bmad"}
 IMAGE_METRICS = {"image_auroc", "image_ap"}
@@ -137,6 +140,63 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     assert {row["label"] for row in rows} == {"0"}
     assert "calibration normals" in (small_run.workdir / "report.html").read_text()
     strict_json(small_run.workdir / "report.json")
+
+
+def changed(run, **score):
+    """The run with other fields of config.score."""
+    config = run.system.config.copy_and_resolve_references()
+    config.score.update(**score)
+    return run._replace(system=dataclasses.replace(run.system, config=config))
+
+
+def test_cases_and_intervals_can_be_left_out(small_run):
+    report = evaluate(*changed(small_run, gallery=0, bootstrap=0))
+    assert report["intervals"] == {}
+    assert "test/phantom/image_auroc" in report["metrics"]
+    assert "Best hits" not in (small_run.workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("false_positive_rates", (0.05, 1.0), r"rates in \(0, 1\), found \(0.05, 1.0\)"),
+        ("bootstrap", -1, "bootstrap and gallery of at least 0"),
+        ("batch_size", 0, "batch_size of at least 1"),
+        ("fusion", "vote", "score.fusion: expected one of"),
+    ],
+)
+def test_impossible_scoring_is_refused_before_training(tiny_config, small_run, field, value, message):
+    score = tiny_config().score
+    check_score(score, small_run.dataset)
+    score[field] = value
+    with pytest.raises(ValueError, match=message):
+        check_score(score, small_run.dataset)
+
+
+def test_maps_are_written_for_every_image(small_run):
+    evaluate(*changed(small_run, save_maps=True))
+    split = small_run.dataset.splits["test"]
+    for name in split.names:
+        assert np.load(small_run.workdir / "maps" / f"{name}.npy").shape == (32, 32)
+        with Image.open(small_run.workdir / "maps" / f"{name}.png") as picture:
+            assert (picture.mode, picture.size) == ("RGB", (224, 224))
+    stored = np.stack([np.load(small_run.workdir / "maps" / f"{name}.npy") for name in split.names])
+    found = pixel_metrics(stored, split.masks(np.arange(len(split)))[..., 0] > 0)
+    report = strict_json(small_run.workdir / "report.json")
+    assert found["pixel_auroc"] == pytest.approx(report["metrics"]["test/phantom/pixel_auroc"])
+
+
+def test_a_detector_of_other_images_is_said_to_be(small_run, caplog):
+    (small_run.workdir / FILE).write_text(
+        json.dumps({"dataset": "elsewhere", "num_images": 99, "names_hash": "x", "mean_grey": [1.0]})
+    )
+    evaluate(*small_run)
+    (small_run.workdir / FILE).unlink()
+    assert (
+        "learned from scratch on 99 images of elsewhere, calibrated on 6"
+        in (small_run.workdir / "report.html").read_text()
+    )
+    assert "learned from other images" in caplog.text
 
 
 def without_masks(split, labels):

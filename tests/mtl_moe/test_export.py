@@ -10,6 +10,7 @@ import pytest
 from core.workdir import save_config
 from mtl_moe import export as exporting
 from mtl_moe import run
+from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, restore
 
 
@@ -29,13 +30,15 @@ def test_the_file_scores_as_the_detector_does(small_run):
     facts = json.loads((folder / "export.json").read_text())
     assert facts["evidences"] == ["transform"]
     assert facts["input"] == {"dtype": "uint8", "shape": [8, 32, 32, 1]}
-    assert facts["outputs"] == {"raw": [8, 1], "maps": [8, 1, 32, 32], "body": [8, 32, 32]}
+    assert facts["outputs"] == {"raw": [8, 1], "maps": [8, 1, 32, 32], "body": [8, 32, 32], "texture": [8]}
+    assert facts["platforms"] == ["cpu", "cuda", "tpu"]
     images = small_run.dataset.splits["test"].images(np.arange(8))
     program = jax.export.deserialize(bytearray((folder / exporting.FILE).read_bytes()))
     found = jax.device_get(program.call(images))
     expected = Scorer(small_run.system, restore(small_run.system, small_run.workdir)).images(images)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["texture"], log_mean_gradient(images), rtol=1e-5)
 
 
 def test_a_program_that_differs_is_not_written(small_run, tmp_path, monkeypatch):

@@ -101,6 +101,8 @@ def synthetic_results(side=48, num_each=1, channels=1, known=True, shift=0.0) ->
         p_values=p_values,
         task_scores=task_scores,
         calibration_scores=calibration,
+        groups=[f"p{i}" for i in range(140)],
+        num_calibration_groups=NUM_CALIBRATION,
         thresholds=thresholds,
         cases=cases,
         history=[*history, {"step": 1000}],
@@ -191,6 +193,17 @@ def test_an_interval_over_a_half_is_called_chance(tmp_path):
 @pytest.mark.parametrize(("shift", "said"), [(0.0, "within what chance explains"), (1.5, "more than chance explains")])
 def test_calibration_is_judged_in_words(tmp_path, shift, said):
     assert said in written(tmp_path, dataclasses.replace(synthetic_results(shift=shift), cases=()))
+
+
+def test_slices_of_few_patients_are_not_judged_as_many_images(tmp_path):
+    """Twice the rate asked for is news from 60 patients, and chance from two."""
+    results = synthetic_results()
+    p_values = np.where(np.arange(140) % 7 == 0, 0.04, 0.5)
+    few = dict(groups=["a", "b"] * 70, num_calibration_groups=3)
+    for changes, said in (({}, "more than chance explains"), (few, "within what chance explains")):
+        html = written(tmp_path, dataclasses.replace(results, p_values=p_values, cases=(), **changes))
+        assert said in html, changes
+    assert "60 test normals (2 patients or groups; 3 calibrate)" in html
 
 
 def test_names_are_escaped(tmp_path):

@@ -1,0 +1,90 @@
+"""What training refuses before it touches a folder, what it learned from, and pseudo-labels that come late."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from core.checkpoint import Checkpointer
+from core.optim import build_optimizer
+from core.workdir import check_config
+from input_pipeline.dataset import load_dataset
+from mtl_moe import training_data
+from mtl_moe.run import FREE_FIELDS
+from mtl_moe.system import build_system
+from mtl_moe.train import train
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.top_k", 9, "top_k"),
+        ("optim.warmup_steps", 0, "warmup_steps must be at least 1"),
+        ("tasks.masked.augment", "lihgt", "lihgt"),
+        ("train.batch_size", 6, "does not divide by the 8 devices"),
+        ("train.accumulation", 0, "must be at least 1, found 8 and 0"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_leaves_no_folder(tiny_config, tmp_path, field, value, message):
+    config = tiny_config()
+    config.tasks.names = ("masked",)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        train(build_system(config), load_dataset(config.data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def short_run(tiny_config, tmp_path_factory):
+    """Two updates of a run whose pseudo-labels were to come after the second."""
+    config = tiny_config()
+    config.tasks.names = ("cluster",)
+    config.train.num_steps = 2
+    workdir = tmp_path_factory.mktemp("short")
+    train(build_system(config), load_dataset(config.data), workdir)
+    return config, workdir
+
+
+def test_pseudo_labels_come_when_a_short_run_goes_on(short_run):
+    """At the end of the short run it is too early, for nothing would be learned from them; trained on, they are due."""
+    config, workdir = short_run
+    longer = config.copy_and_resolve_references()
+    longer.train.num_steps = 4
+    check_config(longer, workdir, FREE_FIELDS)
+    system, dataset = build_system(longer), load_dataset(longer.data)
+    refreshed = []
+    for step in (2, 4):
+        if step == 4:
+            train(system, dataset, workdir)
+        checkpointer = Checkpointer(workdir)
+        state = system.placed_shapes(system.abstract_state(build_optimizer(longer.optim, 4)))
+        _, extra, found = checkpointer.restore_model(state.ema_params, state.extra)
+        checkpointer.close()
+        assert found == step
+        refreshed.append(bool(jax.device_get(extra["teacher"]["refreshed"])))
+    assert refreshed == [False, True]
+
+
+def test_a_folder_goes_on_with_its_own_images_only(short_run, tmp_path):
+    config, workdir = short_run
+    dataset = load_dataset(config.data)
+    assert training_data.other_training_data(dataset, workdir) == ""
+    facts = json.loads((workdir / training_data.FILE).read_text())
+    assert facts["num_images"] == 24
+    assert len(facts["mean_grey"]) == min(training_data.NUM_SAMPLES, len(dataset.splits["train"]))
+    other = config.copy_and_resolve_references()
+    other.data.phantom.seed = 5  # the same names, other pictures
+    elsewhere = load_dataset(other.data)
+    assert elsewhere.splits["train"].names == dataset.splits["train"].names
+    assert training_data.other_training_data(elsewhere, workdir) == "24 images of phantom"
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"learned from other images.*use another --workdir"):
+        train(build_system(other), elsewhere, workdir)
+    assert (workdir / "config.json").read_bytes() == before
+    renamed = load_dataset(config.data)
+    split = renamed.splits["train"]
+    split.names[:] = [f"x{name}" for name in split.names]
+    assert training_data.other_training_data(renamed, workdir)
+    assert np.isclose(facts["mean_grey"][0], dataset.splits["train"].images(np.array([0])).mean(), atol=0.01)
+    assert training_data.other_training_data(dataset, tmp_path) == ""  # of before there was such a file
