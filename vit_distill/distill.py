@@ -66,8 +66,13 @@ class Distiller:
         return init_adapters(key, self.base, self.lora) if self.lora else jax.tree.map(jnp.asarray, self.base)
 
     def merged(self, trainable: Any) -> Any:
-        """The student's weights with what was trained."""
-        return merge(self.base, trainable, self.lora) if self.lora else trainable
+        """The student's weights with what was trained.
+
+        The head stays that of the base: no loss reaches it, so weight decay alone has changed it in `trainable`.
+        """
+        if self.lora:
+            return merge(self.base, trainable, self.lora)
+        return dict(trainable) | {name: self.base[name] for name in ("head",) if name in self.base}
 
 
 def build_distiller(
@@ -203,6 +208,29 @@ def frozen_params(distiller: Distiller) -> tuple[Any, Any]:
     return base, teacher
 
 
+def trace_update(distiller: Distiller, tx: optax.GradientTransformation) -> None:
+    """One update of shapes alone: what does not fit is an error before anything is computed or written.
+
+    Raises:
+      ValueError: for ranks, losses, augmentation or images that do not fit the student.
+    """
+    config, side = distiller.config, distiller.teacher.preprocessing.resize_size
+    image = jax.ShapeDtypeStruct((config.train.batch_size, side, side, config.data.channels), jnp.uint8)
+    key, step = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
+    views = jax.eval_shape(make_views_fn(distiller), {"image": image}, key, step)
+    targets = jax.eval_shape(make_targets_fn(distiller), distiller.teacher.params, views)
+    trainable = jax.eval_shape(distiller.init_trainable, key)
+    state = TrainState(step, trainable, trainable, jax.eval_shape(tx.init, trainable), {})
+    update = _make_update_fn(distiller, tx)
+    jax.eval_shape(update, state, {"views": views, "targets": targets}, key, distiller.base)
+
+
+def _make_update_fn(distiller: Distiller, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Compiled (state, {views, targets}, run key, base) -> (state, metrics)."""
+    train = distiller.config.train
+    return make_train_step_fn(make_loss_fn(distiller), tx, ema_decay=train.ema_decay, accumulation=train.accumulation)
+
+
 def make_step_fn(
     distiller: Distiller, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
@@ -211,9 +239,7 @@ def make_step_fn(
     The batch holds image uint8 [B, S, S, C]; with cached views also index, view and target_0, target_1...: [B, N, D].
     """
     config = distiller.config
-    update = make_train_step_fn(
-        make_loss_fn(distiller), tx, ema_decay=config.train.ema_decay, accumulation=config.train.accumulation
-    )
+    update = _make_update_fn(distiller, tx)
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
     base, teacher = (replicate(params, distiller.mesh) for params in frozen_params(distiller))
 

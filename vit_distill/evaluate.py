@@ -1,9 +1,9 @@
 """How far a student is from its teacher on images it was not trained on, block by block, before and after training.
 
-Axes: n images, S stored image side, N tokens, D width.
+Axes: B batch, n images, S stored image side, N tokens, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,36 +11,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.vit import VitConfig, VitOutput
-from vit_distill.diagnostics import block_diagnostics
+from vit_distill.diagnostics import block_moments, block_rows, combine
 from vit_distill.distill import Distiller
 from vit_distill.forward import make_forward
 from vit_distill.losses import cosine
 
+BATCH = 8  # images of which the tokens of all blocks are held at once, of the teacher and two students
 Rows = list[dict[str, Any]]
 
 
-def run_blocks(
+def blocks_in_batches(
     config: VitConfig,
     params: Any,
     inputs: np.ndarray,
     batch_size: int,
     keep: tuple[int, ...],
     dtype: Any = jnp.float32,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tokens [n, N, D] after the blocks `keep`, and pooled features [n, D], of normalised images [n, H, W, C]."""
+) -> Iterator[tuple[list[jax.Array], jax.Array]]:
+    """Batch by batch of normalised images [n, H, W, C]: tokens [B, N, D] after the blocks `keep`, pooled [B, D].
+
+    The last batch may be smaller.
+    """
 
     def read(output: VitOutput) -> tuple[list[jax.Array], jax.Array]:
         return [output.blocks[i] for i in keep], output.pooled
 
-    forward = jax.jit(make_forward(config, dtype, read))
-
-    tokens, pooled = [], []
+    forward, params = jax.jit(make_forward(config, dtype, read)), jax.device_put(params)
     for start in range(0, len(inputs), batch_size):
         # Counted from the end in the last batch, so that one shape is compiled; what is repeated is dropped.
         first = max(min(start, len(inputs) - batch_size), 0)
-        blocks, features = jax.device_get(forward(params, inputs[first : first + batch_size]))
-        tokens.append([block[start - first :] for block in blocks])
-        pooled.append(features[start - first :])
+        blocks, pooled = forward(params, inputs[first : first + batch_size])
+        yield [block[start - first :] for block in blocks], pooled[start - first :]
+
+
+def run_blocks(*args: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    """All of `blocks_in_batches` at once, on the host: tokens [n, N, D] and pooled features [n, D]."""
+    tokens, pooled = zip(*(jax.device_get(batch) for batch in blocks_in_batches(*args)), strict=True)
     return [np.concatenate(parts) for parts in zip(*tokens, strict=True)], np.concatenate(pooled)
 
 
@@ -53,27 +59,35 @@ def compare(distiller: Distiller, trainable: Any, images: np.ndarray) -> tuple[d
 
     Returns:
       Metrics: "l1", "cls_l1", "patch_l1" after the last block and "cosine" of the pooled features, each also as
-      "copy_..." before training; and the rows of `block_diagnostics` before and after.
+      "copy_..." before training; and the rows of `diagnostics.block_rows` before and after.
     """
-    config, size = distiller.student_config, min(32, len(images))
-    inputs = np.asarray(distiller.teacher.preprocessing.evaluate(jnp.asarray(images)))
-    own = tuple(range(config.depth))
-    teacher_blocks, teacher_pooled = run_blocks(
-        distiller.teacher.config, distiller.teacher.params, inputs, size, distiller.pairs
-    )
-    metrics, rows = {}, []
+    config, teacher = distiller.student_config, distiller.teacher
+    inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(images)))
+    size, own = min(BATCH, len(inputs)), tuple(range(config.depth))
     merged = distiller.base if trainable is None else distiller.merged(trainable)
-    for prefix, params in (("copy_", distiller.base), ("", merged)):
-        blocks, pooled = run_blocks(config, params, inputs, size, own)
-        rows.append(block_diagnostics(blocks, teacher_blocks, distiller.pairs))
-        found = _distances(blocks[-1], teacher_blocks[-1], config)
-        found["cosine"] = float(cosine(jnp.asarray(pooled), jnp.asarray(teacher_pooled)).mean())
-        metrics |= {prefix + name: value for name, value in found.items()}
-    return metrics, rows[0], rows[1]
+    students = {"copy_": distiller.base, "": merged}
+    moments: dict[str, Any] = {}
+    distances, cosines = ({prefix: [] for prefix in students} for _ in range(2))
+    runs = [blocks_in_batches(teacher.config, teacher.params, inputs, size, distiller.pairs)]
+    runs += [blocks_in_batches(config, params, inputs, size, own) for params in students.values()]
+    # Tokens of all blocks of all images would be 17 GB for a ViT-L at 518 pixels: of a batch only sums are kept.
+    for (expected, expected_pooled), *found in zip(*runs, strict=True):
+        for prefix, (blocks, pooled) in zip(students, found, strict=True):
+            batch = block_moments(blocks, expected)
+            moments[prefix] = list(map(combine, moments[prefix], batch)) if prefix in moments else batch
+            last, target = jax.device_get((blocks[-1], expected[-1]))
+            distances[prefix].append(np.abs(last - target).mean(-1))
+            cosines[prefix].append(cosine(pooled, expected_pooled))
+    metrics = {}
+    for prefix in students:
+        values = _distances(np.concatenate(distances[prefix]), config)
+        values["cosine"] = float(np.concatenate(cosines[prefix]).mean())
+        metrics |= {prefix + name: value for name, value in values.items()}
+    before, after = (block_rows(moments[prefix], distiller.pairs) for prefix in students)
+    return metrics, before, after
 
 
-def _distances(student: np.ndarray, teacher: np.ndarray, config: VitConfig) -> Mapping[str, float]:
-    """Mean absolute differences of tokens [n, N, D]."""
-    difference = np.abs(student - teacher).mean(-1)
+def _distances(difference: np.ndarray, config: VitConfig) -> dict[str, float]:
+    """Means of the tokens' mean absolute differences [n, N]."""
     found = {"l1": float(difference.mean()), "patch_l1": float(difference[:, config.num_prefix :].mean())}
     return found | ({"cls_l1": float(difference[:, 0].mean())} if config.class_token else {})

@@ -165,20 +165,6 @@ def attach(params: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> d
     return _replace(params, adapters, make, "")
 
 
-def unmerge(merged: Mapping[str, Any], adapters: Adapters, lora: LoraConfig) -> dict[str, Any]:
-    """Inverse of `merge` up to float32 rounding: 1 unit in the last place of the larger of W and scale * AB.
-
-    Raises:
-      ValueError: where merging replaced leaves (DoRA, trained norms or biases): only the base itself has them.
-    """
-    if lora.dora or lora.train_norms or lora.train_biases:
-        raise ValueError(
-            "unmerge: expected adapters that were added; DoRA, train_norms and train_biases replace leaves of the base:"
-            " keep the base's parameters instead"
-        )
-    return _replace(merged, adapters, lambda *layer: _adapted(*layer, lora, sign=-1.0), "")
-
-
 def _replace(params: Any, adapters: Any, make_kernel: Callable[..., Any], path: str) -> dict[str, Any]:
     """Parameters with trained leaves in their places and make_kernel(kernel, layer's adapters, path) for kernels."""
     updated = dict(params)
@@ -201,12 +187,10 @@ def _check_fit(kernel: jax.Array, layer: Mapping[str, jax.Array], path: str) -> 
         raise ValueError(f"adapters do not fit {path}kernel {kernel.shape}: found {a} and {b}")
 
 
-def _adapted(
-    kernel: jax.Array, layer: Mapping[str, jax.Array], path: str, lora: LoraConfig, sign: float = 1.0
-) -> jax.Array:
+def _adapted(kernel: jax.Array, layer: Mapping[str, jax.Array], path: str, lora: LoraConfig) -> jax.Array:
     _check_fit(kernel, layer, path)
     a, b = layer["a"], layer["b"]
-    kernel = jnp.asarray(kernel, jnp.float32) + sign * lora.scale(b.shape[0]) * product(a, b)
+    kernel = jnp.asarray(kernel, jnp.float32) + lora.scale(b.shape[0]) * product(a, b)
     if "magnitude" not in layer:
         return kernel
     norm = jax.lax.stop_gradient(_norm(kernel, a.ndim - 1))

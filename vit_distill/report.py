@@ -5,7 +5,7 @@ Axes: R rank.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ class DistillReport:
     """What a distillation hands to its report.
 
     Attributes:
-      before, after: rows of `diagnostics.block_diagnostics`, of the untrained copy and of the student.
+      before, after: rows of `diagnostics.block_rows`, of the untrained copy and of the student.
       singular_values: of `lora.singular_values`, [R] by adapter; empty without adapters.
       metrics: flat, plain numbers: feature distances on held-out images.
-      probe: flat metrics of a probe, where one was run.
     """
 
     teacher: Teacher
@@ -41,7 +40,6 @@ class DistillReport:
     singular_values: Mapping[str, np.ndarray]
     metrics: Mapping[str, float]
     provenance: Mapping[str, Any]
-    probe: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[int] = (1, 32)) -> None:
@@ -67,7 +65,6 @@ def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[in
             choice=student.facts.get("choice", ()),
             singular_values=results.singular_values,
             suggested_ranks=suggested_rank(results.singular_values),
-            probe=results.probe,
             facts=dict(student.facts) | {"metrics": dict(results.metrics)},
             load_report=str(teacher.report).splitlines(),
             provenance=results.provenance,

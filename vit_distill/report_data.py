@@ -23,10 +23,9 @@ class ReportData:
       latency: "teacher" and "student" -> batch size -> median seconds (`plan.measure_latency`).
       device: what latencies were measured on.
       history: records of metrics.jsonl: step, loss, l1, cls_l1, patch_l1.
-      blocks_before, blocks_after: rows of `diagnostics.block_diagnostics`, of the copy and of the trained student.
+      blocks_before, blocks_after: rows of `diagnostics.block_rows`, of the copy and of the trained student.
       choice: rows {rule, blocks, loss} of `weight_copy.calibrated_blocks`; `blocks` are those copied.
       singular_values, suggested_ranks: by adapter path, of `lora.singular_values` and `lora.suggested_rank`.
-      probe: flat metrics.
       table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`: of `table_summary`;
         `shared`: what all rows have in common.
       facts: of the Student: teacher, few_shot, lora, loss and so on.
@@ -46,7 +45,6 @@ class ReportData:
     choice: Sequence[Mapping[str, Any]] = ()
     singular_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     suggested_ranks: Mapping[str, int] = field(default_factory=dict)
-    probe: Mapping[str, float] = field(default_factory=dict)
     table: Sequence[Mapping[str, Any]] = ()
     metric: str = "top1"
     shared: Mapping[str, str] = field(default_factory=dict)

@@ -30,7 +30,6 @@ def write_page(path: str | Path, results: ReportData) -> None:
         page.Section("Blocks", _blocks(results)) if results.blocks_after or results.blocks_before else None,
         page.Section("Choice of blocks", _choice(results)) if results.choice else None,
         page.Section("Adapters", _adapters(results)) if results.singular_values else None,
-        page.Section("Probe", _probe(results)) if results.probe else None,
         page.Section("Model card", _card(results)) if results.facts else None,
         page.Section("Weights that were loaded", _loaded(results)) if results.load_report else None,
         page.Section("Provenance", _provenance(results)),
@@ -59,28 +58,20 @@ def _result(results: ReportData) -> Markup:
     if results.blocks_before and results.blocks_after:
         before, after = (rows[-1]["l1"] for rows in (results.blocks_before, results.blocks_after))
         cards.append(page.stat(f"{after:.3g}", "L1 to the teacher's features", f"before training {before:.3g}"))
-    best = _headline_probe(results.probe)
-    if best:
-        cards.append(page.stat(f"{results.probe[best]:.3f}", best))
     guide = page.details(
         "How to read this page",
         page.bullets(
             [
                 "The student holds some blocks of the teacher. It was trained, without labels, to give the teacher's "
                 "tokens for the same image; L1 is the mean absolute difference of those features.",
-                "L1 is no accuracy: the cls token that most classifiers read is one token of many. The probe, a simple "
-                "classifier on frozen features, says what the features are good for.",
+                "L1 is no accuracy: the cls token that most classifiers read is one token of many. What the features "
+                "are good for says a probe, a simple classifier on them (configs/vit_distill/probe.py).",
                 "FLOPs count two for each multiply-add of the matrix products; latencies are medians on the device "
                 "that is named there.",
             ]
         ),
     )
     return page.join([page.block(cards, "stats"), guide]) if cards else guide
-
-
-def _headline_probe(probe: Mapping[str, float]) -> str:
-    """The first accuracy among the probe's metrics; empty without one."""
-    return next((key for wanted in ("top1", "mean_auc") for key in probe if key.endswith(wanted)), "")
 
 
 def _cost(results: ReportData) -> Markup:
@@ -147,10 +138,6 @@ def _adapters(results: ReportData) -> Markup:
     )
     header = ["Adapter", "Rank", "Suggested rank", "Largest singular value", "Smallest"]
     return page.join([page.paragraph(text), chart, page.details("Every adapter", page.table(header, rows))])
-
-
-def _probe(results: ReportData) -> Markup:
-    return page.table(["Metric", "Value"], [[key, f"{value:.4g}"] for key, value in results.probe.items()])
 
 
 def _ablation(results: ReportData) -> Markup:

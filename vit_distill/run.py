@@ -14,11 +14,23 @@ from core.provenance import environment
 from core.workdir import check_config, save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
+from input_pipeline.index import DataError
 from vit_distill.distill import Distiller, build_distiller
 from vit_distill.evaluate import compare
 from vit_distill.lora import singular_values, suggested_rank
-from vit_distill.student_io import build_student, load_distilled, load_teacher_of, save_facts, student_facts, truncated
-from vit_distill.train import train
+from vit_distill.sampling import even_rows
+from vit_distill.student_io import (
+    build_student,
+    check_teacher,
+    load_distilled,
+    load_teacher_of,
+    lora_facts,
+    read_facts,
+    save_facts,
+    student_facts,
+    truncated,
+)
+from vit_distill.train import check_trains, train
 
 # Fields that may differ between a work directory's config and the one it is run with.
 FREE_FIELDS = (
@@ -26,9 +38,11 @@ FREE_FIELDS = (
     "train.tensorboard",
     "data.root",
     "data.memory_limit_gb",
+    "data.skip_corrupt",
     "teacher.checkpoint",
     "lora.truncate_to",
 )
+DECODED = 1024  # images at once, where all are read before training
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
     "probe": "vit_distill.probe_command:run_probe",
@@ -60,16 +74,19 @@ def evaluate(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
     if not (workdir / "student.json").exists():
         raise ValueError(f"{workdir} holds no distilled student: train first, or check --workdir")
-    save_config(config, workdir)  # a rank to cut adapters to is from now on the student's
-    distiller, trainable, facts = load_distilled(workdir)
+    distiller, trainable, facts = load_distilled(workdir, config)
     images, few, rest = few_shot_images(config, distiller.teacher, workdir)
-    _report(distiller, trainable, facts, images, few, rest, workdir)
+    held_out = held_out_images(config, distiller.teacher, images, rest)
+    save_config(config, workdir)  # a rank to cut adapters to is from now on the student's
+    _report(distiller, trainable, facts, images.take(few), held_out, workdir)
 
 
 def plan(config: Any, workdir: Path | None) -> None:
     """Prints parameters, FLOPs, memory and estimated time, before anything is run."""
     from vit_distill.plan import run_plan
 
+    if config.command not in ("distill", "table"):
+        raise ValueError(f"--mode=plan: expected a config of command distill or table, found {config.command!r}")
     run_plan(config, workdir)
 
 
@@ -82,65 +99,109 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 
 def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[LabelledSet, np.ndarray, np.ndarray]:
-    """(all images at the teacher's resize size, rows to train on, rows held out); the manifest is kept in `workdir`."""
-    size = teacher.preprocessing.resize_size
-    images = load_labelled(config.data, config.data.split, size, teacher.preprocessing.interpolation)
-    own = workdir / "manifest.json" if workdir else None
-    if own and own.exists():
-        few = read_manifest(own, images)
-    elif config.few_shot.manifest:
-        few = read_manifest(Path(config.few_shot.manifest), images)
+    """(all images at the teacher's resize size, rows to train on, `calibration.num_images` of the rows left over)."""
+    images = _load(config, teacher, config.data.split)
+    section = config.few_shot
+    manifest = (workdir and _own_manifest(workdir)) or section.manifest
+    if manifest:
+        few = read_manifest(Path(manifest), images)
     else:
-        section = config.few_shot
         few = select_few_shot(images, ratio=section.ratio, per_class=section.per_class, seed=section.seed)
-    if own and not own.exists():
-        section = config.few_shot
-        write_manifest(own, images, few, ratio=section.ratio, per_class=section.per_class, seed=section.seed)
-    rest = np.setdiff1d(np.arange(len(images)), few)
-    # A random part of them: the first ones of a sorted listing are of one class.
-    rest = np.random.default_rng((config.few_shot.seed, 3)).permutation(rest)[: config.calibration.num_images]
-    return images, few, np.sort(rest)
+    return images, few, _some(config, np.setdiff1d(np.arange(len(images)), few))
+
+
+def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.ndarray) -> LabelledSet | None:
+    """Images to measure on that were not trained on: `rest` of `images`, else some of the validation split, if any."""
+    if len(rest):
+        return images.take(rest)
+    if config.data.split != "train":
+        return None
+    try:
+        valid = _load(config, teacher, "valid")
+    except DataError:  # the training split was read: there is just no validation split
+        return None
+    return valid.take(_some(config, np.arange(len(valid))))
+
+
+def _load(config: Any, teacher: Any, split: str) -> LabelledSet:
+    return load_labelled(config.data, split, teacher.preprocessing.resize_size, teacher.preprocessing.interpolation)
+
+
+def _some(config: Any, rows: np.ndarray) -> np.ndarray:
+    """`calibration.num_images` of the rows, drawn by the seed of the few-shot images, ascending."""
+    rng = np.random.default_rng((config.few_shot.seed, 3))
+    return np.sort(rng.permutation(rows)[: config.calibration.num_images])
+
+
+def _decode(images: LabelledSet) -> None:
+    """Reads what stays in memory anyway: a damaged image is an error before the run has written anything."""
+    if images.pixels.in_memory:
+        for start in range(0, len(images), DECODED):
+            images.images(np.arange(start, min(start + DECODED, len(images))))
+
+
+def _own_manifest(workdir: Path) -> Path | None:
+    """The manifest of a run that was accepted: it was written before config.json; None where there is none yet."""
+    path = workdir / "manifest.json"
+    return path if path.exists() and (workdir / "config.json").exists() else None
 
 
 def _distill(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
     teacher = load_teacher_of(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_teacher(workdir, teacher)
     images, few, rest = few_shot_images(config, teacher, workdir)
-    few_shot = images.take(few)
-    print(f"{images.name}: {images.layout}; {len(few)} images to distil on, {len(rest)} held out")
-    sample = few_shot.pixels.images(np.arange(min(len(few), config.calibration.num_images)))
-    distiller = build_distiller(config, teacher, sample)
+    few_shot, held_out = images.take(few), held_out_images(config, teacher, images, rest)
+    aside = "none held out" if held_out is None else f"{len(held_out)} held out"
+    if held_out is not None and not len(rest):
+        aside += " (of the validation split)"
+    print(f"{images.name}: {images.layout}; {len(few)} images to distil on, {aside}")
+    accepted = _own_manifest(workdir) is not None
+    known = read_facts(workdir) if accepted else None
+    sample = few_shot.images(even_rows(len(few), config.calibration.num_images))
+    distiller = build_distiller(config, teacher, sample, tuple(known["blocks"]) if known else None)
+    if config.student.method != "copy":
+        check_trains(distiller)
+        _decode(few_shot)
+    if held_out is not None:
+        _decode(held_out)
     print(f"student: blocks {', '.join(map(str, distiller.blocks))} of {teacher.config.depth}")
+    # Nothing is written before all of this was accepted: a corrected command finds the folder empty.
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not accepted:
+        section = config.few_shot
+        selection = dict(ratio=section.ratio, per_class=section.per_class, seed=section.seed)
+        write_manifest(workdir / "manifest.json", images, few, **selection)
     save_config(config, workdir)
     facts = student_facts(distiller, {"hash": few_shot.manifest_hash(), "num_images": len(few), "name": images.name})
+    if known:  # how its calibrated blocks were chosen
+        facts["choice"] = known.get("choice", [])
     save_facts(workdir, facts)
     trainable = None
     if config.student.method != "copy":
         state = train(distiller, few_shot, workdir)
         distiller, trainable = truncated(distiller, state.ema_params)
+        facts["lora"] = lora_facts(distiller)
     if jax.process_index() == 0:
-        _report(distiller, trainable, facts, images, few, rest, workdir)
+        _report(distiller, trainable, facts, few_shot, held_out, workdir)
 
 
 def _report(
     distiller: Distiller,
     trainable: Any,
     facts: dict[str, Any],
-    images: LabelledSet,
-    few: np.ndarray,
-    rest: np.ndarray,
+    few_shot: LabelledSet,
+    held_out: LabelledSet | None,
     workdir: Path,
 ) -> None:
-    """report.json, report.html, and the metrics in student.json."""
+    """report.json, report.html, and the metrics in student.json; on the few-shot images where none are held out."""
     from vit_distill.report import DistillReport, write_report
 
     started = time.monotonic()
-    held_out = len(rest) > 0
-    rows = rest if held_out else few[: distiller.config.calibration.num_images]
-    split = "held_out" if held_out else "train"
-    metrics, before, after = compare(distiller, trainable, images.pixels.images(rows))
-    metrics = {f"{split}/{images.name}/{name}": value for name, value in metrics.items()}
+    rows = even_rows(len(few_shot), distiller.config.calibration.num_images)
+    split, shown = ("train", few_shot.take(rows)) if held_out is None else ("held_out", held_out)
+    metrics, before, after = compare(distiller, trainable, shown.images(np.arange(len(shown))))
+    metrics = {f"{split}/{few_shot.name}/{name}": value for name, value in metrics.items()}
     save_facts(workdir, facts | {"metrics": metrics})
     values = singular_values(trainable) if distiller.lora else {}
     ranks = suggested_rank(values) if values else {}

@@ -70,7 +70,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
         "blocks": list(distiller.blocks),
         "choice": [dict(row) for row in distiller.choice],
         "method": config.student.method,
-        "lora": _lora_facts(distiller),
+        "lora": lora_facts(distiller),
         "loss": {"kind": config.loss.kind, "target": config.loss.target, "cls_weight": config.loss.cls_weight},
         "few_shot": dict(manifest),
         "seed": int(config.seed),
@@ -79,7 +79,8 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
     }
 
 
-def _lora_facts(distiller: Distiller) -> dict[str, Any]:
+def lora_facts(distiller: Distiller) -> dict[str, Any]:
+    """The adapters of `student_facts`, empty without."""
     lora = distiller.lora
     return {"ranks": dict(lora.ranks), "dora": lora.dora, "scaling": lora.scaling} if lora else {}
 
@@ -105,18 +106,37 @@ def save_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
     write_json(workdir / FACTS, facts)
 
 
-def load_student(workdir: Path) -> Student:
+def read_facts(workdir: Path) -> dict[str, Any] | None:
+    """workdir/student.json, None where there is none."""
+    path = Path(workdir) / FACTS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_teacher(workdir: Path, teacher: Teacher) -> None:
+    """Raises ValueError if the student of `workdir` was distilled from other weights than the teacher's."""
+    expected = (read_facts(workdir) or {}).get("teacher", {}).get("sha256")
+    if expected and teacher.report.sha256 != expected:
+        raise ValueError(
+            f"teacher {teacher.name}: sha256 {teacher.report.sha256[:12]}..., the student of {workdir} was distilled "
+            f"from {expected[:12]}...: put the same teacher file there, or use another --workdir"
+        )
+
+
+def load_student(workdir: Path, config: Any = None) -> Student:
     """Reads a distilled student back: its teacher's file, the copied blocks, the newest checkpoint.
+
+    Args:
+      config: instead of workdir/config.json; the teacher's file may have moved, for example.
 
     Raises:
       ValueError: if `workdir` holds no student, or its teacher's file is gone or another one.
       CheckpointError: if the checkpoint is missing, damaged or of another base.
     """
-    return build_student(*load_distilled(workdir))
+    return build_student(*load_distilled(workdir, config))
 
 
-def load_distilled(workdir: Path) -> tuple[Distiller, Any, dict[str, Any]]:
-    """(distiller, what was trained, facts) of a work directory; errors as `load_student`."""
+def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, dict[str, Any]]:
+    """(distiller, what was trained, facts) of a work directory; arguments and errors as `load_student`."""
     workdir = Path(workdir)
     missing = [name for name in ("config.json", FACTS) if not (workdir / name).exists()]
     if missing:
@@ -124,15 +144,11 @@ def load_distilled(workdir: Path) -> tuple[Distiller, Any, dict[str, Any]]:
             f"{workdir} holds no distilled student ({', '.join(missing)} missing): expected the --workdir of "
             "configs/vit_distill/distill.py after training"
         )
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    facts = json.loads((workdir / FACTS).read_text())
+    if config is None:
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    facts = read_facts(workdir)
     teacher = load_teacher_of(config)
-    expected = facts["teacher"].get("sha256")
-    if expected and teacher.report.sha256 != expected:
-        raise ValueError(
-            f"{config.teacher.checkpoint}: sha256 {teacher.report.sha256[:12]}..., the student of {workdir} was "
-            f"distilled from {expected[:12]}...: put the same teacher file there"
-        )
+    check_teacher(workdir, teacher)
     distiller = build_distiller(config, teacher, blocks=tuple(facts["blocks"]))
     if config.student.method == "copy":
         return distiller, None, facts
@@ -144,7 +160,7 @@ def load_distilled(workdir: Path) -> tuple[Distiller, Any, dict[str, Any]]:
         checkpointer.close()
     check_base(distiller, extra, workdir)
     distiller, trainable = truncated(distiller, trainable)
-    return distiller, trainable, facts | {"lora": _lora_facts(distiller)}
+    return distiller, trainable, facts | {"lora": lora_facts(distiller)}
 
 
 def truncated(distiller: Distiller, trainable: Any) -> tuple[Distiller, Any]:

@@ -32,6 +32,7 @@ from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.classification import LabelledSet, load_labelled
 from vit_distill.formats.timm import write_timm_folder
 from vit_distill.preprocessing import Preprocessing
+from vit_distill.sampling import even_rows
 from vit_distill.supervised_augment import mixup, random_crop
 
 FREE_FIELDS = ("train.num_steps", "train.tensorboard", "data.root", "data.memory_limit_gb")
@@ -54,7 +55,7 @@ def run_teacher(config: Any, workdir: Path) -> dict[str, Any]:
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
     preprocessing, sets = load_sets(config)
-    vit = build_vit_config(config.model, len(sets["train"].classes))
+    vit = build_vit_config(config.model, config.data.channels, len(sets["train"].classes))
     model, mesh = VisionTransformer(vit, dtype=jnp.dtype(config.train.dtype)), make_mesh()
     save_config(config, workdir)
     start = time.time()
@@ -128,13 +129,13 @@ def load_sets(config: Any) -> tuple[Preprocessing, dict[str, LabelledSet]]:
 
 def channel_statistics(found: LabelledSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel in [0, 1], rounded to 4 digits, over evenly spaced images."""
-    rows = np.unique(np.linspace(0, len(found) - 1, min(len(found), STATISTICS_IMAGES)).astype(np.int64))
+    rows = even_rows(len(found), STATISTICS_IMAGES)
     pixels = found.images(rows).reshape(-1, found.images(rows[:1]).shape[-1]) / np.float32(255)
     mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
     return tuple(np.round(mean, 4).tolist()), tuple(np.maximum(np.round(std, 4), 1e-3).tolist())
 
 
-def build_vit_config(model: Any, num_classes: int) -> VitConfig:
+def build_vit_config(model: Any, channels: int, num_classes: int) -> VitConfig:
     """Architecture of `config.model`: timm's plain ViT; ValueError as VitConfig raises it."""
     return VitConfig(
         depth=model.depth,
@@ -143,6 +144,7 @@ def build_vit_config(model: Any, num_classes: int) -> VitConfig:
         mlp_dim=model.mlp_dim,
         patch_size=model.patch_size,
         image_size=model.image_size,
+        in_channels=channels,
         num_classes=num_classes,
         activation=model.activation,
     )

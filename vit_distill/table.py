@@ -117,8 +117,7 @@ def build_groups(section: Any) -> list[Group]:
 def cell_config(config: Any, group: Group, seed: int = 0, learning_rate: float | None = None) -> Any:
     """The distillation's config of one cell; `seed` counts from config.seed."""
     one = config.copy_and_resolve_references()
-    if group.row != "teacher":
-        one.student.reduction = group.reduction
+    one.student.reduction = group.reduction
     one.update_from_flattened_dict(dict(ROWS[group.row][1]))
     one.seed = config.seed + seed
     if learning_rate is not None:
@@ -130,7 +129,8 @@ def run_table(config: Any, workdir: Path) -> list[dict[str, Any]]:
     """Runs what is missing of the table; writes table.md, table.json, table.png and report.html; returns the rows.
 
     Raises:
-      ValueError: for fields that do not fit, before anything is run; cells of another teacher or config in `workdir`.
+      ValueError: for fields that do not fit, before anything is run; cells of another teacher, config or
+        images in `workdir`.
     """
     enable_compilation_cache()
     if jax.process_count() > 1:
@@ -169,7 +169,7 @@ def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path
     for seed in range(bench.config.table.num_seeds if trains else 1):
         config = cell_config(bench.config, group, seed, rate)
         path = folder / f"{group.name}_seed{config.seed}.json"
-        cell = _read(path, bench, rate)
+        cell = _read(path, bench, group, rate)
         if cell is None:
             cell = _identity(bench, group, plan, config) | {"learning_rate": rate}
             if group.row == "teacher":
@@ -201,6 +201,7 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
         "num_images": 0 if images is None else len(images),
         "manifest_hash": None if images is None else images.manifest_hash(),
         "teacher_sha256": bench.teacher.report.sha256,
+        "data": bench.data_hashes(group.ratio),
     }
 
 
@@ -216,8 +217,12 @@ def _measured(bench: Bench, config: Any, params: Any, student: Trained | None) -
     return measured
 
 
-def _read(path: Path, bench: Bench, rate: float | None) -> dict[str, Any] | None:
-    """A finished cell; None if there is none or it was trained with another learning rate (the grid has changed)."""
+def _read(path: Path, bench: Bench, group: Group, rate: float | None) -> dict[str, Any] | None:
+    """A finished cell; None if there is none or it was trained with another learning rate (the grid has changed).
+
+    Raises:
+      ValueError: for a cell of another teacher, or made of other images (older cells do not say of which).
+    """
     if not path.exists():
         return None
     cell = json.loads(path.read_text())
@@ -225,6 +230,11 @@ def _read(path: Path, bench: Bench, rate: float | None) -> dict[str, Any] | None
         raise ValueError(
             f"{path} is of another teacher (sha256 {cell['teacher_sha256'][:12]}..., now "
             f"{bench.teacher.report.sha256[:12]}...): use another --workdir"
+        )
+    now = bench.data_hashes(group.ratio)
+    if changed := [name for name, found in cell.get("data", now).items() if found != now[name]]:
+        raise ValueError(
+            f"{path} was made of other images ({', '.join(changed)}): use the data it was made of, or another --workdir"
         )
     return cell if cell["learning_rate"] == rate else None
 

@@ -21,6 +21,7 @@ from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_t
 from vit_distill.features import extract_features, make_feature_fn
 from vit_distill.losses import LossConfig
 from vit_distill.probe import Labelled, ProbeOptions, probe
+from vit_distill.sampling import even_rows
 from vit_distill.teacher import Teacher
 from vit_distill.train import train
 
@@ -48,6 +49,7 @@ class Bench:
       few_shot: by ratio, images to distil on; subsets of one seed, so smaller ones lie in larger ones.
       held_out: normalised images [n, H, W, C] of the validation split, n a multiple of the batch they are run in;
         learning rates are chosen by the feature loss on them. Their labels are not looked at.
+      held_out_hash: over the names of these images.
       probe_sets: train, valid and test of the probe.
       cache: folder for cached teacher features (train.cached_views above 0).
       targets, calibrated: teacher tokens of the held-out images by what they are compared with, and calibrated blocks
@@ -58,6 +60,7 @@ class Bench:
     teacher: Teacher
     few_shot: dict[float, LabelledSet]
     held_out: np.ndarray
+    held_out_hash: str
     probe_sets: tuple[LabelledSet, LabelledSet, LabelledSet]
     cache: Path
     targets: dict[Any, list[tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=dict)
@@ -66,6 +69,15 @@ class Bench:
     @property
     def metric(self) -> str:
         return "mean_auc" if self.probe_sets[0].multi_label else "top1"
+
+    def data_hashes(self, ratio: float | None) -> dict[str, str | None]:
+        """Hashes over names and labels of the images of a cell; `ratio` is None for a row that trains on none."""
+        sets = dict(zip(("train", "valid", "test"), self.probe_sets, strict=True))
+        return {
+            "few_shot": None if ratio is None else self.few_shot[ratio].manifest_hash(),
+            "held_out": self.held_out_hash,
+            **{f"probe_{split}": found.manifest_hash() for split, found in sets.items()},
+        }
 
 
 def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
@@ -100,11 +112,14 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
             f"the {len(valid)} validation images"
         )
     rows = np.sort(np.random.default_rng((config.few_shot.seed, 3)).permutation(len(valid))[: section.held_out])
-    held_out = np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows))))
+    held_out, hashed = (
+        np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows)))),
+        valid.take(rows).manifest_hash(),
+    )
     if section.probe.per_class:
         rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
         splits[0] = splits[0].take(rows)
-    return Bench(config, teacher, few_shot, held_out, tuple(splits), workdir / "teacher_features")
+    return Bench(config, teacher, few_shot, held_out, hashed, tuple(splits), workdir / "teacher_features")
 
 
 def probed_data(config: Any) -> Any:
@@ -141,7 +156,7 @@ def _calibrated(bench: Bench, config: Any, ratio: float | None) -> tuple[int, ..
     key = (max(bench.few_shot) if ratio is None else ratio, config.student.reduction)
     if key not in bench.calibrated:
         few = bench.few_shot[key[0]]
-        sample = few.images(np.arange(min(len(few), config.calibration.num_images)))
+        sample = few.images(even_rows(len(few), config.calibration.num_images))
         bench.calibrated[key] = build_distiller(config, bench.teacher, sample).blocks
     return bench.calibrated[key]
 

@@ -142,7 +142,7 @@ def _load(
     beside = Beside(
         read_config_json(path.parent / "config.json"),
         read_config_json(path.parent / "preprocessor_config.json"),
-        path.suffix in (".pth", ".pt", ".bin"),
+        file.wrapper,
     )
     left_out = [tensor for tensor in file.tensors if canonical.matches(tensor, allow_unused)]
     kept = {tensor: array for tensor, array in file.tensors.items() if tensor not in left_out}

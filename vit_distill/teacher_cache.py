@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from core.logs import progress_bar
-from core.mesh import replicate
+from core.mesh import make_mesh, replicate, shard_batch
 from vit_distill.distill import Distiller, make_targets_fn, make_views_fn
 
 
@@ -34,12 +34,23 @@ class TeacherCache:
 
 
 def cached_batches(
-    batches: Iterator[dict[str, np.ndarray]], cache: TeacherCache, num_images: int, seed: int, start_step: int
+    batches: Iterator[dict[str, np.ndarray]],
+    cache: TeacherCache,
+    num_images: int,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches with their views and targets; which view an image shows is a function of (seed, its epoch, its index)."""
+    """Batches with their views and targets; which view an image shows is a function of (seed, its epoch, its index).
+
+    Args:
+      batches: of `train_batches` with the same images, seed, step and process.
+    """
     for step, batch in enumerate(batches, start_step):
         size = len(batch["index"])
-        epochs = (step * size + np.arange(size)) // num_images
+        # Positions in the stream of all hosts, whose parts of a batch follow one another.
+        epochs = ((step * process_count + process_index) * size + np.arange(size)) // num_images
         # An offset for each image, then one view after the other: all views are seen equally often.
         offsets = np.random.default_rng((seed, 7)).integers(cache.num_views, size=num_images)
         yield cache.extend(batch, (offsets[batch["index"]] + epochs) % cache.num_views)
@@ -93,16 +104,25 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
 
 
 def _compute(distiller: Distiller, images: Any, features: np.ndarray, num_views: int) -> None:
-    """Fills `features` batch by batch; the last batch is filled up with repeats, which are dropped."""
+    """Fills `features` batch by batch; the last batch is filled up with repeats, which are dropped.
+
+    Every host computes all of them, each batch split over its own devices.
+    """
+    devices = [device for device in distiller.mesh.devices.flat if device.process_index == jax.process_index()]
+    mesh = make_mesh(devices=devices)
+    distiller = dataclasses.replace(distiller, mesh=mesh)
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
-    params = replicate(distiller.teacher.params, distiller.mesh)
-    total, size = features.shape[1], min(distiller.config.train.batch_size, features.shape[1])
+    params = replicate(distiller.teacher.params, mesh)
+    total = features.shape[1]
+    size = min(distiller.config.train.batch_size, total)
+    size += -size % len(devices)
     key = jax.random.key(distiller.config.seed)
     with progress_bar(-(-total // size), scale=size, description="teacher features") as bar:
         for start in range(0, total, size):
             rows = np.minimum(np.arange(start, start + size), total - 1)
             index, view = (part.astype(np.int32) for part in np.divmod(rows, num_views))
-            views = views_fn({"image": images.images(index), "index": index, "view": view}, key, np.int32(0))
+            batch = shard_batch({"image": images.images(index), "index": index, "view": view}, mesh)
+            views = views_fn(batch, key, np.int32(0))
             keep = min(size, total - start)
             for t, found in enumerate(targets_fn(params, views)):
                 features[t, start : start + keep] = np.asarray(found)[:keep]

@@ -16,11 +16,12 @@ from core.optim import build_optimizer
 from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
-from vit_distill.distill import DTYPES, Distiller, base_fingerprint, build_state, make_step_fn
+from vit_distill.distill import DTYPES, Distiller, base_fingerprint, build_state, make_step_fn, trace_update
 from vit_distill.evaluate import run_blocks
 from vit_distill.forward import part_size
+from vit_distill.sampling import even_rows
 from vit_distill.teacher_cache import build_cache, cached_batches
-from vit_distill.warm_start import warm_start
+from vit_distill.warm_start import check_targets, warm_start
 
 
 def train(
@@ -60,12 +61,25 @@ def train(
         checkpointer.close()
 
 
+def check_trains(distiller: Distiller) -> None:
+    """Finds what would stop `train`, without an update and before it has written anything.
+
+    Raises:
+      ValueError: for a batch, rank, optimiser or loss that does not fit the student.
+    """
+    config = distiller.config
+    check_batch_size(config.train.batch_size, config.train.accumulation, distiller.mesh)
+    if distiller.lora and config.lora.warm_start:
+        check_targets(distiller.lora)
+    trace_update(distiller, build_optimizer(config.optim, config.train.num_steps))
+
+
 def start_values(distiller: Distiller, images: LabelledSet) -> Any:
-    """Adapters of the closed-form start, solved on the first `config.calibration.num_images` images; None without."""
+    """Adapters of the closed-form start, solved on `config.calibration.num_images` of the images; None without."""
     config, teacher = distiller.config, distiller.teacher
     if not (distiller.lora and config.lora.warm_start):
         return None
-    sample = images.pixels.images(np.arange(min(len(images), config.calibration.num_images)))
+    sample = images.pixels.images(even_rows(len(images), config.calibration.num_images))
     inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(sample)))
     size = min(32, len(inputs))
     targets, _ = run_blocks(teacher.config, teacher.params, inputs, size, distiller.pairs, DTYPES[config.teacher.dtype])
@@ -122,16 +136,16 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches from update `start` on; with cached views the teacher's features are in them."""
     config = distiller.config
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = train_batches(
         images,
         config.train.batch_size,
         seed=config.seed,
         start_step=start,
         num_steps=config.train.num_steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **process,
     )
     if not config.train.cached_views:
         return ({"image": batch["image"]} for batch in batches)
     cache = build_cache(distiller, images.pixels, images.manifest_hash(), cache_folder)
-    return cached_batches(batches, cache, len(images), config.seed, start)
+    return cached_batches(batches, cache, len(images), config.seed, start, **process)

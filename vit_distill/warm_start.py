@@ -58,11 +58,7 @@ def warm_start(
     Raises:
       ValueError: if fc2 is not adapted, or targets do not fit the student's blocks and images.
     """
-    ranks = dict(lora.ranks)
-    if "fc2" not in ranks:
-        raise ValueError(
-            f'warm start writes into fc2: add it to lora.targets, found {tuple(ranks)} (or use "enhanced")'
-        )
+    check_targets(lora)
     expected = (len(images), config.num_tokens, config.width)
     shapes = [tuple(target.shape) for target in targets]
     if shapes != [expected] * config.depth:
@@ -76,6 +72,15 @@ def warm_start(
         solved[block_name(i)] = solver.solve(i, solved[block_name(i)], batches)
         tokens = solver.outputs(i, solved[block_name(i)], batches)
     return solved
+
+
+def check_targets(lora: LoraConfig) -> None:
+    """Raises ValueError unless fc2 is adapted."""
+    ranks = dict(lora.ranks)
+    if "fc2" not in ranks:
+        raise ValueError(
+            f'warm start writes into fc2: add it to lora.targets, found {tuple(ranks)} (or use "enhanced")'
+        )
 
 
 def low_rank_ridge(second: np.ndarray, cross: np.ndarray, rank: int, ridge: float) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,6 @@ def results(**fields) -> ReportData:
         ],
         singular_values=values,
         suggested_ranks=dict.fromkeys(values, 5) | {"block_00/mlp/fc1": 7},
-        probe={"test/cifar/probe/logistic/top1": 0.4321},
         table=[
             table_row(
                 "teacher", 0.6, None, 1, l1=None, l1_std=None, accuracy_std=None, num_trained=0, learning_rate=None
@@ -92,11 +91,11 @@ def anchors(html: str) -> list[str]:
 def test_the_whole_page(tmp_path: Path):
     html = written(tmp_path, results())
     assert anchors(html) == [
-        "result", "ablation", "size-and-speed", "training", "blocks", "choice-of-blocks", "adapters", "probe",
-        "model-card", "weights-that-were-loaded", "provenance",
+        "result", "ablation", "size-and-speed", "training", "blocks", "choice-of-blocks", "adapters", "model-card",
+        "weights-that-were-loaded", "provenance",
     ]  # fmt: skip
     texts = [
-        "3 of 6", "2.50 x", "before training 7.25", "3.12", "0.432", "11.00", "300.00", "Student of &lt;teacher&gt;",
+        "3 of 6", "2.50 x", "before training 7.25", "3.12", "11.00", "300.00", "Student of &lt;teacher&gt;",
         "Rank 7 would keep 95 %", "0.4200 ± 0.0100", "0.01*", "enhanced &gt; full", "tie", "missing none", "0, 2, 4",
         "300 updates", "&lt;tag&gt;",
     ]  # fmt: skip
@@ -117,7 +116,7 @@ def test_rows_that_are_marked(tmp_path: Path):
 def test_what_is_not_there_is_left_out(tmp_path: Path):
     html = written(tmp_path, ReportData(title="Empty"))
     assert anchors(html) == ["result", "provenance"]
-    html = written(tmp_path, results(latency={}, blocks_before=(), blocks_after=(), probe={}, history=[{"step": 1}]))
+    html = written(tmp_path, results(latency={}, blocks_before=(), blocks_after=(), history=[{"step": 1}]))
     assert "Measured speed" not in html
     assert "training" not in anchors(html)
     only_after = results(blocks_before=())

@@ -10,15 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from configs import workdir as saved
-from configs.vit_distill import distill
+from configs.vit_distill import distill, probe, segment
+from configs.vit_distill import teacher as teacher_config
 from core.mesh import make_mesh
 from core.tree import paths
 from core.vit import VisionTransformer, VitConfig
+from core.workdir import check_config
+from input_pipeline.classification import load_labelled
 from vit_distill import run
 from vit_distill.formats.timm import write_timm_folder
 from vit_distill.preprocessing import Preprocessing
+from vit_distill.sampling import even_rows
 from vit_distill.student_io import load_student, load_teacher_of
 
 CONFIG = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=4, image_size=8)
@@ -153,11 +158,165 @@ def test_a_teacher_must_be_named(teacher: Path):
 def test_the_manifest_of_an_earlier_run_gives_the_same_images(workdir: Path, teacher: Path, tmp_path: Path):
     config = make_config(teacher)
     config.few_shot.update(per_class=0, manifest=str(workdir / "manifest.json"))
-    names = run.few_shot_images(config, load_teacher_of(config), tmp_path)
-    images, few, rest = names
+    loaded = load_teacher_of(config)
+    images, few, rest = run.few_shot_images(config, loaded, tmp_path)
     assert len(few) == 20
     assert not set(few) & set(rest)
     assert [images.names[row] for row in few] == json.loads((workdir / "manifest.json").read_text())["names"]
-    # The run's own manifest wins over the config from then on.
+    # The run's own manifest wins over the config, once the run was accepted.
     config.few_shot.manifest = ""
-    assert np.array_equal(run.few_shot_images(config, load_teacher_of(config), tmp_path)[1], few)
+    assert np.array_equal(run.few_shot_images(config, loaded, workdir)[1], few)
+    shutil.copy(workdir / "manifest.json", tmp_path)
+    assert len(run.few_shot_images(config, loaded, tmp_path)[1]) > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.student.update(reduction=3), "reduction 3 does not divide"),
+        (lambda c: c.lora.update(rank=64), "rank of .*found 64"),
+        (lambda c: c.optim.update(kind="sgd"), "optim.kind"),
+        (lambda c: c.train.update(batch_size=9, accumulation=2), "train.batch_size=9"),
+        (lambda c: c.loss.update(kind="l3"), "loss.kind"),
+        (lambda c: c.few_shot.update(ratio=0.5), "few_shot"),
+    ],
+)
+def test_a_command_that_fails_leaves_nothing_behind(change, message: str, teacher: Path, tmp_path: Path):
+    """So that the corrected command is not refused, nor uses the first one's images."""
+    config = make_config(teacher)
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        run.train_and_evaluate(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_damaged_image_is_found_first_and_left_out_in_the_same_folder(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A flat folder; all that is not for validation trains, and the validation images are what is measured on."""
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(scans / f"{i:02d}.png")
+    config = make_config(teacher)
+    config.data.update(kind="folder", name="noise", root=str(scans), valid_fraction=0.25)
+    config.few_shot.per_class = 0
+    broken = scans / load_labelled(config.data, "train", 10).names[7]
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(ValueError, match=broken.name):
+        run.train_and_evaluate(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    config.data.skip_corrupt = True
+    run.train_and_evaluate(config, tmp_path / "w")
+    assert "11 images to distil on, 4 held out (of the validation split)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert {name.split("/")[0] for name in report["metrics"]} == {"held_out"}
+    assert report["student"]["few_shot"]["num_images"] == 11
+    # The field is free: another value is no other config.
+    config.data.skip_corrupt = False
+    with pytest.raises(ValueError, match=broken.name):
+        run.few_shot_images(config, load_teacher_of(config), None)[0].images(np.arange(12))
+    check_config(config, tmp_path / "w", run.FREE_FIELDS)
+
+
+def test_without_a_validation_split_nothing_is_held_out(teacher: Path):
+    config = make_config(teacher)
+    config.few_shot.per_class = 0
+    loaded = load_teacher_of(config)
+    images, few, rest = run.few_shot_images(config, loaded, None)
+    assert len(few) == len(images)
+    valid = load_labelled(config.data, "valid", 10)
+    held_out = run.held_out_images(config, loaded, images, rest)
+    assert len(held_out) == 8
+    assert set(held_out.names) <= set(valid.names)
+    assert len(set(held_out.labels)) > 3
+    config.data.split = "valid"
+    assert run.held_out_images(config, loaded, images, rest) is None
+    config.data.update(split="train", valid_fraction=0.0)
+    assert run.held_out_images(config, loaded, images, rest) is None
+
+
+def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Class folders are read class by class: the first images are of one class."""
+    config = make_config(teacher)
+    config.student.method = "copy"
+    config.few_shot.per_class = 8
+    config.data.split = "valid"
+    monkeypatch.setattr(run, "held_out_images", lambda *_: None)
+    seen = []
+    real_build, real_compare = run.build_distiller, run.compare
+    monkeypatch.setattr(run, "build_distiller", lambda c, t, s, b: seen.append(s) or real_build(c, t, s, b))
+    monkeypatch.setattr(run, "compare", lambda d, t, s: seen.append(s) or real_compare(d, t, s))
+    run.train_and_evaluate(config, tmp_path / "w")
+    images, few, _ = run.few_shot_images(config, load_teacher_of(config), tmp_path / "w")
+    for found in seen:
+        np.testing.assert_array_equal(found, images.images(few[even_rows(len(few), 8)]))
+    assert len(seen) == 2
+
+
+def run_command(command: str, config: ConfigDict, workdir: Path) -> None:
+    if command == "export":
+        run.export(config, workdir, "adapters", "")
+    else:
+        {"train": run.train_and_evaluate, "evaluate": run.evaluate}[command](config, workdir)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_another_teacher_is_refused_before_anything_is_written(command: str, workdir: Path, tmp_path: Path):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    write_teacher(tmp_path / "other", 1)
+    config = saved.get_config(str(copy))
+    config.teacher.checkpoint = str(tmp_path / "other")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"was distilled from .* put the same teacher file there"):
+        run_command(command, config, copy)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_teacher_that_moved_is_read_where_the_command_says(
+    command: str, workdir: Path, teacher: Path, tmp_path: Path
+):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    content = json.loads((copy / "config.json").read_text())
+    content["teacher"]["checkpoint"] = "gone"
+    (copy / "config.json").write_text(json.dumps(content))
+    config = saved.get_config(str(copy))
+    with pytest.raises(ValueError, match="gone: no such file"):
+        run_command(command, config, copy)
+    config.teacher.checkpoint = str(teacher)
+    run_command(command, config, copy)
+    if command == "export":
+        assert (copy / "export" / "adapters" / "adapters.safetensors").exists()
+        config.lora.truncate_to = 1  # not measured yet
+        with pytest.raises(ValueError, match=r"lora\.truncate_to: there 0, now 1"):
+            run_command(command, config, copy)
+
+
+def test_resuming_keeps_the_calibrated_blocks_and_cuts_adapters_as_told(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    before = json.loads((copy / "student.json").read_text())
+    monkeypatch.setattr("vit_distill.distill.calibrated_blocks", lambda *_: pytest.fail("searched again"))
+    config = saved.get_config(str(copy))
+    config.lora.truncate_to = 1
+    run.train_and_evaluate(config, copy)
+    for name in ("student.json", "report.json"):
+        found = json.loads((copy / name).read_text())
+        found = found.get("student", found)
+        assert (found["blocks"], found["choice"]) == (before["blocks"], before["choice"])
+        assert set(found["lora"]["ranks"].values()) == {1}
+    assert set(before["lora"]["ranks"].values()) == {2}
+
+
+@pytest.mark.parametrize("config", [probe.get_config(), segment.get_config(), teacher_config.get_config()])
+def test_only_distillations_are_planned(config: ConfigDict):
+    with pytest.raises(ValueError, match=f"expected a config of command distill or table, found '{config.command}'"):
+        run.plan(config, None)

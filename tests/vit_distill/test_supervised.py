@@ -170,6 +170,18 @@ def test_run_learns_reports_and_exports(run: tuple[ConfigDict, Path, dict], data
     np.testing.assert_allclose(loaded.preprocessing.std, train.std((0, 1, 2)), atol=1e-4)
 
 
+def test_grey_images_give_a_teacher_of_one_channel(data: Path, tmp_path: Path):
+    config = tiny_config(data, num_steps=1)
+    config.data.channels = 1
+    report = supervised.run_teacher(config, tmp_path)
+    loaded = load_teacher(str(tmp_path / "teacher"))
+    assert loaded.config.in_channels == len(loaded.preprocessing.mean) == 1
+    images = jnp.asarray(load_labelled(config.data, "test", SIDE).images(np.arange(24)))
+    output = VisionTransformer(loaded.config).apply({"params": loaded.params}, loaded.preprocessing.evaluate(images))
+    hits = (np.asarray(output.logits).argmax(-1) == load_labelled(config.data, "test", SIDE).labels).mean()
+    np.testing.assert_allclose(hits, report["metrics"]["test/toy/top1"])
+
+
 def test_an_interrupted_run_continues_bit_for_bit(run: tuple[ConfigDict, Path, dict], tmp_path: Path):
     config, workdir, report = run
     shutil.copytree(workdir, tmp_path / "again")
@@ -211,7 +223,7 @@ def test_every_preset_takes_an_abstract_step(preset: str):
     """Shapes and dtypes of one update; what the checkpoint holds afterwards is what it held before."""
     config = teacher.get_config(preset)
     config.model.depth = 2  # all blocks are alike
-    vit = supervised.build_vit_config(config.model, 10)
+    vit = supervised.build_vit_config(config.model, 3, 10)
     model = VisionTransformer(vit, dtype=jnp.dtype(config.train.dtype))
     preprocessing = Preprocessing(
         config.model.image_size, (0.5,) * 3, (0.5,) * 3, "bicubic", config.model.crop_fraction

@@ -116,7 +116,7 @@ class Fakes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, best: float = 0.01, diverges: tuple[float, ...] = ()):
         self.best, self.diverges, self.trained, self.probed = best, diverges, [], 0
-        self.teacher = make_teacher()
+        self.teacher, self.hashes = make_teacher(), {"few_shot": "few", "held_out": "h"}
         monkeypatch.setattr(table, "load_teacher_of", lambda config: self.teacher)
         monkeypatch.setattr(table, "load_bench", self.bench)
         monkeypatch.setattr(table, "train_student", self.train)
@@ -129,7 +129,7 @@ class Fakes:
         )()
         return SimpleNamespace(
             config=config, teacher=teacher, few_shot=dict.fromkeys(config.table.ratios, images), metric="top1",
-            held_out=range(32), probe_sets=(images,) * 3,
+            held_out=range(32), probe_sets=(images,) * 3, data_hashes=lambda ratio: self.hashes,
         )  # fmt: skip
 
     def train(self, bench, config, ratio):
@@ -213,6 +213,45 @@ def test_what_does_not_fit_the_work_directory(tmp_path: Path, monkeypatch: pytes
         table.run_table(small_config(rows=("copy",)), tmp_path)
 
 
+def test_cells_of_other_images_are_refused_and_older_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fakes = Fakes(monkeypatch)
+    config = small_config(rows=("copy",))
+    rows = table.run_table(config, tmp_path)
+    fakes.hashes = fakes.hashes | {"held_out": "others"}
+    with pytest.raises(ValueError, match=r"copy_r2_seed0\.json was made of other images \(held_out\)"):
+        table.run_table(config, tmp_path)
+    path = tmp_path / "cells" / "copy_r2_seed0.json"
+    older = json.loads(path.read_text())
+    del older["data"]
+    path.write_text(json.dumps(older))
+    fakes.trained.clear()
+    assert table.run_table(config, tmp_path) == rows
+    assert fakes.trained == []
+
+
+def test_a_teacher_of_odd_depth_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fakes = Fakes(monkeypatch)
+    fakes.teacher = make_teacher(config=dataclasses.replace(NANO, depth=3))
+    rows = table.run_table(small_config(rows=("teacher", "copy"), reductions=(3,)), tmp_path)
+    assert [(row["row"], row["reduction"]) for row in rows] == [("teacher", 1), ("copy", 3)]
+
+
+def test_calibrated_blocks_see_all_classes(monkeypatch: pytest.MonkeyPatch):
+    """Images are sorted by class: the first ones would be of one class."""
+    few = load_labelled(small_config().data, "train", 16, "bilinear").take(np.arange(40))
+    seen = []
+    monkeypatch.setattr(
+        table_bench,
+        "build_distiller",
+        lambda config, teacher, sample: seen.append(sample) or SimpleNamespace(blocks=(0,)),
+    )
+    config = cell_config(small_config(), Group("calibrated", 0.02, 2))
+    config.calibration.num_images = 4
+    bench = table_bench.Bench(config, None, {0.02: few}, None, "", (), Path("nowhere"))
+    assert table_bench._calibrated(bench, config, 0.02) == (0,)
+    np.testing.assert_array_equal(seen[0], few.images(np.array([0, 13, 26, 39])))
+
+
 def test_impossible_fields_fail_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fakes = Fakes(monkeypatch)
     config = small_config(rows=("copy", "enhanced"))
@@ -271,7 +310,7 @@ def test_held_out_loss_against_plain_code():
     config = small_config()
     teacher = make_teacher()
     images = np.asarray(jax.random.normal(jax.random.key(3), (64, 16, 16, 3)))
-    bench = table_bench.Bench(config, teacher, {}, images, (), Path("nowhere"))
+    bench = table_bench.Bench(config, teacher, {}, images, "", (), Path("nowhere"))
     student = table_bench.train_student(bench, cell_config(config, Group("copy", None, 2)), None)
     assert student.distiller.blocks == (0, 2)
     found = table_bench.held_out_metrics(bench, student)
@@ -292,7 +331,7 @@ def test_rows_of_either_target_are_measured_alike():
     found = {}
     for row in ("enhanced", "post", "cls"):
         config = cell_config(small_config(), Group(row, 0.02, 2))
-        bench = table_bench.Bench(config, teacher, {}, images, (), Path("nowhere"))
+        bench = table_bench.Bench(config, teacher, {}, images, "", (), Path("nowhere"))
         distiller = table_bench.build_distiller(config, teacher)
         start = table_bench.Trained(distiller, distiller.init_trainable(jax.random.key(0)), 0.0)
         found[row] = table_bench.held_out_metrics(bench, start)
@@ -312,7 +351,7 @@ def test_a_row_with_a_warm_start_begins_nearer(monkeypatch: pytest.MonkeyPatch):
     for row in ("enhanced", "warm"):
         config = cell_config(small_config(), Group(row, 0.02, 2))
         config.lora.rank = 12
-        bench = table_bench.Bench(config, teacher, {0.02: few}, images, (), Path("nowhere"))
+        bench = table_bench.Bench(config, teacher, {0.02: few}, images, "", (), Path("nowhere"))
         loss[row] = table_bench.held_out_metrics(bench, table_bench.train_student(bench, config, 0.02))["loss"]
     assert loss["warm"] < 0.8 * loss["enhanced"]
 
@@ -364,6 +403,10 @@ def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stored = json.loads((tmp_path / "table.json").read_text())
     assert [row["row"] for row in stored["rows"]] == ["teacher", "copy", "enhanced"]
     assert stored["cells"][2]["num_images"] > 10
+    few, held, *probed = stored["cells"][2]["data"].values()
+    assert few == stored["cells"][2]["manifest_hash"]
+    assert stored["cells"][1]["data"] == stored["cells"][2]["data"] | {"few_shot": None}
+    assert len({few, held, *probed}) == 5
     assert "digits" in (tmp_path / "table.md").read_text()
     html = (tmp_path / "report.html").read_text()
     assert "copy + enhanced LoRA" in html

@@ -19,14 +19,15 @@ from core.mesh import make_mesh
 from core.optim import build_optimizer
 from core.tree import paths
 from core.vit import VisionTransformer, VitConfig
+from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from input_pipeline.split import ArrayPixels
 from vit_distill.distill import Distiller, build_distiller, build_state, make_step_fn, make_targets_fn, make_views_fn
 from vit_distill.evaluate import compare
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.teacher import LoadReport, Teacher
-from vit_distill.teacher_cache import build_cache
-from vit_distill.train import train
+from vit_distill.teacher_cache import TeacherCache, build_cache, cached_batches
+from vit_distill.train import check_trains, start_values, train
 
 CONFIG = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=4, image_size=8)
 STORED = 10
@@ -229,3 +230,96 @@ def test_settings_that_do_not_fit_are_refused(change, message, config, teacher, 
     change(config)
     with pytest.raises(ValueError, match=message):
         train(build_distiller(config, teacher), images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.train.update(batch_size=12, accumulation=8), "train.batch_size=12 does not divide"),
+        (lambda c: c.lora.update(rank=17), "rank of query.*found 17"),
+        (lambda c: c.optim.update(kind="sgd"), "optim.kind: expected one of"),
+        (lambda c: c.lora.update(preset="plain", warm_start=True), "warm start writes into fc2"),
+    ],
+)
+def test_what_cannot_train_is_found_without_an_update(change, message, config, teacher, monkeypatch):
+    monkeypatch.setattr("vit_distill.train.train_loop", lambda *args, **kwargs: pytest.fail("trained"))
+    config.train.batch_size = 8
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        check_trains(build_distiller(config, teacher))
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "scratch"])
+@pytest.mark.parametrize("cached_views", [0, 2])
+def test_what_trains_passes_the_check(method, cached_views, config, teacher):
+    config.student.method, config.train.cached_views, config.train.accumulation = method, cached_views, 2
+    check_trains(build_distiller(config, teacher))
+
+
+def test_the_warm_start_sees_images_of_the_whole_set(config, teacher, images, monkeypatch):
+    """Sets are sorted by class: the first images would be of one class."""
+    config.lora.warm_start, config.calibration.num_images = True, 4
+    monkeypatch.setattr("vit_distill.train.warm_start", lambda *args, **kwargs: args[4])
+    expected = teacher.preprocessing.evaluate(jnp.asarray(images.images(np.array([0, 3, 7, 11]))))
+    np.testing.assert_array_equal(start_values(build_distiller(config, teacher), images), expected)
+
+
+def test_full_distillation_keeps_the_teachers_head(config, teacher, images):
+    """No loss reaches it, but weight decay does."""
+    small = dataclasses.replace(CONFIG, num_classes=3)
+    params = dict(teacher.params) | {"head": {"kernel": np.ones((16, 3), np.float32), "bias": np.ones(3, np.float32)}}
+    config.student.method = "full"
+    config.optim.update(weight_decay=5.0, learning_rate=0.1)
+    distiller = build_distiller(config, dataclasses.replace(teacher, config=small, params=params))
+    trained, _ = run_one(distiller, {"image": images.images(np.arange(8))}, steps=2)
+    assert leaves_equal(distiller.merged(trained)["head"], params["head"])
+    assert not leaves_equal(distiller.merged(trained)["block_00"], distiller.base["block_00"])
+
+
+def test_comparing_in_batches_changes_nothing(config, teacher, images, monkeypatch):
+    distiller = build_distiller(config, teacher)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.05, distiller.init_trainable(jax.random.key(0)))
+    found = {}
+    for size in (5, 12):
+        monkeypatch.setattr("vit_distill.evaluate.BATCH", size)
+        found[size] = compare(distiller, adapters, images.images(np.arange(12)))
+    assert found[5][0] == pytest.approx(found[12][0], rel=1e-6)
+    for rows, expected in zip(found[5][1:], found[12][1:], strict=True):
+        for row, other in zip(rows, expected, strict=True):
+            assert row == pytest.approx(other, rel=1e-6)
+    assert 0 < found[5][2][-1]["cka"] < 1
+
+
+def test_cached_features_of_eight_devices_are_those_of_one(config, teacher, images, monkeypatch):
+    """12 rows over 8 devices: each batch is split, and filled up where it does not divide."""
+    config.train.update(cached_views=1, batch_size=8)
+    one = build_distiller(config, teacher)
+    devices = []
+
+    def spy(distiller: Distiller) -> Callable:
+        targets_fn = make_targets_fn(distiller)
+        return lambda params, views: devices.append(len(views.sharding.device_set)) or targets_fn(params, views)
+
+    monkeypatch.setattr("vit_distill.teacher_cache.make_targets_fn", spy)
+    features = [
+        build_cache(distiller, images.pixels, "hash", None).features
+        for distiller in (one, dataclasses.replace(one, mesh=make_mesh()))
+    ]
+    np.testing.assert_allclose(features[1], features[0], atol=1e-5)
+    assert devices == [1, 1, 8, 8]
+
+
+def test_hosts_together_show_the_views_of_one(images):
+    """Two hosts' parts of every batch, one after the other, are the batch of one host: images and their views."""
+    cache = TeacherCache(np.zeros((1, 12 * 3, 1, 1), np.float32), 3)
+
+    def shown(index: int, count: int) -> list[list[tuple[int, int]]]:
+        process = dict(process_index=index, process_count=count)
+        batches = train_batches(images, 8, seed=0, start_step=1, num_steps=9, **process)
+        found = cached_batches(batches, cache, 12, 0, 1, **process)
+        return [list(zip(batch["index"].tolist(), batch["view"].tolist(), strict=True)) for batch in found]
+
+    together = [first + second for first, second in zip(shown(0, 2), shown(1, 2), strict=True)]
+    assert together == shown(0, 1)
+    views = [view for batch in together for image, view in batch if image == 0]
+    assert len(set(views[:3])) == 3  # another view in each epoch

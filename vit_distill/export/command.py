@@ -3,26 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from core.workdir import check_config
 from vit_distill.export.export import KINDS, export
-from vit_distill.run import few_shot_images
+from vit_distill.run import FREE_FIELDS, few_shot_images
+from vit_distill.sampling import even_rows
 from vit_distill.student_io import load_student
 
-NUM_IMAGES = 16  # for the comparison: of different classes, as few-shot rows are ordered by class
+NUM_IMAGES = 16  # for the comparison
 
 
 def run_export(config: Any, workdir: Path, kind: str, output: str = "") -> None:
     """Exports to `output` (default WORKDIR/export/KIND) and prints the files and the largest difference.
 
     Raises:
-      ValueError: as `export`, and if the work directory holds no student or its images are gone.
+      ValueError: as `export`, and if the work directory holds no student, one of another config, or its images are
+        gone.
     """
     if kind not in KINDS:  # before minutes of loading
         raise ValueError(f"--export: expected one of {KINDS}, found {kind!r}")
-    student = load_student(workdir)
+    # Adapters are cut by --mode=evaluate, which measures what is left.
+    check_config(config, workdir, [field for field in FREE_FIELDS if field != "lora.truncate_to"])
+    student = load_student(workdir, config)
     images, rows, _ = few_shot_images(config, student, workdir)
-    chosen = rows[np.linspace(0, len(rows) - 1, min(NUM_IMAGES, len(rows))).astype(int)]
+    chosen = rows[even_rows(len(rows), NUM_IMAGES)]
     folder = Path(output) if output else Path(workdir) / "export" / kind
     result = export(student, kind, folder, images.pixels.images(chosen))
     print(f"exported to {result['folder']}")

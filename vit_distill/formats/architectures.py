@@ -1,6 +1,8 @@
 """Sizes of ViTs by their timm names, and what a name alone tells: heads, activation, epsilon of the norms."""
 
+import fnmatch
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from core.vit import VitConfig
@@ -24,6 +26,28 @@ _PART = re.compile(r"\d+|clip|quickgelu|dinov2|reg\d+")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+# Models of timm that have the tensors of a plain ViT, as far as names and shapes go, and compute something else.
+_ROTARY = ("*_rope_*", "*_dinov3*", "*_lingbot*", "*_sapiens2*", "vit_pe_*", "eva02_*")
+_NOT_PLAIN = {
+    **dict.fromkeys(_ROTARY, "rotary positions, which its file does not hold"),
+    "eva_giant_*": "attention of its own (EVA)",
+    "beit*": "attention of its own (BEiT)",
+    "*_rpn_*": "norms after attention and MLP, not before",
+}
+_TANH = {"activation": "gelu_tanh"}
+# Where names of timm's tell more than a norm epsilon of 1e-6, the exact GELU, and the heads that the width tells.
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    "*_clip*": {"norm_eps": 1e-5},
+    "*_clip_quickgelu_*": {"activation": "quick_gelu"},
+    # These SigLIPs alone: timm gives the others the exact GELU.
+    "vit_base_patch32_siglip_*": _TANH,
+    "vit_large_patch16_siglip_*512": _TANH,
+    "vit_so400m_patch16_siglip_*": _TANH,
+    "vit_giantopt_patch16_siglip_*": _TANH | {"num_heads": 16},
+    "vit_base_patch16_gap_224": {"num_heads": 16},
+    "test_vit": {"num_heads": 2},
+    "test_vit2": {"num_heads": 2},
+}
 
 
 def architecture_config(name: str) -> VitConfig:
@@ -53,10 +77,21 @@ def architecture_config(name: str) -> VitConfig:
 
 
 def named_settings(name: str) -> dict[str, Any]:
-    """What shapes cannot tell and a timm name does: norm_eps and activation."""
-    parts = name.split(".")[0].split("_")
-    quick = "quickgelu" in parts
-    return {"norm_eps": 1e-5 if "clip" in parts else 1e-6, "activation": "quick_gelu" if quick else "gelu"}
+    """What shapes cannot tell and a timm name does: norm_eps, activation and, if need be, num_heads.
+
+    Raises:
+      ValueError: for a model that looks like a plain ViT and is none.
+    """
+    name = name.split(".")[0]
+    if reason := next((reason for pattern, reason in _NOT_PLAIN.items() if fnmatch.fnmatchcase(name, pattern)), None):
+        raise ValueError(
+            f"architecture {name!r}: expected a plain ViT such as vit_base_patch16_224, found {reason}: take another"
+        )
+    settings: dict[str, Any] = {"norm_eps": 1e-6, "activation": "gelu"}
+    for pattern, fields in _NAMED.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            settings |= fields
+    return settings
 
 
 def standard_heads(width: int) -> int | None:

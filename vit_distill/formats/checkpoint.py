@@ -1,7 +1,7 @@
 """What a format is and what its reader gives."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_distill.formats.canonical import State
@@ -36,11 +36,18 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What lies beside a weight file: its config.json and preprocessor_config.json, None where absent."""
+    """What lies beside the tensors that a reader is given, and tells where they come from.
+
+    Attributes:
+      config, preprocessor: config.json and preprocessor_config.json, None where absent.
+      wrapper: key under which a torch file holds the weights, "" where it is nothing but them.
+      left_out: names in the file that are no part of a ViT.
+    """
 
     config: Mapping[str, Any] | None = None
     preprocessor: Mapping[str, Any] | None = None
-    is_torch_file: bool = False
+    wrapper: str = ""
+    left_out: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_distill.formats import architectures
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
-from vit_distill.formats.hugging_face_reader import read_preprocessor, read_settings
+from vit_distill.formats.hugging_face_reader import DEFAULT_HEADS, read_preprocessor, read_settings
 from vit_distill.formats.names import Names
 
 OPENAI = Names(
@@ -74,7 +74,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     settings, preprocessing = {"norm_eps": 1e-5, "activation": "quick_gelu"}, dict(architectures.OPENAI)
     notes: tuple[str, ...] = ("norm_eps 1e-5, quick GELU, mean and std as OpenAI's models (OpenCLIP's own have GELU)",)
     if beside.config and not is_openai:
-        settings, notes = settings | read_settings(beside.config, torch_default=True)[0], ()
+        settings, notes = settings | {"num_heads": DEFAULT_HEADS} | read_settings(beside.config), ()
     if beside.preprocessor:
         fields, more = read_preprocessor(beside.preprocessor, imagenet=False)
         fields.pop("image_size", None)

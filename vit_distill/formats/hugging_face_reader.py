@@ -79,6 +79,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+DEFAULT_HEADS = 12  # of the config classes of ViT, DINOv2 and CLIP alike, whatever the width
 
 
 def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
@@ -94,7 +95,8 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         state["head.weight"] = _class_token_half(state["head.weight"])
     if "reg_token" in state and "pos_embed" in state and "cls_token" in state:
         canonical.fold_prefix_positions(state, 1)
-    settings, notes = read_settings(beside.config, is_dinov2)
+    defaults, notes = _defaults(beside.config, is_dinov2)
+    settings = defaults | read_settings(beside.config or {})
     preprocessing, more_notes = read_preprocessor(beside.preprocessor, is_dinov2)
     if beside.preprocessor:
         settings |= {key: preprocessing.pop(key) for key in ("image_size",) if key in preprocessing}
@@ -139,25 +141,34 @@ def _class_token_half(weight: np.ndarray) -> np.ndarray:
     return weight[:, :half]
 
 
-def read_settings(config: Mapping[str, Any] | None, torch_default: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fields of VitConfig in a config.json of transformers, and notes.
+def _defaults(config: Mapping[str, Any] | None, is_dinov2: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What transformers takes for fields that a config.json leaves out (as version 4 wrote nested ones), and notes."""
+    is_msn = (config or {}).get("model_type") == "vit_msn"
+    settings: dict[str, Any] = {"norm_eps": 1e-6 if is_dinov2 or is_msn else 1e-12, "activation": "gelu"}
+    if not config:  # then the width is a better guess than the default of 12 heads
+        return settings, (f"norm_eps {settings['norm_eps']} and exact GELU assumed: no config.json",)
+    return settings | {"num_heads": DEFAULT_HEADS}, ()
 
-    Args:
-      torch_default: whether a model without config has norm_eps 1e-6 (DINOv2) rather than ViT's 1e-12.
+
+def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of VitConfig that a config.json of transformers names, and no other.
+
+    Raises:
+      ValueError: for an unknown activation.
     """
-    if not config:
-        eps = 1e-6 if torch_default else 1e-12
-        return {"norm_eps": eps, "activation": "gelu"}, (f"norm_eps {eps} and exact GELU assumed: no config.json",)
     config = config.get("vision_config", config)
     settings: dict[str, Any] = {}
     if "layer_norm_eps" in config:
         settings["norm_eps"] = float(config["layer_norm_eps"])
     if "num_attention_heads" in config:
         settings["num_heads"] = int(config["num_attention_heads"])
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act: expected one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
-    return {"norm_eps": 1e-6 if torch_default else 1e-12, **settings, "activation": _ACTIVATIONS[activation]}, ()
+    if "hidden_act" in config:
+        activation = config["hidden_act"]
+        if activation not in _ACTIVATIONS:
+            expected = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"config.json: hidden_act: expected one of {expected}, found {activation!r}")
+        settings["activation"] = _ACTIVATIONS[activation]
+    return settings
 
 
 def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -40,6 +40,7 @@ def read_format(tensors: Mapping[str, np.ndarray], beside: Beside) -> tuple[Chec
             inside[short] = name
         else:
             outside.append(name)
+    beside = dataclasses.replace(beside, left_out=tuple(ignored))
     found = reader.read({short: tensors[name] for short, name in inside.items()}, beside)
 
     def source_name(name: str) -> str:

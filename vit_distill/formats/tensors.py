@@ -37,12 +37,14 @@ class TensorFile:
       path: the file.
       tensors: by name; floats of any width as float32, integers as they are.
       sha256: of the file's bytes.
+      wrapper: key of a torch file that the tensors were under, "" if none.
       notes: decisions taken while reading, for the load report.
     """
 
     path: Path
     tensors: Mapping[str, np.ndarray]
     sha256: str
+    wrapper: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -55,13 +57,13 @@ def read_tensors(path: Path) -> TensorFile:
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a weight file ending in one of {SUFFIXES}, found {path.suffix or 'no'!r}")
-    notes: tuple[str, ...] = ()
+    wrapper, notes = "", ()
     if path.suffix == ".safetensors":
         tensors = _read_safetensors(path)
     elif path.suffix == ".npz":
         tensors = _read_npz(path)
     else:
-        tensors, notes = _read_torch(path)
+        tensors, wrapper, notes = _read_torch(path)
     if not tensors:
         raise ValueError(f"{path}: expected tensors, found none")
     tensors = {name: _as_float32(array) for name, array in tensors.items()}
@@ -71,7 +73,7 @@ def read_tensors(path: Path) -> TensorFile:
             raise ValueError(
                 f"{path}: tensor {name!r} has {count} values that are NaN or infinite: the file is damaged"
             )
-    return TensorFile(path, tensors, file_sha256(path), notes)
+    return TensorFile(path, tensors, file_sha256(path), wrapper, notes)
 
 
 def file_sha256(path: Path) -> str:
@@ -121,7 +123,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+    """(tensors, wrapper, notes) of a torch file."""
     try:
         import torch
     except ImportError as error:
@@ -138,19 +141,19 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}; save model.state_dict()")
-    notes: tuple[str, ...] = ()
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            others = sorted(str(key) for key in content if key != wrapper)
-            notes = (f"weights taken from {wrapper!r} of the torch file" + (f", not {others}" if others else ""),)
-            content = content[wrapper]
+    wrapper, notes = "", ()
+    for key in _WRAPPERS:
+        if isinstance(content.get(key), Mapping):
+            wrapper, others = key, sorted(str(other) for other in content if other != key)
+            notes = (f"weights taken from {key!r} of the torch file" + (f", not {others}" if others else ""),)
+            content = content[key]
             break
     tensors: dict[str, np.ndarray] = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name!r}: expected a tensor, found {type(value).__name__}")
         tensors[str(name)] = _torch_to_numpy(value)
-    return tensors, notes
+    return tensors, wrapper, notes
 
 
 def _torch_to_numpy(value: Any) -> np.ndarray:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,12 @@ _DIALECTS = (
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
     (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),  # DeiT III
 )
+# Of original files of DeiT, MAE, DINO and DINOv2 and of none that timm writes: what the weights are under, and names.
+_WRAPPERS = ("model", "teacher")
+_ORIGINAL = (
+    "register_tokens", "*mask_token", "*decoder_*", "*dino_head.*", "*ibot_head.*", "head.mlp.*", "head.last_layer*",
+    "*.mlp.w12.*", "*.gamma_1",
+)  # fmt: skip
 # What a config tells and tensors do not.
 _TOLD = ("num_heads", "norm_eps", "activation", "pool", "position_on_prefix")
 _QKV = re.compile(r"(blocks\.\d+\.attn)\.qkv\.(weight|bias)")
@@ -39,8 +46,8 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     """Translates timm, DeiT, MAE, DINO or DINOv2 tensors, names already without prefix.
 
     Args:
-      beside: its config is timm's or ours. A torch file without one is an original of DeiT, MAE, DINO or DINOv2,
-        which all expect ImageNet's mean and std.
+      beside: its config is timm's or ours. Without one, an original of DeiT, MAE, DINO or DINOv2 is known by its
+        wrapper or names; these all expect ImageNet's mean and std.
 
     Raises:
       ValueError: for a variant that is not a plain ViT.
@@ -60,7 +67,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         else:
             state[name] = array
 
-    original = not beside.config and "blocks.0.ls1.gamma" in state
+    dinov2 = not beside.config and "blocks.0.ls1.gamma" in state and _position_on_class_token(state)
     notes = _fold_dinov2(state, "register_tokens" in tensors)
 
     def source_name(name: str) -> str:
@@ -73,7 +80,8 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         clip = "norm_pre.weight" in state
         settings = {"norm_eps": 1e-5 if clip else 1e-6, "activation": "gelu"}
         notes += (f"norm_eps {settings['norm_eps']} and exact GELU assumed: no config.json beside the file",)
-        if beside.is_torch_file and not clip:
+        original = any(canonical.matches(name, _ORIGINAL) for name in (*tensors, *beside.left_out))
+        if not clip and (original or beside.wrapper in _WRAPPERS):
             preprocessing = dict(architectures.IMAGENET)
             notes += ("ImageNet's mean and std assumed, as DeiT, MAE, DINO and DINOv2 expect",)
     return Checkpoint(
@@ -84,9 +92,15 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         preprocessing=preprocessing,
         facts=facts,
         # DINOv2 without registers was trained with the odd scale; timm's files are used as timm does.
-        position_resize="dinov2" if original and "reg_token" not in state else "timm",
+        position_resize="dinov2" if dinov2 and "reg_token" not in state else "timm",
         notes=notes,
     )
+
+
+def _position_on_class_token(state: canonical.State) -> bool:
+    """Whether positions are those of a square grid and more: DINOv2's are, DeiT III's (layer scale too) are not."""
+    count = math.prod(state["pos_embed"].shape[:-1]) if "pos_embed" in state else 0
+    return math.isqrt(count) ** 2 != count
 
 
 def _fold_dinov2(state: dict[str, np.ndarray], original_registers: bool) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ def test_without_timm_our_own_reader_checks(make_student, images, tmp_path, monk
 def test_command_exports_into_the_work_directory_and_prints(make_student, images, tmp_path, monkeypatch, capsys):
     pixels = SimpleNamespace(images=lambda rows: images[np.asarray(rows) % 3])
     rows = np.arange(40)
-    monkeypatch.setattr(command, "load_student", lambda workdir: make_student())
+    monkeypatch.setattr(command, "load_student", lambda *_: make_student())
     monkeypatch.setattr(command, "few_shot_images", lambda *_: (SimpleNamespace(pixels=pixels), rows, rows[:0]))
     command.run_export(SimpleNamespace(), tmp_path, "adapters")
     assert json.loads((tmp_path / "export" / "adapters" / "export.json").read_text())["num_images"] == 16

@@ -69,7 +69,28 @@ def test_original_dinov2_and_deit3_names(dinov2: Teacher, tmp_path: Path) -> Non
     smaller = load(tmp_path, renamed, overrides={"image_size": 16})
     assert smaller.report.reshaped == ("pos_embed [1, 17, 32] -> [1, 5, 32] (dinov2)",)
     deit3 = {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): a for n, a in state.items()}
-    assert same(load(tmp_path, deit3), dinov2)
+    deit3["pos_embed"] = deit3["pos_embed"][:, 1:]  # of the patches alone, and resized as timm does
+    found = load(tmp_path, deit3)
+    assert found.config.layer_scale
+    assert not found.config.position_on_prefix
+    smaller = load(tmp_path, deit3, overrides={"image_size": 16})
+    assert smaller.report.reshaped == ("pos_embed [1, 16, 32] -> [1, 4, 32] (timm)",)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["mask_token", "decoder_pos_embed", "register_tokens", "dino_head.mlp.0.weight"],
+)
+def test_names_that_tell_an_original_give_imagenets_statistics(plain: Teacher, tmp_path: Path, extra: str) -> None:
+    """Whatever the file's suffix; without such a sign mean and std are asked for."""
+    state = to_timm(plain.config, plain.params)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="mean and std: no config beside the file"):
+        load_teacher(str(tmp_path), overrides={"num_heads": 2})
+    shape = (1, 4, 32) if extra == "register_tokens" else (1, 32)
+    found = load(tmp_path, state | {extra: np.ones(shape, np.float32)}, overrides={"mean": None, "std": None})
+    assert found.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert any("ImageNet's mean and std assumed" in note for note in found.report.notes)
 
 
 def test_torch_files(plain: Teacher, tmp_path: Path) -> None:
@@ -82,6 +103,10 @@ def test_torch_files(plain: Teacher, tmp_path: Path) -> None:
     assert found.preprocessing.mean == (0.485, 0.456, 0.406)
     assert found.name == "mae_pretrain_vit"
     assert found.report.notes[0] == "weights taken from 'model' of the torch file, not ['epoch']"
+    for content in (state, {"state_dict": state}):  # as timm and others save: nothing tells the origin
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="mean and std: no config beside the file"):
+            load_teacher(str(path), overrides={"num_heads": 2})
     torch.save({"model": state, "args": argparse.Namespace(lr=1)}, path)
     with pytest.raises(ValueError, match=r"mae_pretrain_vit\.pth: torch cannot read it with weights_only=True"):
         load_teacher(str(path))

@@ -84,7 +84,50 @@ def test_what_is_no_part_of_a_vit_is_named(tmp_path: Path) -> None:
     assert any("quick GELU" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "hf_dinov2_registers", "big_vision"])
+# What transformers takes where a config.json leaves a field out: class, norm_eps and activation by case.
+DEFAULTS = {
+    "hf_vit": ("ViTConfig", 1e-12, "gelu"),
+    "hf_dinov2_swiglu": ("Dinov2Config", 1e-6, "gelu"),
+    "hf_dinov2_registers": ("Dinov2WithRegistersConfig", 1e-6, "gelu"),
+    "hf_clip": ("CLIPVisionConfig", 1e-5, "quick_gelu"),
+}
+LEFT_OUT = ("layer_norm_eps", "hidden_act", "num_attention_heads")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_fields_left_out_of_a_config_are_those_of_transformers(
+    name: str, nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 4 wrote differences from the defaults alone for nested configs (openai/clip-vit-large-patch14-336)."""
+    config = {key: value for key, value in CASES[name]["config"].items() if key not in LEFT_OUT}
+    assert len(config) == len(CASES[name]["config"]) - 3
+    monkeypatch.setitem(CASES, name, CASES[name] | {"config": {"vision_config": config} if nested else config})
+    monkeypatch.setitem(NUM_HEADS, name, 2)
+    _, eps, activation = DEFAULTS[name]
+    found = load_case(name, tmp_path).config
+    assert (found.norm_eps, found.activation) == (eps, activation)
+    monkeypatch.delitem(NUM_HEADS, name)
+    with pytest.raises(ValueError, match="width 32 is not a multiple of num_heads 12"):
+        load_case(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_of_transformers(name: str) -> None:
+    config_class, eps, activation = DEFAULTS[name]
+    config = getattr(peer("transformers"), config_class)()
+    assert (config.layer_norm_eps, config.hidden_act, config.num_attention_heads) == (eps, activation, 12)
+
+
+def test_a_vit_of_msn_has_another_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are called as ViT's; the config alone says which it is."""
+    monkeypatch.setitem(CASES, "hf_vit", CASES["hf_vit"] | {"config": {"model_type": "vit_msn"}})
+    monkeypatch.setitem(NUM_HEADS, "hf_vit", 2)
+    assert load_case("hf_vit", tmp_path).config.norm_eps == 1e-6
+    assert peer("transformers").ViTMSNConfig().layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_siglip_gap", "hf_dinov2_registers", "big_vision"])
 def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
     peer("timm" if "timm" in name or "big" in name else "transformers")
     case = script().CASES[name]()

@@ -220,6 +220,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "timm_mean_no_class_token": lambda: timm_case(
         "vit_base_patch16_224", global_pool="avg", fc_norm=False, class_token=False
     ),
+    "timm_siglip_gap": lambda: timm_case("vit_so400m_patch16_siglip_gap_256"),
     "timm_deit3": lambda: timm_case("deit3_small_patch16_224"),
     "timm_dinov2_registers": lambda: timm_case("vit_small_patch14_reg4_dinov2"),
     "timm_dinov2_giant": lambda: timm_case("vit_giant_patch14_dinov2"),

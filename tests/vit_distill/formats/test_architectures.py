@@ -1,0 +1,103 @@
+"""What names of timm's tell: against timm's own models, whose parameters do not say it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from peers import peer
+
+from core.vit import VitConfig
+from vit_distill.formats import architectures
+from vit_distill.formats.canonical import entries, infer_config
+from vit_distill.formats.checkpoint import Beside
+from vit_distill.formats.reading import read_format
+
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_rope_224.naver_in1k", "rotary positions"),
+        ("vit_small_patch16_rope_mixed_ape_224", "rotary positions"),
+        ("vit_medium_patch16_rope_reg1_gap_256", "rotary positions"),
+        ("vit_large_patch16_dinov3.lvd1689m", "rotary positions"),
+        ("vit_base_patch16_dinov3_qkvb", "rotary positions"),
+        ("vit_base_patch16_lingbot", "rotary positions"),
+        ("vit_large_patch16_sapiens2", "rotary positions"),
+        ("vit_pe_spatial_base_patch16_512", "rotary positions"),
+        ("eva02_large_patch14_448", "rotary positions"),
+        ("eva_giant_patch14_224", "EVA"),
+        ("beit_base_patch16_224", "BEiT"),
+        ("beitv2_large_patch16_224", "BEiT"),
+        ("beit3_base_patch16_224", "BEiT"),
+        ("vit_base_patch16_rpn_224", "norms after attention"),
+        ("vit_relpos_base_patch16_rpn_224", "norms after attention"),
+    ],
+)
+def test_what_only_looks_like_a_plain_vit_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"architecture '{name.split('.')[0]}': expected a plain ViT.*{reason}"):
+        architectures.named_settings(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_base_patch16_224.augreg_in21k", {"norm_eps": 1e-6, "activation": "gelu"}),
+        ("deit3_small_patch16_224", {"norm_eps": 1e-6, "activation": "gelu"}),
+        ("eva_large_patch14_196", {"norm_eps": 1e-6, "activation": "gelu"}),  # a plain ViT, unlike the other EVAs
+        ("vit_large_patch14_clip_336.openai", {"norm_eps": 1e-5, "activation": "gelu"}),
+        ("vit_base_patch32_clip_quickgelu_224", {"norm_eps": 1e-5, "activation": "quick_gelu"}),
+        ("vit_base_patch16_siglip_gap_224", {"norm_eps": 1e-6, "activation": "gelu"}),
+        ("vit_large_patch16_siglip_gap_384", {"norm_eps": 1e-6, "activation": "gelu"}),
+        ("vit_large_patch16_siglip_gap_512", {"norm_eps": 1e-6, "activation": "gelu_tanh"}),
+        ("vit_so400m_patch14_siglip_gap_384", {"norm_eps": 1e-6, "activation": "gelu"}),
+        ("vit_so400m_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh"}),
+        ("vit_giantopt_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh", "num_heads": 16}),
+        ("vit_base_patch16_gap_224", {"norm_eps": 1e-6, "activation": "gelu", "num_heads": 16}),
+        ("test_vit", {"norm_eps": 1e-6, "activation": "gelu", "num_heads": 2}),
+    ],
+)
+def test_settings_by_name(name: str, expected: dict[str, Any]) -> None:
+    assert architectures.named_settings(name) == expected
+
+
+def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
+    """Of each ViT that timm can build: either an error, or timm's own block, epsilon, activation, heads and pooling."""
+    timm, torch = peer("timm"), peer("torch")
+    from timm.models.vision_transformer import Attention, Block, LayerNorm, VisionTransformer
+
+    patterns = ["vit_*", "deit*", "eva*", "beit*", "flexivit*", "test_vit*", "aimv2*", "samvit*"]
+    names = timm.list_models(patterns, exclude_filters="*sapiens2*")  # which cannot be built with one block
+    read = []
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0, depth=1)
+        tensors = {key: np.broadcast_to(np.float32(0), tuple(value.shape)) for key, value in model.state_dict().items()}
+        beside = Beside({"architecture": name, "global_pool": getattr(model, "global_pool", "token")})
+        try:
+            found, _ = read_format(tensors, beside)
+            settings = infer_config(found.state, found.source_name) | found.settings
+        except ValueError:
+            continue
+        heads = settings.get("num_heads") or architectures.standard_heads(settings["width"])
+        config = VitConfig(**settings | {"num_heads": heads or 1})  # without customary heads they are asked for
+        if {entry.name for entry in entries(config)} != set(found.state):
+            continue  # load_teacher refuses what is missing and what has no place
+        read.append(name)
+        block = model.blocks[0]
+        assert (type(model), type(block), type(block.attn), type(block.norm1)) == (
+            VisionTransformer, Block, Attention, LayerNorm
+        ), name  # fmt: skip
+        assert config.norm_eps == block.norm1.eps, name
+        assert config.mlp == "swiglu" or config.activation == ACTIVATIONS[type(block.mlp.act).__name__], name
+        assert heads in (None, block.attn.num_heads), name
+        assert config.position_on_prefix == (not model.no_embed_class and model.num_prefix_tokens > 0), name
+        assert config.pool == ("token" if model.global_pool == "token" else "mean"), name
+    assert {"vit_base_patch16_224", "deit3_base_patch16_224", "eva_large_patch14_196", "flexivit_base"} <= set(read)
+    assert {
+        "vit_so400m_patch16_siglip_gap_256",
+        "vit_base_patch16_gap_224",
+        "vit_base_patch14_reg1_tipsv2",
+        "test_vit",
+    } <= set(read)
