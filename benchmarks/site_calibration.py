@@ -35,8 +35,9 @@ def measure(stored: Stored, calibration: Calibration, rows: np.ndarray) -> list[
 def compare(cell: Path) -> list[tuple[int, list[float], list[float]]]:
     """For each half: normals that calibrated, and what the cell's own and the site's calibration give on the rest."""
     tasks = build_system(get_config(cell)).tasks
-    stored, own = load_trained(cell, tasks, json.loads((cell / "cell.json").read_text())["step"])
-    test, groups = stored.scored["test"], np.array(stored.groups)
+    stored, saved = load_trained(cell, tasks, json.loads((cell / "cell.json").read_text())["step"])
+    test, normals, groups = stored.scored["test"], stored.scored["calibration"], np.array(stored.groups)
+    own = fit_calibration(tasks, saved.fusion, normals.raw, normals.texture)
     normal = stored.labels == 0
     names, found = np.unique(groups[normal]), []
     for half in range(HALVES):
