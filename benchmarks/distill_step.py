@@ -31,8 +31,7 @@ def jax_step(model: str, batch: int, bf16: bool, overrides: Mapping[str, Any] | 
 
     from configs.common import distiller
     from core.optim import build_optimizer
-    from core.step import make_train_step_fn
-    from vit_distill.distill import build_distiller, build_state, frozen_params, make_loss_fn, make_targets_fn
+    from vit_distill.distill import build_distiller, build_state, frozen_params, make_targets_fn, make_update_fn
     from vit_distill.teacher import load_teacher
 
     config = distiller()
@@ -42,7 +41,7 @@ def jax_step(model: str, batch: int, bf16: bool, overrides: Mapping[str, Any] | 
     it = build_distiller(config, load_teacher(f"random:{model}", overrides=overrides))
     tx = build_optimizer(config.optim, 1000)
     state = build_state(it, tx)
-    update, targets_fn = make_train_step_fn(make_loss_fn(it), tx, ema_decay=0.0), make_targets_fn(it)
+    update, targets_fn = make_update_fn(it, tx), make_targets_fn(it)
     base, teacher = jax.device_put(frozen_params(it))
     side = it.student_config.image_size
     views = jax.device_put(np.random.default_rng(0).normal(size=(batch, side, side, 3)).astype(np.float32))

@@ -3,8 +3,9 @@
   python -m benchmarks.input [--root=FOLDER_OF_IMAGES] [--rounds=5] [--quick]
 
 First table: images/s from image files (default: 256 synthetic photographs, JPEG of 500 x 375, each under eight names:
-the readers are for long streams, and tf.data takes a third of a second to start) to uint8 batches on the device, decoded and stretched to 224 px, grey and RGB. All sides decode with Pillow, their bytes are compared before
-anything is timed, and they take turns in alternating order. "memory" starts from a decoded .npz in memory.
+the readers are for long streams, and tf.data takes a third of a second to start) to uint8 batches on the device,
+decoded and stretched to 224 px, grey and RGB. All sides decode with Pillow, their bytes are compared before anything is
+timed, and they take turns in alternating order. "memory" starts from a decoded .npz in memory.
 Second table: the detector's training loop (tiny preset) with batches from one repeated array, from memory and from the
 files: time in `next(batches)` as a share of the wall time, an upper bound of the waiting (dispatched work may go on
 meanwhile), and the time of an update beside that with the repeated array. --quick: little of everything, no record.

@@ -23,7 +23,7 @@ from core.state import TrainState, init_state
 from core.step import make_train_step_fn
 from core.vit import VisionTransformer, VitConfig, VitOutput
 from vit_distill.augment import fixed_view, random_resized_crop
-from vit_distill.forward import make_forward
+from vit_distill.forward import make_forward, micro_batches
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
 from vit_distill.teacher import Teacher
@@ -221,14 +221,20 @@ def trace_update(distiller: Distiller, tx: optax.GradientTransformation) -> None
     targets = jax.eval_shape(make_targets_fn(distiller), distiller.teacher.params, views)
     trainable = jax.eval_shape(distiller.init_trainable, key)
     state = TrainState(step, trainable, trainable, jax.eval_shape(tx.init, trainable), {})
-    update = _make_update_fn(distiller, tx)
+    update = make_update_fn(distiller, tx)
     jax.eval_shape(update, state, {"views": views, "targets": targets}, key, distiller.base)
 
 
-def _make_update_fn(distiller: Distiller, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """Compiled (state, {views, targets}, run key, base) -> (state, metrics)."""
+def make_update_fn(distiller: Distiller, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Compiled (state, {views, targets}, run key, base) -> (state, metrics).
+
+    The loss is a mean over images, so that micro-batches, asked for or for a CPU's caches, change nothing but rounding.
+    """
     train = distiller.config.train
-    return make_train_step_fn(make_loss_fn(distiller), tx, ema_decay=train.ema_decay, accumulation=train.accumulation)
+    accumulation = micro_batches(
+        distiller.student_config, train.batch_size, distiller.mesh.size, asked=train.accumulation
+    )
+    return make_train_step_fn(make_loss_fn(distiller), tx, ema_decay=train.ema_decay, accumulation=accumulation)
 
 
 def make_step_fn(
@@ -239,7 +245,7 @@ def make_step_fn(
     The batch holds image uint8 [B, S, S, C]; with cached views also index, view and target_0, target_1...: [B, N, D].
     """
     config = distiller.config
-    update = _make_update_fn(distiller, tx)
+    update = make_update_fn(distiller, tx)
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
     base, teacher = (replicate(params, distiller.mesh) for params in frozen_params(distiller))
 

@@ -1,7 +1,7 @@
-"""The forward of a frozen vision transformer, large batches in parts on a CPU.
+"""Large batches in parts on a CPU: the forward of a frozen vision transformer, and how an update is cut.
 
-A ViT-B's hidden activations of 32 images are 77 MB in float32 and leave every cache: in parts of 8 the same batch is
-faster (benchmarks/NOTES.md). Axes: B batch, H W C image.
+A ViT-B's hidden activations of 32 images are 77 MB in float32 and leave every cache: in parts of 8 the same forward is
+faster, and in parts of 4 the same update (benchmarks/NOTES.md). Axes: B batch, H W C image.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,24 @@ import jax
 from core.vit import VisionTransformer, VitConfig, VitOutput
 
 PART_BYTES = 24 * 2**20  # of a part's hidden activations [part * N, mlp_dim] in float32; 10 to 40 MB do as well
+TRAINED_PART_BYTES = 10 * 2**20  # the same where a gradient is taken, which keeps them for every block
 
 
-def part_size(config: VitConfig, batch: int) -> int:
-    """Images of a part: the largest divisor of `batch` within PART_BYTES; `batch` itself where none comes near."""
-    most = PART_BYTES // (4 * config.num_tokens * config.mlp_dim)
+def part_size(config: VitConfig, batch: int, most_bytes: int | None = None) -> int:
+    """Images of a part: the largest divisor of `batch` within `most_bytes` (default PART_BYTES); `batch` itself where
+    none comes near."""
+    most = (most_bytes or PART_BYTES) // (4 * config.num_tokens * config.mlp_dim)
     part = max((part for part in range(1, batch + 1) if batch % part == 0 and part <= most), default=1)
     return part if 2 * part > most else batch
+
+
+def micro_batches(config: VitConfig, batch: int, num_devices: int, asked: int = 1) -> int:
+    """Into how many micro-batches an update is cut: as many as were asked for; where that is one, on one CPU device and
+    for a batch beyond PART_BYTES, as many as its caches want."""
+    whole = 4 * batch * config.num_tokens * config.mlp_dim <= PART_BYTES
+    if asked > 1 or jax.default_backend() != "cpu" or num_devices > 1 or whole:
+        return asked
+    return batch // part_size(config, batch, TRAINED_PART_BYTES)
 
 
 def make_forward(

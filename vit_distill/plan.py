@@ -21,7 +21,7 @@ from core.provenance import environment
 from core.tree import num_params
 from core.vit import VitConfig
 from vit_distill import flops
-from vit_distill.forward import make_forward
+from vit_distill.forward import make_forward, micro_batches
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
 from vit_distill.student_io import load_teacher_of
 from vit_distill.weight_copy import choose_blocks
@@ -66,16 +66,15 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
     cached = bool(train.cached_views)
     # JAX's devices of one CPU share its cores and memory.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    cost = flops.step_cost(
-        student, teacher, train.batch_size, method, lora, accumulation=train.accumulation, cached=cached
-    )
+    accumulation = micro_batches(student, train.batch_size, devices, asked=train.accumulation)
+    cost = flops.step_cost(student, teacher, train.batch_size, method, lora, accumulation=accumulation, cached=cached)
     dtype = jnp.dtype(train.dtype)
     batch = -(-train.batch_size // devices)
     memory = flops.train_memory(
         student,
         teacher,
         batch,
-        -(-batch // train.accumulation),
+        -(-batch // accumulation),
         method,
         num_trained,
         compute_bytes=dtype.itemsize,

@@ -7,7 +7,7 @@ import pytest
 
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import forward as module
-from vit_distill.forward import make_forward, part_size
+from vit_distill.forward import make_forward, micro_batches, part_size
 
 CONFIG = VitConfig(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
 VIT_B = VitConfig(depth=12, width=768, num_heads=12, mlp_dim=3072, patch_size=16, image_size=224)
@@ -52,3 +52,12 @@ def test_parts_of_a_vit_b(batch, part):
 
 def test_a_small_model_stays_whole():
     assert part_size(CONFIG, 512) == 512
+    assert micro_batches(CONFIG, 512, 1) == 1
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (8, 1), (10, 1), (16, 4), (32, 8), (18, 6), (31, 1)])
+def test_an_update_of_a_vit_b_is_cut_where_it_leaves_the_caches(batch, count):
+    """At most four images at once; a batch that the forward takes whole, and a prime one, is not cut."""
+    assert micro_batches(VIT_B, batch, 1) == count
+    assert micro_batches(VIT_B, batch, 2) == 1  # devices have the batch in parts already
+    assert micro_batches(VIT_B, batch, 1, asked=2) == 2

@@ -22,6 +22,7 @@ from core.vit import VisionTransformer, VitConfig
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from input_pipeline.split import ArrayPixels
+from vit_distill import forward
 from vit_distill.distill import Distiller, build_distiller, build_state, make_step_fn, make_targets_fn, make_views_fn
 from vit_distill.evaluate import compare
 from vit_distill.preprocessing import Preprocessing
@@ -166,6 +167,23 @@ def test_accumulated_micro_batches_are_one_batch(config, teacher, images):
     again, metrics_again = run_one(one, batch)
     assert metrics["loss"] == pytest.approx(metrics_again["loss"], rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(metrics_again["grad_norm"], rel=1e-4)
+    for path, leaf in paths(params).items():
+        np.testing.assert_allclose(leaf, paths(again)[path], atol=2e-5, err_msg=path)
+
+
+def test_a_batch_cut_for_the_caches_is_one_batch(config, teacher, images, monkeypatch):
+    """Tolerances as above."""
+    config.train.batch_size = 8
+    batch = {"image": images.pixels.images(np.arange(8))}
+    one = build_distiller(config, teacher)
+    one = dataclasses.replace(one, mesh=make_mesh(devices=jax.devices()[:1]))
+    params, metrics = run_one(one, batch)
+    student = one.student_config
+    monkeypatch.setattr(forward, "PART_BYTES", 4 * student.num_tokens * student.mlp_dim)
+    monkeypatch.setattr(forward, "TRAINED_PART_BYTES", 2 * 4 * student.num_tokens * student.mlp_dim)
+    assert forward.micro_batches(student, 8, 1) == 4
+    again, metrics_again = run_one(one, batch)
+    assert metrics["loss"] == pytest.approx(metrics_again["loss"], rel=1e-5)
     for path, leaf in paths(params).items():
         np.testing.assert_allclose(leaf, paths(again)[path], atol=2e-5, err_msg=path)
 
