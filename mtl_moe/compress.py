@@ -90,8 +90,8 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
     facts |= {"source": workdir.absolute().name} | _source_metrics(workdir, trained.step)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / COMPRESS_FILE, facts)
-    save_config(config, output)
     bind_training_data(dataset, output)
+    save_config(config, output)
 
     adapters = _distil(full, small, trained, base, dataset, output)
     distilled = merge(base, adapters)

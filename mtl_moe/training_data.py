@@ -50,7 +50,7 @@ def other_training_data(dataset: Dataset, workdir: Path) -> str:
 
 
 def bind_training_data(dataset: Dataset, workdir: Path) -> None:
-    """Writes FILE, or compares with it.
+    """Compares with FILE, or writes it in a folder that nothing was trained in yet.
 
     Raises:
       ValueError: if the detector of `workdir` learned from other images.
@@ -62,6 +62,8 @@ def bind_training_data(dataset: Dataset, workdir: Path) -> None:
             f"{here['dataset']}, of other names or contents): use another --workdir, or --mode=evaluate to measure it "
             "on these"
         )
-    if not (workdir / FILE).exists() and jax.process_index() == 0:
+    if (workdir / "config.json").exists():  # or made before this file was: what it learned from is not known
+        return
+    if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / FILE, training_data(dataset))

@@ -87,4 +87,7 @@ def test_a_folder_goes_on_with_its_own_images_only(short_run, tmp_path):
     split.names[:] = [f"x{name}" for name in split.names]
     assert training_data.other_training_data(renamed, workdir)
     assert np.isclose(facts["mean_grey"][0], dataset.splits["train"].images(np.array([0])).mean(), atol=0.01)
-    assert training_data.other_training_data(dataset, tmp_path) == ""  # of before there was such a file
+    (tmp_path / "config.json").write_text("{}")  # of before there was such a file: nothing is known, nor claimed
+    training_data.bind_training_data(dataset, tmp_path)
+    assert not (tmp_path / training_data.FILE).exists()
+    assert training_data.other_training_data(elsewhere, tmp_path) == ""
