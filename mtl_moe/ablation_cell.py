@@ -33,7 +33,9 @@ from mtl_moe.tasks import Task
 from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
-FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.tensorboard", "compress.")
+FREE_FIELDS = (
+    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.tensorboard", "compress.", "slices.",
+)  # fmt: skip
 FUSED = "fused"
 
 

@@ -38,7 +38,7 @@ from mtl_moe.system import System
 from mtl_moe.training_data import bind_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
-FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "train.tensorboard")
+FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "slices.", "train.tensorboard")
 TIMING_ROUNDS = 7  # batches scored by each detector, in turn; the median counts
 MAX_HELD_OUT = 256  # normals on which tokens are compared
 

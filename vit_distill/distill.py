@@ -72,7 +72,7 @@ class Distiller:
         """
         if self.lora:
             return merge(self.base, trainable, self.lora)
-        return dict(trainable) | {name: self.base[name] for name in ("head",) if name in self.base}
+        return dict(trainable) | ({"head": self.base["head"]} if "head" in self.base else {})
 
 
 def build_distiller(

@@ -147,6 +147,13 @@ def test_free_fields_exist():
             node = node[key]
 
 
+def test_an_ablation_of_before_a_section_was_there_goes_on(config, tmp_path):
+    old = json.loads(json.dumps(config.to_dict()))
+    del old["slices"], old["compress"], old["data"]["window"], old["optim"]["kind"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_config(config, tmp_path, FREE_FIELDS)
+
+
 def test_an_ablation_is_no_single_detector(config, tmp_path):
     with pytest.raises(ValueError, match="an ablation is many detectors"):
         run.evaluate(config, tmp_path)
