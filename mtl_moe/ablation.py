@@ -164,6 +164,8 @@ def _check_rows(config: Any, rows: Mapping[str, Row]) -> None:
 
 def _check_data(config: Any, dataset: Dataset) -> None:
     check_score(config.score, dataset)
+    if config.score.bootstrap < 1:
+        raise ValueError("score.bootstrap=0: the ablation's differences are intervals, expected at least 1 resample")
     test = dataset.splits.get("test")
     if test is None or len(np.unique(test.labels)) != 2:
         raise ValueError(

@@ -38,7 +38,7 @@ def ensemble(name: str, split: Split, folders: Sequence[Path], num_resamples: in
       folders: work directories with predictions.csv.
 
     Returns:
-      {"metrics", "intervals"}, both empty without both classes.
+      {"metrics", "intervals"}, both empty without both classes; no intervals without resamples.
 
     Raises:
       ValueError: for a predictions.csv of other images.
@@ -54,6 +54,7 @@ def ensemble(name: str, split: Split, folders: Sequence[Path], num_resamples: in
         "intervals": {
             prefix + key: bootstrap_interval(metric, scores, split.labels, groups, num_resamples)
             for key, metric in intervals.items()
+            if num_resamples
         },
     }
 

@@ -139,6 +139,13 @@ def test_the_default_rows_can_be_built_with_every_preset(preset):
             assert name.startswith("image_") or one.tasks.jigsaw.tiles == config.tasks.jigsaw.tiles
 
 
+def test_differences_need_resamples(config, tmp_path):
+    config.score.bootstrap = 0
+    with pytest.raises(ValueError, match=r"score\.bootstrap=0: .*at least 1 resample"):
+        run_ablation(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_free_fields_exist():
     config = config_file.get_config()
     for field in FREE_FIELDS:

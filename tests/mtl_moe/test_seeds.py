@@ -47,6 +47,13 @@ def test_the_ensemble_is_the_mean_score(tmp_path, split):
     np.testing.assert_allclose(read_scores(folders[1] / "predictions.csv", split.names), scores[1], rtol=1e-5)
 
 
+def test_no_resamples_no_intervals(tmp_path, split):
+    folder = write(tmp_path / "seed_0", split, np.arange(len(split.names), dtype=float))
+    found = ensemble("lungs", split, [folder], num_resamples=0)
+    assert found["intervals"] == {}
+    assert "test/lungs/ensemble/image_auroc" in found["metrics"]
+
+
 def test_one_class_has_no_ensemble_metrics(tmp_path, split):
     normals = split.take(np.arange(10))
     assert ensemble("lungs", normals, [tmp_path], 10) == {"metrics": {}, "intervals": {}}
