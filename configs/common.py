@@ -53,7 +53,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         channels=1,  # 1: luminance; 3: RGB
         window=(),  # (centre, width) of DICOM files and volumes, in Hounsfield units for CT; (): as they say themselves
         calibration_fraction=0.1,  # of the training normals, whole patients or groups
-        groups="auto",  # patients by DICOM header, file name or folder; image: every image is a group of its own
+        groups="auto",  # patients by DICOM header, file name or folder | image | a regular expression, see docs/data.md
         seed=0,  # of the calibration split, apart from the run's so that seeds share one split
         skip_corrupt=False,
         memory_limit_gb=8.0,  # decoded sets below it are held in memory, larger ones are streamed
@@ -170,7 +170,7 @@ def distiller() -> ConfigDict:
         valid_fraction=0.1,  # of train, where the source has no validation split
         test_fraction=0.2,  # the same for a labelled source without test and validation
         seed=0,  # of these splits
-        groups="auto",  # DICOM files of one patient stay together; image: every image is a group of its own
+        groups="auto",  # patients by DICOM header | image: each by itself | a regular expression, see docs/data.md
         skip_corrupt=False,
         memory_limit_gb=8.0,
     )

@@ -20,7 +20,7 @@ from input_pipeline.cache import load_npz
 from input_pipeline.decode import largest_value, read_native_mask
 from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, Index, calibration_rows, check_groups
+from input_pipeline.index import DataError, Example, Index, calibration_rows, check_groups, groups_in
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
 from input_pipeline.tree import find_images, groups_of, left_out, no_image
 
@@ -95,12 +95,13 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
     return dataset_from_index(build_index(data), data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
 
 
-def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> tuple[Split, dict[str, str]]:
+def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool = False) -> tuple[Split, dict[str, str]]:
     """Every image below `root`, whatever its folders are called, with unknown label (-1): what prediction scores.
 
     Args:
       data: for image_size, mask_size, channels, window, groups, skip_corrupt and memory_limit_gb.
       min_size: smallest image side accepted.
+      grouped: whether groups are found as data.groups says; else each image is its own: scores need no patients.
 
     Returns:
       The images, and {name: reason} of those left out as they cannot be decoded: with `skip_corrupt`, which decodes all
@@ -118,7 +119,7 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1) -> tuple[Split,
     if others:
         logging.warning("%s: %s", root, left_out(others))
     names = sorted((folder / file).as_posix() for folder, files in folders.items() for file in files)
-    groups = groups_of(root, names, check_groups(data.groups))
+    groups = groups_of(root, names, check_groups(data.groups) if grouped else "image")
     examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
     pixels, skipped = _file_pixels(examples, data, min_size), {}
     if data.skip_corrupt:
@@ -163,6 +164,8 @@ def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
     splits = dict(dataset.splits)
     if check_groups(data.groups) == "image":
         splits = {key: replace(split, groups=split.names) for key, split in splits.items()}
+    elif data.groups != "auto":
+        splits = {key: replace(split, groups=groups_in(split.names, data.groups)) for key, split in splits.items()}
     if "train" not in splits:
         raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
     parts = [splits[key] for key in ("train", "calibration") if key in splits]

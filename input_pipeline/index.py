@@ -6,14 +6,15 @@ Axis alphabet: B batch, H W C image, N images of a split.
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 SPLITS = ("train", "calibration", "valid", "test")
-GROUPS = ("auto", "image")  # `data.groups`: patients as headers and names tell, or every image by itself
+# `data.groups`: patients as headers and names tell, every image by itself, or a regular expression, see `groups_in`.
+GROUPS = ("auto", "image")
 
 # Where the patient (or the near-duplicate group) stands in names that carry one.
 _GROUP_PATTERNS = (
@@ -90,10 +91,33 @@ def printable(name: str | Path) -> str:
 
 
 def check_groups(groups: str) -> str:
-    """`data.groups` as it was given; ValueError unless it is one of GROUPS."""
-    if groups not in GROUPS:
-        raise ValueError(f"data.groups: expected one of {', '.join(GROUPS)}, found '{groups}'")
-    return groups
+    """`data.groups` as it was given; ValueError unless it is one of GROUPS or a regular expression with one group."""
+    try:
+        if groups in GROUPS or re.compile(groups).groups == 1:
+            return groups
+        reason = ""
+    except re.error as error:
+        reason = f" ({error})"
+    raise ValueError(
+        f"data.groups: expected {', '.join(GROUPS)} or a regular expression with one pair of parentheses around the "
+        f"patient, as '([^/]+)_[^/]*$' for smith_01.png, found '{groups}'{reason}"
+    )
+
+
+def groups_in(names: Iterable[str], expression: str) -> list[str]:
+    """The group of each image: what `expression`'s parentheses find in its name, a path relative to the data's root.
+
+    Raises:
+      DataError: for names in which nothing is found, so that no image of a patient is grouped otherwise unnoticed.
+    """
+    names, pattern = list(names), re.compile(expression)
+    found = [match[1] if (match := pattern.search(name)) else None for name in names]
+    if without := [name for name, group in zip(names, found, strict=True) if not group]:
+        raise DataError(
+            f"data.groups: '{expression}' finds no patient in {len(without)} of {len(names)} names, '{without[0]}' the "
+            "first: it must match the path of every image, relative to the data's root"
+        )
+    return found
 
 
 def stem_of(name: str) -> str:

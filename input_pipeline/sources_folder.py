@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from input_pipeline.dicom import patients_of
-from input_pipeline.index import DataError, Example
+from input_pipeline.index import DataError, Example, groups_in
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
 from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree
 
@@ -24,7 +24,8 @@ def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dic
 
     Args:
       groups: "auto": DICOM files of one patient are a group; all other images, and with "image" all images, are a group
-        each. Names say nothing here: n01440764_10026 and cat1_0002 would make a group of every class.
+        each; or a regular expression on the name, see `groups_in`. Under "auto" names say nothing here:
+        n01440764_10026 and cat1_0002 would make a group of every class.
 
     Raises:
       DataError: no folder, no image, images beside class folders, an empty class, or a class unknown to train.
@@ -80,7 +81,10 @@ def _examples(split: Path, root: Path, labels: dict[PurePosixPath, int], groups:
     """Of files given relative to `split`, named relative to `root`."""
     below = split.relative_to(root)
     names = {(below / file).as_posix(): label for file, label in labels.items()}
-    patients = patients_of(root, names) if groups == "auto" else {}
+    if groups == "auto":
+        patients = patients_of(root, names)
+    else:
+        patients = {} if groups == "image" else dict(zip(names, groups_in(names, groups), strict=True))
     return [Example(name, root / name, label, None, patients.get(name, name)) for name, label in names.items()]
 
 

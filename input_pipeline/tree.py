@@ -22,7 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from input_pipeline import dicom
-from input_pipeline.index import DataError, Example, Index, group_of, printable, split_calibration, stem_of
+from input_pipeline.index import (
+    DataError,
+    Example,
+    Index,
+    group_of,
+    groups_in,
+    printable,
+    split_calibration,
+    stem_of,
+)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *dicom.SUFFIXES)
 
@@ -258,11 +267,11 @@ def _said_of_free_tree(root: Path, names: Sequence[str], groups: str) -> str:
             f"{root / masks[0]}: a mask by its name ({len(masks)} such), and no folder is called train, good, ..., so "
             f"that it would be a normal training image: move the masks out, or sort the images; {EXPECTED}"
         )
-    by_folder = "first-level folders are groups, unless DICOM headers or file names say the patient"
-    return (
-        f"no folder is called train, good, ...: all {len(names)} images are taken as normal training images; "
-        f"{by_folder if groups == 'auto' else 'each is its own group'}"
-    )
+    rule = {
+        "auto": "first-level folders are groups, unless DICOM headers or file names say the patient",
+        "image": "each is its own group",
+    }.get(groups, f"groups are what '{groups}' finds")
+    return f"no folder is called train, good, ...: all {len(names)} images are taken as normal training images; {rule}"
 
 
 def _image_split(place: _Place, folder: PurePosixPath, names: list[str], root: Path, flat: bool) -> str:
@@ -295,12 +304,14 @@ def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder:
     """The group of each image `root`/name: images of one group are never divided among splits.
 
     Args:
-      groups: "auto": the patient of the DICOM header, else of the file name, else each image by itself; or "image":
-        each image by itself, whatever header and name say.
+      groups: "auto": the patient of the DICOM header, else of the file name, else each image by itself; "image": each
+        image by itself, whatever header and name say; or a regular expression on the name, see `groups_in`.
       by_folder: images whose header and name say nothing form one group with all of their first-level folder.
     """
     if groups == "image":
         return list(names)
+    if groups != "auto":
+        return groups_in(names, groups)
     patients = dicom.patients_of(root, names)
     return [patients.get(name) or _group_of_name(name, by_folder) for name in names]
 

@@ -206,7 +206,7 @@ def test_patients_fall_back_to_the_study_and_the_name(tmp_path, patient: str):
     (tmp_path / "c.dcm").write_text("damaged")
     make_dicom(tmp_path / "d.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.4")
     make_dicom(tmp_path / "e.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.5")
-    study, *others, one, two = load_images(tmp_path, data_config())[0].groups
+    study, *others, one, two = load_images(tmp_path, data_config(), grouped=True)[0].groups
     assert others == ["b", "c"]
     assert one == two != study
     assert study == patients_of(tmp_path, ["a.dcm"])["a.dcm"]

@@ -96,8 +96,24 @@ def test_images_can_be_said_to_be_independent(tmp_path):
     index = index_folder(root, groups="image")
     assert {split: len(found) for split, found in index.splits.items()} == {"train": 9, "calibration": 1}
     assert all(e.group == e.name for found in index.splits.values() for e in found)
-    with pytest.raises(ValueError, match=r"data\.groups: expected one of auto, image, found 'patient'"):
-        check_groups("patient")
+
+
+def test_the_patient_may_be_said_by_a_regular_expression(tmp_path):
+    names = [f"{patient}_{k:02d}.png" for patient in ("smith", "P-017", "a_b") for k in range(3)]
+    root = make_tree(tmp_path, {"train/good": names, "test/good": ["smith_09.png"]})
+    by_name = index_folder(root, groups="([^/]+)_[^/]*$", calibration_fraction=0.3)
+    assert {e.group for found in by_name.splits.values() for e in found} == {"smith", "P-017", "a_b"}
+    assert len(by_name.splits["calibration"]) == 3  # all of one patient
+    if "smith" not in {e.group for e in by_name.splits["calibration"]}:
+        assert by_name.crossing_groups() == {"smith": ["test", "train"]}
+    with pytest.raises(DataError, match=r"finds no patient in 7 of 10 names, 'test/good/smith_09.png' the first"):
+        index_folder(root, groups="(P-017|nobody)_")
+
+
+@pytest.mark.parametrize("groups", ["patient", "(a)(b)", "(a"])
+def test_groups_that_are_no_rule_are_refused(groups):
+    with pytest.raises(ValueError, match=r"data\.groups: expected auto, image or a regular expression with one pair"):
+        check_groups(groups)
 
 
 def test_names_that_no_report_could_hold_are_refused_at_once(tmp_path):
