@@ -1,9 +1,10 @@
-"""Multi-head attention: the library's kernels off the CPU, batched matmuls over heads with an own gradient on it.
+"""Multi-head attention: jax.nn's off the CPU, by cuDNN where it serves; batched matmuls over heads on the CPU.
 
 Axes: B batch, N tokens, K heads, Dh width of a head, G = B * K.
 """
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -16,14 +17,42 @@ from core.dense import in_bfloat16_units, transposed
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
     """softmax(q k^T / sqrt(Dh)) v for [B, N, K, Dh] each, softmax in float32; [B, N, K, Dh] in the dtype of `query`.
 
-    `jax.nn.dot_product_attention` off the CPU. There its einsums take twice as long as batched matmuls over heads laid
-    out contiguously (benchmarks/NOTES.md). Operands of products are rounded to `dtype`, in the gradient too.
+    `jax.nn.dot_product_attention` off the CPU, by cuDNN where that serves: it writes no [B, K, N, N].
+    On the CPU its einsums take twice as long as batched matmuls over heads laid out contiguously (benchmarks/NOTES.md).
+    Operands of products are rounded to `dtype`, in the gradient too.
     """
     if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(query, key, value)
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if _by_cudnn(query) else None)
     batch, _, num_heads, _ = query.shape
     out = _attention(*(rearrange(x, "b n k d -> (b k) n d") for x in (query, key, value)), dtype)
     return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
+
+
+def _by_cudnn(query: jax.Array) -> bool:
+    """Whether cuDNN's attention serves: half precision on an NVIDIA GPU. Not where the highest precision is asked for,
+    as exported programs do, which may not hold calls of libraries."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() != "gpu" or not half or jax.config.jax_default_matmul_precision == "highest":
+        return False
+    return _cudnn_compiles(query.shape[1], query.shape[3], query.dtype.name)
+
+
+@functools.cache
+def _cudnn_compiles(num_tokens: int, head_width: int, dtype: str) -> bool:
+    """Whether attention of one head with its gradient compiles: versions, GPUs and shapes that cuDNN does not serve are
+    found only by asking it."""
+    x = jax.ShapeDtypeStruct((1, num_tokens, 1, head_width), dtype)
+
+    def summed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+
+    try:
+        jax.jit(jax.grad(summed, argnums=(0, 1, 2))).lower(x, x, x).compile()
+    except (RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logging.warning("attention without cuDNN's kernel, which is slower: %s", reason)
+        return False
+    return True
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

@@ -7,7 +7,8 @@ Axes: B batch, N tokens of an image (in the functions: rows, B*N flattened), D w
 of a row (top_k), E experts, T tasks, A = N * K assignments of rows to experts.
 """
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -18,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from core.dense import activation_dtype
 from core.vit import Mlp
 from mtl_moe import routing
-from mtl_moe.routing import Gate, Plan
-from mtl_moe.tiles import Params, apply_tiles
+from mtl_moe.routing import Gate
+from mtl_moe.tiles import Params, apply_tiles, tile_size
 
-Dispatch = Literal["auto", "tiles", "ragged"]
+Dispatch = Literal["auto", "tiles", "batched", "ragged"]
 RouterKind = Literal["shared", "per_task", "fixed"]
 TASK_EMBEDDING_DIM = 16
+BATCHED_TILE = 512  # rows at most: the copies of matrices are then no larger than the rows where F and D are about that
 # Standard deviation of the first logits for rows of norm sqrt(D) (after a LayerNorm). See `Router`.
 LOGIT_INIT_STD = 0.01
 
@@ -38,23 +40,34 @@ def total_hidden_dim(hidden_dim: int, num_experts: int, shared_expert: bool) -> 
     return hidden_dim * (num_experts + shared_expert)
 
 
-def _ragged_matmul(x: jax.Array, w: jax.Array, plan: Plan, dtype: Any) -> jax.Array:
-    """Row n of x [A, D] times its expert's matrix of w [E, D, F], for a plan of tile 1: [A, F], 0 in unused rows."""
-    # ragged_dot does not promise zeros after the last group, which is where rows of other devices' experts lie.
-    used = jnp.arange(x.shape[0]) < plan.num_tiles_used
-    out = jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), plan.group_sizes)
-    return jnp.where(used[:, None], out, 0).astype(x.dtype)
+def _apply_products(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params, dtype: Any, batched: bool
+) -> jax.Array:
+    """As `mtl_moe.tiles.apply_tiles`, each of the two products as one operation: for GPU and TPU.
 
-
-def _apply_ragged(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params, dtype: Any) -> jax.Array:
-    """As `mtl_moe.tiles.apply_tiles`, by `jax.lax.ragged_dot`: for GPU and TPU."""
+    Batched: every tile with its expert's matrix, which is copied for it. Otherwise `jax.lax.ragged_dot` on tiles of one
+    row; XLA's GPU backend turns that into a product of all rows with all experts' matrices, E times the FLOPs.
+    """
     num_experts = params["w1"].shape[0]
-    plan = routing.plan(experts, num_experts, tile=1)
-    chosen = jax.nn.one_hot(plan.tile_expert, num_experts, dtype=x.dtype)
+    tile = tile_size(experts.size, num_experts, BATCHED_TILE) if batched else 1
+    plan = routing.plan(experts, num_experts, tile)
+    # Tiles that are not used, or hold rows of other devices' experts, choose none: nothing of theirs may reach a sum.
+    used = jnp.arange(len(plan.tile_expert)) < plan.num_tiles_used
+    chosen = jax.nn.one_hot(plan.tile_expert, num_experts, dtype=x.dtype) * used[:, None]
+
+    def product(rows: jax.Array, w: jax.Array) -> jax.Array:
+        if not batched:
+            # ragged_dot promises zeros after the last group neither forward nor, the inner mask, in its gradient.
+            rows = jnp.where(used[:, None], rows, 0)
+            return jnp.where(used[:, None], jax.lax.ragged_dot(rows, w, plan.group_sizes), 0)
+        # A one-hot product instead of indexing: its gradient is a product, not a scatter into few rows.
+        picked = jnp.einsum("ge,edf->gdf", chosen.astype(dtype), w)
+        return jnp.einsum("gmd,gdf->gmf", rows.reshape(len(chosen), tile, -1), picked).reshape(len(rows), -1)
 
     def dense(rows: jax.Array, name: str) -> jax.Array:
-        # A one-hot matmul instead of indexing: its gradient is a matmul, not a scatter into few rows.
-        return _ragged_matmul(rows, params[f"w{name}"], plan, dtype) + chosen @ params[f"b{name}"].astype(x.dtype)
+        bias = chosen @ params[f"b{name}"].astype(x.dtype)
+        out = product(rows.astype(dtype), params[f"w{name}"].astype(dtype)).astype(x.dtype)
+        return out + jnp.repeat(bias, tile, axis=0)
 
     hidden = jax.nn.gelu(dense(routing.to_tiles(x, plan), "1"), approximate=True)
     scale = weights.reshape(-1).at[plan.source].get(mode="fill", fill_value=0).astype(x.dtype)
@@ -78,10 +91,11 @@ def apply_experts(
       x: [N, D], float32 or bfloat16.
       gate: of the same N rows.
       params: w1 [E, D, F], b1 [E, F], w2 [E, F, D], b2 [E, D].
-      dispatch: "tiles" (loop over tiles of one expert each), "ragged" (`jax.lax.ragged_dot`) or "auto": tiles on CPU,
-        ragged elsewhere. Same result to float rounding.
+      dispatch: "tiles" (loop over tiles of one expert each), "batched" (all tiles in one product), "ragged"
+        (`jax.lax.ragged_dot`) or "auto": tiles on CPU, ragged on TPU, batched elsewhere. Same result to float rounding.
       mesh: with axes "data" (splits N) and "expert" (splits E), axis types Auto; None for one device.
-      dtype: that operands of products are rounded to; weight gradients are summed in float32.
+      dtype: that operands of products are rounded to. Weight gradients are summed in float32 by "tiles"; the others
+        leave them in `dtype`, "batched" after rounding each tile's part to it.
 
     Returns:
       [N, D] in the dtype of x.
@@ -89,11 +103,11 @@ def apply_experts(
     Raises:
       ValueError: if `dispatch` is unknown, or N or E does not divide over the mesh.
     """
-    if dispatch not in ("auto", "tiles", "ragged"):
-        raise ValueError(f"dispatch={dispatch!r}: expected 'auto', 'tiles' or 'ragged'")
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(f"dispatch={dispatch!r}: expected one of {', '.join(get_args(Dispatch))}")
     if dispatch == "auto":
-        dispatch = "tiles" if jax.default_backend() == "cpu" else "ragged"
-    apply = apply_tiles if dispatch == "tiles" else _apply_ragged
+        dispatch = {"cpu": "tiles", "tpu": "ragged"}.get(jax.default_backend(), "batched")
+    apply = apply_tiles if dispatch == "tiles" else partial(_apply_products, batched=dispatch == "batched")
     if mesh is None:
         return apply(x, gate.experts, gate.weights, params, dtype)
 

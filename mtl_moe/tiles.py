@@ -24,10 +24,10 @@ MAX_TILE = 128  # rows; 256 is as fast with few experts and wastes more padding 
 Params = Mapping[str, jax.Array]
 
 
-def tile_size(num_assignments: int, num_experts: int) -> int:
-    """The power of two nearest above the mean rows per expert, in [8, MAX_TILE]: small batches are not all padding."""
+def tile_size(num_assignments: int, num_experts: int, most: int = MAX_TILE) -> int:
+    """The power of two nearest above the mean rows per expert, in [8, most]: small batches are not all padding."""
     mean = -(-num_assignments // num_experts)
-    return min(max(1 << (mean - 1).bit_length(), 8), MAX_TILE)
+    return min(max(1 << (mean - 1).bit_length(), 8), most)
 
 
 def apply_tiles(x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params, dtype: Any) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from core import vit
+from core import attention, vit
 from core.attention import attend
 
 BATCH, TOKENS, WIDTH, HEADS, HIDDEN = 2, 5, 8, 2, 12
@@ -128,6 +128,35 @@ def test_activations_and_their_slopes_are_what_their_names_say(name):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
     slopes = jax.vmap(jax.grad(vit.ACTIVATIONS[name]))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(slopes[1:-1], (wanted[2:] - wanted[:-2]) / (x[2:] - x[:-2]), rtol=0, atol=1e-4)
+
+
+def test_attention_on_a_gpu_asks_for_cudnn_where_it_serves(monkeypatch, caplog):
+    """Without a GPU: what is asked for, and that a cuDNN which does not compile is done without."""
+    asked = []
+
+    def recorded(*qkv, implementation=None):
+        asked.append(implementation)
+        return plain(*qkv, implementation=implementation if implementation is None or not pretend else None)
+
+    plain, pretend = jax.nn.dot_product_attention, False
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    half, full = (jnp.ones((2, 5, 2, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    attention._cudnn_compiles.cache_clear()
+    attend(half, half, half, jnp.bfloat16)
+    assert asked == ["cudnn", None]  # the trial, and what it led to
+    assert "attention without cuDNN's kernel" in caplog.text
+    attend(half, half, half, jnp.bfloat16)
+    assert asked == ["cudnn", None, None]  # tried once
+    asked.clear()
+    pretend = True
+    attention._cudnn_compiles.cache_clear()
+    attend(half, half, half, jnp.bfloat16)
+    attend(full, full, full, jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        attend(half, half, half, jnp.bfloat16)
+    attention._cudnn_compiles.cache_clear()
+    assert asked == ["cudnn", "cudnn", None, None]
 
 
 def test_attention_rejects_a_width_that_heads_do_not_divide():

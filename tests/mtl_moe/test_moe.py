@@ -67,9 +67,9 @@ def _value_and_gradients(function, rows, experts):
 @pytest.mark.parametrize(
     ("kind", "rows", "top_k", "dispatches"),
     [
-        ("random", 61, 2, ("tiles", "ragged")),  # 122 rows in tiles of 32
-        ("one_takes_all", 37, 1, ("tiles", "ragged")),
-        ("one_gets_none", 29, 3, ("tiles", "ragged")),
+        ("random", 61, 2, ("tiles", "batched", "ragged")),  # 122 rows in tiles of 32
+        ("one_takes_all", 37, 1, ("tiles", "batched", "ragged")),
+        ("one_gets_none", 29, 3, ("tiles", "batched", "ragged")),
         ("random", 1, 2, ("tiles",)),
     ],
 )
@@ -111,7 +111,7 @@ def _layer_and_variables(**kwargs):
     return layer, variables, tokens, tasks
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "ragged"])
+@pytest.mark.parametrize("dispatch", ["tiles", "batched", "ragged"])
 def test_an_image_does_not_depend_on_its_batch(dispatch):
     layer, variables, tokens, tasks = _layer_and_variables(dispatch=dispatch)
     together = _apply(layer, variables, tokens, tasks)[0]
@@ -245,7 +245,7 @@ def _losses_and_gradients(layer):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], tokens)
 
 
-@pytest.mark.parametrize(("expert", "dispatch"), [(1, "tiles"), (2, "tiles"), (4, "ragged")])
+@pytest.mark.parametrize(("expert", "dispatch"), [(1, "tiles"), (2, "tiles"), (2, "batched"), (4, "ragged")])
 def test_eight_devices_equal_one(expert, dispatch):
     layer = _layer_and_variables()[0]
     on_mesh = layer.clone(mesh=make_mesh(expert), dispatch=dispatch)
