@@ -24,10 +24,9 @@ def part_size(config: VitConfig, batch: int, most_bytes: int | None = None) -> i
 
 
 def micro_batches(config: VitConfig, batch: int, num_devices: int, asked: int = 1) -> int:
-    """Into how many micro-batches an update is cut: as many as were asked for; where that is one, on one CPU device and
-    for a batch beyond PART_BYTES, as many as its caches want."""
-    whole = 4 * batch * config.num_tokens * config.mlp_dim <= PART_BYTES
-    if asked > 1 or jax.default_backend() != "cpu" or num_devices > 1 or whole:
+    """Into how many micro-batches an update is cut: as many as were asked for; where that is one, and the device one
+    CPU, as many as its caches want."""
+    if asked > 1 or jax.default_backend() != "cpu" or num_devices > 1:
         return asked
     return batch // part_size(config, batch, TRAINED_PART_BYTES)
 
