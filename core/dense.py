@@ -77,10 +77,11 @@ def transposed(x: jax.Array) -> jax.Array:
     return x.mT
 
 
-def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Product of operands of one dtype over the named axes, float32."""
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: Dtype = jnp.float32) -> jax.Array:
+    """Product of operands of one dtype over the named axes, in `dtype`: rounded to it as it is written, where it is
+    narrower than the sums, instead of in a second pass."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
 
 
 def outer(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -107,14 +108,14 @@ def matmul(x: jax.Array, kernel: Kernel, dtype: Dtype = jnp.float32) -> jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: jax.Array, w: jax.Array, dtype: Dtype) -> jax.Array:
-    return dot(x.astype(dtype), w.astype(dtype), (1, 0)).astype(x.dtype)
+    return dot(x.astype(dtype), w.astype(dtype), (1, 0), x.dtype)
 
 
 def _matmul_bwd(dtype: Dtype, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[Any, Any]:
     # What does not train (a frozen kernel, the first layer's input) is not used: XLA drops its product.
     x, w, example = saved
     g = g.astype(dtype)
-    dx = dot(g, w.astype(dtype), (1, 1)).astype(example.dtype)
+    dx = dot(g, w.astype(dtype), (1, 1), example.dtype)
     return dx, outer(x, g).astype(w.dtype)
 
 
@@ -131,20 +132,20 @@ def _low_rank_matmul(
     """x @ w where w holds scale * AB already (merged), else x @ w + scale * (x @ a) @ b."""
     rounded, w = x.astype(dtype), w.astype(dtype)
     if merged:
-        return dot(rounded, w, (1, 0)).astype(x.dtype)
+        return dot(rounded, w, (1, 0), x.dtype)
     low = (scale * dot(rounded, a.astype(dtype), (1, 0))).astype(dtype)
-    return _sum_of_products(rounded, w, low, b.astype(dtype), 0).astype(x.dtype)
+    return _sum_of_products(rounded, w, low, b.astype(dtype), 0, x.dtype)
 
 
-def _sum_of_products(x: jax.Array, w: jax.Array, low: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """x w + low b over the given axis of w and b: x [M, D] and low [M, R] -> [M, F] float32.
+def _sum_of_products(x: jax.Array, w: jax.Array, low: jax.Array, b: jax.Array, axis: int, dtype: Dtype) -> jax.Array:
+    """x w + low b over the given axis of w and b: x [M, D] and low [M, R] -> [M, F] in `dtype`.
 
     In a CPU's bfloat16 units, where the result is wider than x, it is one product of what is joined: a second result
     would be written and read.
     """
     if w.shape[1 - axis] <= w.shape[axis] or not in_bfloat16_units(x):
-        return dot(x, w, (1, axis)) + dot(low, b, (1, axis))
-    return dot(_joined(x, low, 1), _joined(w, b, axis), (1, axis))
+        return dot(x, w, (1, axis), dtype) + dot(low, b, (1, axis), dtype)
+    return dot(_joined(x, low, 1), _joined(w, b, axis), (1, axis), dtype)
 
 
 def _joined(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
@@ -162,8 +163,8 @@ def _low_rank_matmul_bwd(scale, merged, dtype, saved, g):
     x, w, a, b, example = saved
     w, a, b, g = w.astype(dtype), a.astype(dtype), b.astype(dtype), g.astype(dtype)
     low, g_low = ((scale * y).astype(dtype) for y in (dot(x, a, (1, 0)), dot(g, b, (1, 1))))  # [M, R] both
-    dx = dot(g, w, (1, 1)) if merged else _sum_of_products(g, w, g_low, a, 1)
-    return dx.astype(example.dtype), jnp.zeros_like(saved[1]), outer(x, g_low), outer(low, g)
+    dx = dot(g, w, (1, 1), example.dtype) if merged else _sum_of_products(g, w, g_low, a, 1, example.dtype)
+    return dx, jnp.zeros_like(saved[1]), outer(x, g_low), outer(low, g)
 
 
 _low_rank_matmul.defvjp(_low_rank_matmul_fwd, _low_rank_matmul_bwd)
