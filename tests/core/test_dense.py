@@ -56,6 +56,27 @@ def test_an_adapted_kernel_in_bfloat16_equals_numpy_on_rounded_operands(outputs)
         np.testing.assert_allclose(found, value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("outputs", [24, 6])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_off_the_cpu_activations_and_their_gradients_are_bfloat16(monkeypatch, outputs, adapted):
+    """The arithmetic of a GPU, run on the CPU: against float32, within the rounding of each product to 8 bits."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, w, g = _operands(outputs)
+    a, b = jax.random.normal(jax.random.key(3), (INPUTS, 2)), jax.random.normal(jax.random.key(4), (2, outputs))
+
+    def run(dtype):
+        def apply(x, w, a, b):
+            return dense.matmul(x, dense.AdaptedKernel(w, a, b, 0.3) if adapted else w, dtype)
+
+        out, pull = jax.vjp(apply, x.astype(dense.activation_dtype(dtype)), w, a, b)
+        return out, *pull(g.astype(out.dtype))
+
+    found, expected = run(jnp.bfloat16), run(jnp.float32)
+    assert [y.dtype for y in found] == ["bfloat16", "bfloat16", "float32", "float32", "float32"]
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(np.float32(one) - other) <= 0.02 * np.linalg.norm(other)
+
+
 def test_bfloat16_really_rounds():
     x, w, g = _operands()
     whole, rounded = (_value_and_gradients(x, w, g, dtype) for dtype in (jnp.float32, jnp.bfloat16))

@@ -143,8 +143,15 @@ def test_only_jigsaw_is_blind_to_positions(model, params, images):
     assert not np.allclose(patchify(after["intensity"][0], 8), pixels, atol=1e-3)
 
 
-def test_bfloat16_computes_close_to_float32_with_float32_outputs(config, params, images, everything):
-    outputs, _ = forward(build(config, jnp.bfloat16), params, views_of(build(config), images, SUBSET))
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_bfloat16_computes_close_to_float32_with_float32_outputs(
+    monkeypatch, config, params, images, everything, backend
+):
+    """With what each backend is given: activations, dispatch of experts, attention; all run on the CPU."""
+    views = views_of(build(config), images, SUBSET)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    model = build(config, jnp.bfloat16)  # compiled anew: `forward` keeps what it compiled for another backend
+    outputs, _ = jax.jit(lambda: model.apply({"params": params}, views, train=False))()
     for name in SUBSET:
         assert outputs[name].dtype == jnp.float32
         difference = np.abs(np.asarray(outputs[name]) - everything[0][name])
