@@ -83,3 +83,10 @@ def eval_batches(
     for position, index, (image, mask) in zip(positions, indices, batches, strict=True):
         batch = {"image": image, "label": split.labels[index], "index": index, "valid": position < n}
         yield batch | ({"mask": mask} if split.has_masks else {})
+
+
+def image_batches(split: Split, batch_size: int = 256) -> Iterator[np.ndarray]:
+    """Every image once, in order: uint8 [n, H, W, C] with n = `batch_size`, less in the last batch."""
+    rows = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
+    for image, _ in split.pixels.batches(lambda: rows, with_masks=False):
+        yield image

@@ -3,7 +3,7 @@
 Axis alphabet: B batch, N images of a split, H W C image, M mask side.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -98,7 +98,12 @@ class FilePixels:
     def batches(
         self, rows: Callable[[], Iterable[Rows]], with_masks: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        stream = self.stream(lambda: (int(row) for batch in rows() for row in batch), len(self), with_masks)
+        return self._batches(rows, with_masks, len(self))
+
+    def _batches(
+        self, rows: Callable[[], Iterable[Rows]], with_masks: bool, num_images: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        stream = self.stream(lambda: (int(row) for batch in rows() for row in batch), num_images, with_masks)
         for batch in rows():
             decoded = []
             for _ in batch:
@@ -111,12 +116,12 @@ class FilePixels:
     def images(self, rows: Rows) -> np.ndarray:
         if len(rows) == 0:
             return np.zeros((0, self.image_size, self.image_size, self.channels), np.uint8)
-        return next(self.batches(lambda: [rows], with_masks=False))[0]
+        return next(self._batches(lambda: [rows], False, len(rows)))[0]
 
     def masks(self, rows: Rows) -> np.ndarray:
         if len(rows) == 0:
             return np.zeros((0, self.mask_size, self.mask_size, 1), np.uint8)
-        return next(self.batches(lambda: [rows], with_masks=True))[1]
+        return next(self._batches(lambda: [rows], True, len(rows)))[1]
 
 
 @dataclass
@@ -163,6 +168,18 @@ class Split:
             pixels = replace(self.pixels, examples=tuple(self.pixels.examples[row] for row in rows))
         names, groups = ([values[row] for row in rows] for values in (self.names, self.groups))
         return Split(names, groups, self.labels[rows], self.has_masks, pixels)
+
+
+def join(parts: Sequence[Split]) -> Split:
+    """Splits of normal images of one data set, all in memory or all on disk, as one without masks, sorted by name."""
+    pixels = [part.pixels for part in parts]
+    if isinstance(pixels[0], ArrayPixels):
+        together = ArrayPixels(np.concatenate([part.image for part in pixels]), None, pixels[0].mask_size)
+    else:
+        together = replace(pixels[0], examples=tuple(example for part in pixels for example in part.examples))
+    names, groups = ([value for part in parts for value in getattr(part, field)] for field in ("names", "groups"))
+    split = Split(names, groups, np.concatenate([part.labels for part in parts]), False, together)
+    return split.take(sorted(range(len(names)), key=names.__getitem__))
 
 
 @dataclass

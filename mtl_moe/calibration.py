@@ -31,6 +31,7 @@ TEXTURE = "texture"  # name of the evidence that no task gives
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 FOLDS = 20  # of the calibration normals, each scored by a fit on the others; consecutive rows, so mostly whole patients
 BLANK = 10.0  # deviations from the median texture beyond which a normal has no say: one black image decides the fit
+MIN_NORMALS = 5  # to calibrate at all
 FEW_GROUPS = 10  # patients below which a warning says how little they know of the others
 
 
@@ -61,8 +62,10 @@ class Calibration:
       reference: [n, K] corrected scores of the calibration normals, each column sorted.
       tail: [K, 3] threshold, scale and shape of the Pareto tail.
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
-      fused: [n] fused scores of the calibration normals, sorted, each by a fit without it.
+      fused: [n] fused scores of the calibration normals in their order, each by a fit without it.
       fused_low, fused_scale: the same two numbers of the finished fused map, over the whole image.
+      source, manifest_hash, dtype: of which data set the normals are, the hash of that, and `score.dtype`; "" in files
+        of before these were written down.
     """
 
     names: tuple[str, ...]
@@ -78,6 +81,9 @@ class Calibration:
     fused: np.ndarray
     fused_low: float = 0.0
     fused_scale: float = 1.0
+    source: str = ""
+    manifest_hash: str = ""
+    dtype: str = ""
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
         """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
@@ -128,14 +134,18 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
       ValueError: if it is missing, damaged, of other tasks or of another checkpoint.
     """
     if not path.exists():
-        raise ValueError(f"no {path}: run --mode=evaluate with the training data once, it writes the calibration")
+        raise ValueError(
+            f"no {path}: run --mode=evaluate with the training data once, it writes the calibration; or bring normals "
+            "to calibrate on, --normals=DIR"
+        )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values = {name: stored[name] for name in stored.files}
         found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
         calibration = Calibration(
             **values
-            | {"names": found, "kinds": tuple(map(str, values["kinds"])), "fusion": str(values["fusion"])}
+            | {"names": found, "kinds": tuple(map(str, values["kinds"]))}
+            | {name: str(values[name]) for name in ("fusion", "source", "manifest_hash", "dtype") if name in values}
             | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -154,14 +164,14 @@ def check_calibration(fusion: str, groups: Sequence[str]) -> None:
     """What can be said before any training about a calibration on images of these groups (patients), one an image.
 
     Raises:
-      ValueError: for an unknown fusion or fewer than five normals.
+      ValueError: for an unknown fusion or too few normals.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"score.fusion: expected one of {FUSIONS}, found {fusion!r}")
-    if len(groups) < 5:
+    if len(groups) < MIN_NORMALS:
         raise ValueError(
-            f"only {len(groups)} calibration normals: at least 5 are needed (20 for a 5 % threshold, 100 for 1 %); add "
-            "normal images, or raise data.calibration_fraction"
+            f"only {len(groups)} calibration normals: at least {MIN_NORMALS} are needed (20 for a 5 % threshold, 100 "
+            "for 1 %); add normal images, or raise data.calibration_fraction"
         )
     if (count := len(set(groups))) < FEW_GROUPS:
         logging.warning(
@@ -244,7 +254,7 @@ def fit_scores(
     for fold in np.array_split(rows, min(len(rows), FOLDS)):
         others = fit(np.setdiff1d(rows, fold))
         fused.append(others.fuse(others.corrected(raw[fold], texture[fold])))
-    return dataclasses.replace(fit(rows), fused=np.sort(np.concatenate(fused)))
+    return dataclasses.replace(fit(rows), fused=np.concatenate(fused))
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

@@ -35,10 +35,13 @@ from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
-from mtl_moe.training_data import bind_training_data
+from mtl_moe.training_data import FILE, bind_training_data, other_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
-FREE_FIELDS = ("data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "slices.", "train.tensorboard")
+FREE_FIELDS = (
+    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "slices.", "train.log_every",
+    "train.save_every", "train.tensorboard", "mesh.",
+)  # fmt: skip
 TIMING_ROUNDS = 7  # batches scored by each detector, in turn; the median counts
 MAX_HELD_OUT = 256  # normals on which tokens are compared
 
@@ -69,9 +72,15 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
       The content of compress.json.
 
     Raises:
-      ValueError: if `output` is a work directory of another run, or was made from another detector or config.
+      ValueError: if `output` is a work directory of another run, or was made from another detector or config, or if
+        the full detector learned from other images: it may have been trained on the normals held out of these.
     """
     config = small.config
+    if other := other_training_data(dataset, workdir):
+        raise ValueError(
+            f"{workdir} holds a detector that learned from other images ({other}) than these of {dataset.name}, which "
+            "may hold out what it was trained on: compress it with the very images that it learned from"
+        )
     check_batch_size(config.train.batch_size, config.train.accumulation, small.mesh)
     trained = restore(full, workdir)
     weights = weights_of(trained.params, trained.extra)
@@ -90,7 +99,8 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
     facts |= {"source": workdir.absolute().name} | _source_metrics(workdir, trained.step)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / COMPRESS_FILE, facts)
-    bind_training_data(dataset, output)
+    if (workdir / FILE).exists():  # else nothing is known of what the full detector learned from, and nothing claimed
+        bind_training_data(dataset, output)
     save_config(config, output)
 
     adapters = _distil(full, small, trained, base, dataset, output)

@@ -4,9 +4,12 @@ Axes: N test images, S evidences, M side of the finished maps. Nothing here choo
 once, from the checkpoint and the test split; calibration sees held-out training normals only.
 """
 
+import dataclasses
+import functools
 import itertools
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,21 @@ from core.metrics import (
     pixel_metrics,
     threshold_at_fpr,
 )
-from input_pipeline.dataset import Dataset, Split
+from input_pipeline.batches import image_batches
+from input_pipeline.dataset import Dataset, Split, eval_batches
 from mtl_moe import floors
 from mtl_moe.calibration import Calibration, check_calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scored, Scorer, Trained, calibrate, evidence_maps, restore, router_use
 from mtl_moe.outputs import write_maps, write_predictions
-from mtl_moe.provenance import provenance
+from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import Case, ReportData, select_cases, write_report
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
-from mtl_moe.training_data import other_training_data
+from mtl_moe.training_data import calibration_normals, other_training_data
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
 MATCHED_TOLERANCE = 0.07
+MASK_BATCH = 256  # masks read at a time
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
 
 
@@ -53,27 +58,61 @@ def check_score(score: Any, dataset: Dataset) -> None:
         raise ValueError(f"score.false_positive_rates: expected rates in (0, 1), found {score.false_positive_rates}")
 
 
-def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
-    """Restores the newest checkpoint of `workdir`, evaluates, writes all outputs there.
+def result_folder(data: Any, dataset: Dataset, workdir: Path) -> Path:
+    """Where the evaluation on `dataset`, read as `data` (config.data) says, is written.
 
-    Without a test split the calibration normals are shown instead and no accuracy is given.
+    That is `workdir`, and `workdir`/evaluate/NAME, NAME that of the data's folder, for a data set other than the one
+    that the detector learned from: what is predicted later is calibrated on the detector's own normals.
+
+    Raises:
+      ValueError: if the folder holds the results of data in another place.
+    """
+    if not other_training_data(dataset, workdir):
+        return workdir
+    source = _source(data)
+    folder = workdir / "evaluate" / (Path(source).name or dataset.name)
+    check_source(folder, source, "move that folder away first")
+    return folder
+
+
+def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
+    """Restores the newest checkpoint of `workdir`, evaluates, writes all outputs to `result_folder`.
+
+    Without a test split the calibration normals are shown instead, each scored by a fit without it, and neither
+    accuracy nor rates are given.
 
     Returns:
       The content of report.json.
+
+    Raises:
+      ValueError: if there are too few normals that the detector was not trained on, or as `result_folder`.
     """
     start = time.time()
+    data = system.config.data
+    output = result_folder(data, dataset, workdir)
+    normals, known = calibration_normals(dataset, workdir)
+    dataset = dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals})
     trained = restore(system, workdir)
     scorer = Scorer(system, trained)
-    calibration = calibrate(system, scorer, dataset.splits["calibration"])
-    calibration.save(workdir / "calibration.npz", trained.step)
+    folder = Path(_source(data)).name
+    calibration = dataclasses.replace(
+        calibrate(system, scorer, normals),
+        source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),
+        manifest_hash=dataset.manifest_hash,
+        dtype=system.config.score.dtype,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    calibration.save(output / "calibration.npz", trained.step)
     has_test = len(dataset.splits.get("test", ())) > 0
     split = dataset.splits["test" if has_test else "calibration"]
     save_maps = system.config.score.save_maps
     wanted = split.has_masks or save_maps
     map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if wanted else None
-    scored = scorer.split(split, "score", map_fn)
+    write = functools.partial(write_maps, output / "maps") if save_maps else None
+    scored = scorer.split(split, "score", map_fn, write=write, keep_maps=split.has_masks)
     corrected = calibration.corrected(scored.raw, scored.texture)
-    fused = calibration.fuse(corrected)
+    # The fit that a normal is part of finds it more normal than it finds a new image.
+    fused = calibration.fuse(corrected) if has_test else calibration.fused
     p = calibration.p_values(fused)
 
     results = Results(dataset.name, split, system.config.score.bootstrap)
@@ -82,22 +121,22 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         results.add_floors(dataset)
         if system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
-    thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, split.labels)
+    labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test
+    thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, labels)
     report = {
         "metrics": results.metrics,
         "intervals": results.intervals,
         "thresholds": thresholds,
-        "provenance": provenance(system, dataset, workdir, trained.step, time.time() - start),
+        "provenance": provenance(system, _facts(data, dataset), workdir, trained.step, time.time() - start),
     }
     evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
-    write_predictions(workdir / "predictions.csv", split, fused, p, evidence_scores)
-    if save_maps:
-        write_maps(workdir / "maps", split, scored.maps)
-    write_json(workdir / "report.json", report)
-    data = ReportData(
+    write_predictions(output / "predictions.csv", split, fused, p, evidence_scores)
+    write_json(output / "report.json", report)
+    page = ReportData(
         dataset=dataset.name,
         layout=dataset.layout,
-        headline=_headline(system, dataset, has_test, other_training_data(dataset, workdir)),
+        headline=_headline(system, dataset, has_test, other_training_data(dataset, workdir), known)
+        + unfinished(system, trained.step),
         metrics=results.metrics,
         intervals=results.intervals,
         tasks=[task.name for task in system.tasks],
@@ -108,7 +147,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         task_scores=evidence_scores,
         calibration_scores=calibration.fused,
         groups=split.groups,
-        num_calibration_groups=len(set(dataset.splits["calibration"].groups)),
+        num_calibration_groups=len(set(normals.groups)),
+        tested=has_test,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
@@ -117,8 +157,23 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         provenance=report["provenance"],
         config=system.config.to_dict(),
     )
-    write_report(workdir / "report.html", data)
+    write_report(output / "report.html", page)
     return report
+
+
+def _source(data: Any) -> str:
+    """Where the data lie; "" for those that are generated."""
+    return str(Path(data.cache or data.root).resolve()) if data.cache or data.root else ""
+
+
+def _facts(data: Any, dataset: Dataset) -> dict[str, Any]:
+    """What the report's provenance says of the data."""
+    return {
+        "dataset": dataset.name,
+        "source": _source(data),
+        "manifest_hash": dataset.manifest_hash,
+        "counts": {name: len(part) for name, part in dataset.splits.items()},
+    }
 
 
 class Results:
@@ -159,15 +214,19 @@ class Results:
 
     def add_floors(self, dataset: Dataset) -> None:
         """Scores and maps that learn next to nothing, fitted on the same training normals."""
-        train = _some_images(dataset.splits["train"])
-        test = self._split.images(np.arange(len(self._split)))
-        for name, scores in floors.floor_scores(train, test).items():
+        fit = floors.statistics(_some_images(dataset.splits["train"]))
+        for name, scores in floors.floor_scores(fit, floors.statistics(image_batches(self._split))).items():
             self._image(f"floor/{name}/", scores)
         if self._split.has_masks:
-            for name, maps in floors.floor_maps(train, test).items():
-                size = dataset.mask_size
-                resized = np.asarray(jax.image.resize(maps, (len(maps), size, size), "bilinear"))
-                self._pixel(f"floor/{name}/", resized)
+            map_fn, size, parts = floors.make_floor_map_fn(fit), dataset.mask_size, []
+            for images in image_batches(self._split):
+                resized = {
+                    name: np.asarray(jax.image.resize(maps, (len(maps), size, size), "bilinear"))
+                    for name, maps in map_fn(images).items()
+                }
+                parts.append(resized)
+            for name in list(parts[0]):
+                self._pixel(f"floor/{name}/", np.concatenate([part.pop(name) for part in parts]))
 
     def add_untrained(self, system: System, scorer: Scorer, dataset: Dataset) -> None:
         """The same network before its first update, calibrated and fused in the same way."""
@@ -197,7 +256,8 @@ class Results:
 
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:
-            self._masks = self._split.masks(np.arange(len(self._split)))[..., 0] > 0
+            batches = eval_batches(self._split, MASK_BATCH)
+            self._masks = np.concatenate([batch["mask"][batch["valid"]][..., 0] > 0 for batch in batches])
         if interval and self._num_resamples:
             groups = np.array(self._split.groups)
             found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
@@ -251,9 +311,10 @@ def gallery(
     ]
 
 
-def _some_images(split: Split, most: int = 5000) -> np.ndarray:
-    """At most `most` images, evenly spaced: floors need no more."""
-    return split.images(np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).round().astype(int)))
+def _some_images(split: Split, most: int = 5000) -> Iterator[np.ndarray]:
+    """At most `most` images, evenly spaced, in batches: floors need no more."""
+    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).round().astype(int))
+    return image_batches(split if len(rows) == len(split) else split.take(rows))
 
 
 def _thresholds(rates: Any, calibration: Calibration, fused: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -268,15 +329,25 @@ def _thresholds(rates: Any, calibration: Calibration, fused: np.ndarray, labels:
     return rows
 
 
-def _headline(system: System, dataset: Dataset, has_test: bool, learned_from: str) -> str:
-    """`learned_from`: what was trained on where it is not the data set's training split, else ""."""
+def _headline(system: System, dataset: Dataset, has_test: bool, learned_from: str, known: bool) -> str:
+    """
+    Args:
+      learned_from: what was trained on where it is not the data set's training split, else "".
+      known: whether the calibration normals are known not to have been trained on.
+    """
     normals = dataset.splits["calibration"]
     text = (
         f"{len(system.tasks)} proxy tasks learned from scratch on "
         + (learned_from or f"{len(dataset.splits['train'])} normal images")
-        + f", calibrated on {len(normals)} {'' if learned_from else 'more '}that were not trained on "
-        f"({len(set(normals.groups))} patients or groups)."
+        + f", calibrated on {len(normals)} "
+        + (f"{'' if learned_from else 'more '}that were not trained on" if known else "held-out normals")
+        + f" ({len(set(normals.groups))} patients or groups)."
     )
+    if not known:
+        text += (
+            " Which images this detector learned from was not written down when it was trained: these normals may be "
+            "among them, and p-values then come out too small."
+        )
     if learned_from:
         logging.warning("this detector learned from other images: %s", learned_from)
     if not has_test:

@@ -6,6 +6,7 @@ Axes: N images, H W C image, S thumbnail side, R principal components.
 """
 
 import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,9 @@ def _grey(images: np.ndarray) -> np.ndarray:
     return images.mean(axis=-1, dtype=np.float32) / 255.0
 
 
-def _check_images(**named_images: np.ndarray) -> None:
-    sizes = {images.shape[1:] for images in named_images.values()}
-    for name, images in named_images.items():
-        if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or len(sizes) > 1:
-            raise ValueError(
-                f"expected uint8 images [N > 0, H, W, C] of one size, found {name} {images.dtype} {images.shape}"
-                + (f" among sizes {sorted(sizes)}" if len(sizes) > 1 else "")
-            )
+def _check_images(images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(f"expected uint8 images [N > 0, H, W, C], found {images.dtype} {images.shape}")
 
 
 def grey_log_mean_gradient(grey: Any) -> Any:
@@ -85,11 +81,15 @@ STATISTICS = {
 }
 
 
-def _statistics(images: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _statistics(batches: Iterable[np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
     parts = []
-    for start in range(0, len(images), CHUNK):
-        grey = _grey(images[start : start + CHUNK])
-        parts.append({name: STATISTICS[name](grey) for name in names})
+    for images in batches:
+        _check_images(images)
+        for start in range(0, len(images), CHUNK):
+            grey = _grey(images[start : start + CHUNK])
+            parts.append({name: STATISTICS[name](grey) for name in names})
+    if not parts:
+        raise ValueError("expected at least one image, found none")
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
@@ -105,8 +105,18 @@ def log_mean_gradient(images: np.ndarray) -> np.ndarray:
     Returns:
         [N] float32, from -13.8 (blank) to -0.3.
     """
-    _check_images(images=images)
-    return _statistics(images, ("gradient",))["gradient"]
+    return _statistics([images], ("gradient",))["gradient"]
+
+
+def statistics(batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """What `floor_scores` and `make_floor_map_fn` read of uint8 images, given as batches [n, H, W, C] of one size.
+
+    10 KB an image: a set is never in memory as a whole.
+
+    Raises:
+      ValueError: without images, or for images of another dtype or shape.
+    """
+    return _statistics(batches, STATISTICS)
 
 
 def _distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -114,15 +124,19 @@ def _distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     return np.abs(test - np.median(train, axis=0)) / (train.std(axis=0) + LOG_EPS)
 
 
-def _pca_residuals(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """What the first R principal components of train [N, D] leave of test [M, D]."""
+def _make_residual_fn(train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The function of test [M, D] that gives what the first R principal components of train [N, D] leave of it."""
     mean = train.mean(axis=0)
     rank = min(NUM_COMPONENTS, len(train) - 1)
     # The D x D covariance rather than the N x D data: its cost does not grow with the training set.
     _, components = np.linalg.eigh((train - mean).T @ (train - mean))
     basis = components[:, components.shape[1] - rank :]
-    centred = test - mean
-    return centred - (centred @ basis) @ basis.T
+
+    def residuals(test: np.ndarray) -> np.ndarray:
+        centred = test - mean
+        return centred - (centred @ basis) @ basis.T
+
+    return residuals
 
 
 def _nearest_distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -135,7 +149,7 @@ def _nearest_distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(np.concatenate(nearest), 0.0))
 
 
-def floor_scores(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
+def floor_scores(fit: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Trivial anomaly scores of each test image; higher is called more anomalous.
 
     One-sided scores come with one sign only: the other sign's AUROC is 1 minus it.
@@ -150,14 +164,12 @@ def floor_scores(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
       32 x 32; `nearest_neighbour`: Euclidean distance to the nearest training image at 32 x 32.
 
     Args:
-        train: normal images the floors are fitted on, [N, H, W, C] uint8.
-        test: [M, H, W, C] uint8.
+        fit: `statistics` of the normal images that the floors are fitted on.
+        new: `statistics` of the M test images.
 
     Returns:
         name -> [M] floats, in the order of the table.
     """
-    _check_images(train=train, test=test)
-    fit, new = _statistics(train, tuple(STATISTICS)), _statistics(test, tuple(STATISTICS))
     scores = {
         "mean_intensity": new["intensity"],
         "intensity_distance": _distance(fit["intensity"], new["intensity"]),
@@ -169,34 +181,34 @@ def floor_scores(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
         scores[f"band_{band}_low"] = -new["bands"][:, band]
         scores[f"band_{band}_distance"] = band_distance[:, band]
     scores["histogram_distance"] = np.abs(new["histogram"] - fit["histogram"].mean(axis=0)).mean(axis=1)
-    scores["pca_error"] = (_pca_residuals(fit["thumbnail"], new["thumbnail"]) ** 2).mean(axis=1)
+    scores["pca_error"] = (_make_residual_fn(fit["thumbnail"])(new["thumbnail"]) ** 2).mean(axis=1)
     scores["nearest_neighbour"] = _nearest_distance(fit["thumbnail"], new["thumbnail"])
     return scores
 
 
-def floor_maps(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
-    """Trivial anomaly maps; higher is called more anomalous.
+def make_floor_map_fn(fit: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The function of uint8 images [M, H, W, C] that gives name -> [M, H, W] float32: trivial anomaly maps.
+
+    Higher is called more anomalous.
 
     - `smoothed_intensity`: the channel mean in [0, 1] after a Gaussian of sigma 4 at 224 pixels, scaled with the
       geometric mean of height and width.
     - `pca_error`: squared residual of the 32 x 32 image, as in `floor_scores`, interpolated linearly to the image size.
 
     Args:
-        train: normal images, [N, H, W, C] uint8.
-        test: [M, H, W, C] uint8.
-
-    Returns:
-        name -> [M, H, W] float32.
+        fit: `statistics` of normal images.
     """
-    _check_images(train=train, test=test)
-    height, width = test.shape[1:3]
-    sigma = 4.0 * np.sqrt(height * width) / 224.0
-    thumbnails = [_statistics(images, ("thumbnail",))["thumbnail"] for images in (train, test)]
-    errors = (_pca_residuals(*thumbnails) ** 2).astype(np.float32).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    maps = {name: np.empty(test.shape[:3], np.float32) for name in ("smoothed_intensity", "pca_error")}
-    zoom = (1.0, height / THUMBNAIL_SIZE, width / THUMBNAIL_SIZE)
-    for start in range(0, len(test), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        maps["smoothed_intensity"][chunk] = ndimage.gaussian_filter(_grey(test[chunk]), (0.0, sigma, sigma))
-        maps["pca_error"][chunk] = ndimage.zoom(errors[chunk], zoom, order=1, mode="nearest", grid_mode=True)
-    return maps
+    residuals = _make_residual_fn(fit["thumbnail"])
+
+    def floor_maps(images: np.ndarray) -> dict[str, np.ndarray]:
+        height, width = images.shape[1:3]
+        sigma = 4.0 * np.sqrt(height * width) / 224.0
+        thumbnails = _statistics([images], ("thumbnail",))["thumbnail"]
+        errors = (residuals(thumbnails) ** 2).astype(np.float32).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+        zoom = (1.0, height / THUMBNAIL_SIZE, width / THUMBNAIL_SIZE)
+        return {
+            "smoothed_intensity": ndimage.gaussian_filter(_grey(images), (0.0, sigma, sigma)),
+            "pca_error": ndimage.zoom(errors, zoom, order=1, mode="nearest", grid_mode=True),
+        }
+
+    return floor_maps

@@ -1,10 +1,14 @@
 """Scores a folder of new images with a trained detector: predictions.csv and report.html, no labels needed."""
 
 import dataclasses
+import functools
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 
+from core.files import write_json
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
@@ -12,17 +16,25 @@ from mtl_moe.calibration import Calibration, check_calibration, fused_names, loa
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, restore
 from mtl_moe.outputs import write_maps, write_predictions
+from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import ReportData, write_report
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
+from mtl_moe.training_data import new_normals
+
+
+def source_of(source: Path, normals: Path | None) -> str:
+    """What a prediction is of, as its report.json says: the folders of the images and of the site's normals."""
+    return " against ".join(str(folder.resolve()) for folder in (source, normals) if folder)
 
 
 def predict(system: System, workdir: Path, source: Path, output: Path, normals: Path | None = None) -> np.ndarray:
-    """Scores every image below `source` and writes the results to `output`.
+    """Scores every image below `source` and writes the results to `output`, in place of an earlier prediction there.
 
     Args:
       normals: folder of normal images of the site that `source` comes from, which calibrate the scores; None: the
-        training set's held-out normals do, as the last evaluation left them in `workdir`.
+        training set's held-out normals do, as the last evaluation left them in `workdir`. Those that the detector was
+        trained on are left out.
 
     Returns:
       Image scores [N], in the order of the sorted names.
@@ -30,6 +42,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     Raises:
       ValueError: without images, checkpoint or calibration, or if one of the two folders lies inside the other.
     """
+    start = time.time()
     config = system.config
     trained = restore(system, workdir)
     split, skipped = load_images(source, config.data, min_size=config.model.patch_size)
@@ -37,23 +50,38 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     if normals is None:
         calibration = _load(system, workdir, trained.step)
     else:
-        calibration = _calibrate(system, scorer, normals, source)
+        calibration = _calibrate(system, scorer, workdir, normals, source)
     map_fn = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
-    scored = scorer.split(split, "score", map_fn if config.score.save_maps else None)
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "predictions.csv").exists():  # maps of an earlier prediction, whose images may have been others
+        shutil.rmtree(output / "maps", ignore_errors=True)
+    write = functools.partial(write_maps, output / "maps")
+    scored = scorer.split(split, "score", map_fn if config.score.save_maps else None, write=write, keep_maps=False)
     corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
     evidence = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
-    output.mkdir(parents=True, exist_ok=True)
     write_predictions(output / "predictions.csv", split, fused, p, evidence, skipped)
-    if scored.maps is not None:
-        write_maps(output / "maps", split, scored.maps)
+    thresholds = [
+        {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
+        for rate in config.score.false_positive_rates
+    ]
+    facts = {
+        "source": source_of(source, normals),
+        "counts": {"images": len(split), "skipped": len(skipped), "calibration": len(calibration.fused)},
+        "calibration": {"source": calibration.source, "manifest_hash": calibration.manifest_hash},
+    }
+    report = {
+        "thresholds": thresholds,
+        "provenance": provenance(system, facts, workdir, trained.step, time.time() - start),
+    }
+    write_json(output / "report.json", report)
     data = ReportData(
         dataset=source.name,
         layout=f"{len(split)} images below {source.name}"
         + (f", {len(skipped)} more could not be read: {', '.join(skipped)}" if skipped else ""),
-        headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals"
-        + (f" of {normals.name}." if normals else "."),
+        headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals "
+        f"of {calibration.source or 'its last evaluation'}.{unfinished(system, trained.step)}",
         metrics={},
         tasks=[task.name for task in system.tasks],
         names=split.names,
@@ -64,12 +92,10 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         calibration_scores=calibration.fused,
         groups=split.groups,
         num_calibration_groups=len(calibration.fused),  # not shown: nothing here is known to be normal
-        thresholds=[
-            {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
-            for rate in config.score.false_positive_rates
-        ],
+        thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
+        provenance=report["provenance"],
         config=config.to_dict(),
     )
     write_report(output / "report.html", data)
@@ -78,21 +104,25 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
 
 def _load(system: System, workdir: Path, step: int) -> Calibration:
     calibration = load_calibration(workdir / "calibration.npz", fused_names(system.tasks), step)
-    fusion = system.config.score.fusion
-    if calibration.fusion != fusion:
-        raise ValueError(
-            f"score.fusion={fusion!r}, but the calibration was made for {calibration.fusion!r}: run --mode=evaluate "
-            "with the same --config.score.fusion first"
-        )
+    for field in ("fusion", "dtype"):
+        made, now = getattr(calibration, field), system.config.score[field]
+        if made not in ("", now):  # "": a calibration of before the dtype was written down
+            raise ValueError(
+                f"score.{field}={now!r}, but the calibration was made for {made!r}: run --mode=evaluate with the same "
+                f"--config.score.{field} first"
+            )
     return calibration
 
 
-def _calibrate(system: System, scorer: Scorer, normals: Path, source: Path) -> Calibration:
+def _calibrate(system: System, scorer: Scorer, workdir: Path, normals: Path, source: Path) -> Calibration:
     if normals.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(normals.resolve()):
         raise ValueError(
             f"--normals={normals} and --input={source} hold the same images, which would look as normal as themselves: "
             "expected two folders, neither inside the other"
         )
-    split, _ = load_images(normals, system.config.data, min_size=system.config.model.patch_size)
+    split, _ = load_images(normals, system.config.data, min_size=system.config.model.patch_size, grouped=True)
+    split, known = new_normals(split, workdir)
     check_calibration(system.config.score.fusion, split.groups)
-    return calibrate(system, scorer, dataclasses.replace(split, labels=np.zeros_like(split.labels)))
+    calibration = calibrate(system, scorer, dataclasses.replace(split, labels=np.zeros_like(split.labels)))
+    claim = "" if known else ", of which it is not known whether the detector was trained on them"
+    return dataclasses.replace(calibration, source=normals.resolve().name + claim)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from core import report as page
 from core.metrics import roc_curve
 from mtl_moe import report_figures as figures
+from mtl_moe.calibration import TEXTURE
 from mtl_moe.report_data import Case, ReportData, select_cases, span
 
 __all__ = ["Case", "ReportData", "p_value_phrase", "select_cases", "write_report"]
@@ -41,7 +42,7 @@ def write_report(path: str | Path, results: ReportData) -> None:
         page.Section("Cases", _cases(results)) if results.cases else None,
         page.Section("Tasks", _tasks(results)) if results.grouped("task", "image_auroc") else None,
         page.Section("Floors", _floors(results)) if results.grouped("floor", "image_auroc") else None,
-        page.Section("Calibration", _calibration(results)) if np.any(results.labels == 0) else None,
+        page.Section("Calibration", _calibration(results)) if results.tested and np.any(results.labels == 0) else None,
         page.Section("Router", _router(results)) if results.router else None,
         page.Section("Training", _training(results)) if any("loss" in r for r in results.history) else None,
         page.Section("Provenance", _provenance(results)),
@@ -132,7 +133,8 @@ def _reading_guide(results: ReportData) -> Markup:
         "remove noise, put tiles in order, …); where it fails, the image differs from the normals it knows. Different "
         "need not mean diseased: a rare position, a device or an artefact is odd as well.",
         "Score: how oddly an image behaves over all tasks, and how unusual the amount of its texture is, against "
-        f"{num} normal images that were not trained on (the calibration normals). Higher is odder; there is no unit.",
+        f"the {num} calibration normals, of which the first section says what they are. Higher is odder; there is no "
+        "unit.",
         "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
         "It is no probability of disease. It holds for images made like the calibration normals (same devices, same "
         "kind of patients); where test normals are known, the section Calibration checks it.",
@@ -149,7 +151,7 @@ def _scores(results: ReportData) -> Markup:
     labels, scores = results.labels, results.scores
     groups = {"calibration normals": results.calibration_scores}
     for label, name in ((0, "normal"), (1, "abnormal"), (-1, "unlabelled")):
-        if np.any(labels == label):
+        if results.tested and np.any(labels == label):
             groups[name] = scores[labels == label]
     histogram = page.chart(
         figures.score_figure(groups, results.thresholds),
@@ -236,7 +238,7 @@ def _case(case: Case, num_calibration: int) -> Markup:
 def _tasks(results: ReportData) -> Markup:
     alone = results.grouped("task", "image_auroc")
     fused = results.metrics[results.prefix + "image_auroc"]
-    best = max(alone, key=alone.__getitem__)
+    best = max((name for name in alone if name != TEXTURE), key=alone.__getitem__, default=TEXTURE)
     rows = [["fused", results.value("image_auroc"), results.value("pixel_auroc"), results.value("aupro"), "", ""]]
     for task in alone:
         without = f"leave_out/{task}/image_auroc"
@@ -253,9 +255,9 @@ def _tasks(results: ReportData) -> Markup:
     header = ["Evidence", "Image AUROC", "Pixel AUROC", "AUPRO", "Fused without it", "Change"]
     rows, header = _drop_empty_columns(rows, header)
     note = (
-        f"Best single evidence: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one could "
-        "have made. Change: a negative number says that the fused score is worse without it. The evidence texture is "
-        "no task: it is how far the logarithm of the image's mean gradient is from the normals' median."
+        f"Best single evidence of a task: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one "
+        "could have made. Change: a negative number says that the fused score is worse without it. The evidence "
+        "texture is no task: it is how far the logarithm of the image's mean gradient is from the normals' median."
     )
     return page.join(
         [

@@ -19,6 +19,7 @@ from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
 from mtl_moe.infer import restore
+from mtl_moe.provenance import check_source
 from mtl_moe.seeds import ensemble, summarise
 from mtl_moe.system import build_system, sample_images
 from mtl_moe.train import train
@@ -33,7 +34,10 @@ FREE_FIELDS = (
     "data.kind",
     "data.skip_corrupt",
     "score.",
+    "train.log_every",
+    "train.save_every",
     "train.tensorboard",
+    "mesh.",
     "num_seeds",
     "compress.",
     "slices.",
@@ -72,7 +76,10 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
 
 
 def evaluate(config: Any, workdir: Path) -> None:
-    """Restores the newest checkpoint and evaluates; needs nothing but the work directory and the data."""
+    """Restores the newest checkpoint and evaluates; needs nothing but the work directory and the data.
+
+    On data other than those it was trained on the results go to `workdir`/evaluate/NAME, see `result_folder`.
+    """
     _check_single(config)
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
@@ -80,13 +87,15 @@ def evaluate(config: Any, workdir: Path) -> None:
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     evaluation.check_score(config.score, dataset)
-    _print_report(evaluation.evaluate(system, dataset, workdir), workdir)
+    folder = evaluation.result_folder(config.data, dataset, workdir)
+    _print_report(evaluation.evaluate(system, dataset, workdir), folder)
 
 
 def predict(config: Any, workdir: Path, source: str, output: str, normals: str = "") -> None:
     """Scores a folder of images with a trained detector, calibrated in its evaluation or on a folder of normals.
 
-    Without `output` the results go to `workdir`/predict/NAME, NAME that of the folder and of the normals'.
+    Without `output` the results go to `workdir`/predict/NAME, NAME that of the folder and of the normals'; where that
+    holds the results of another folder of this name they are kept: ValueError.
     """
     if not source:
         raise ValueError("--input is missing: the folder of images to score")
@@ -94,9 +103,12 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
     _check_seed(workdir)
-    name = "_against_".join(Path(folder).resolve().name for folder in (source, normals) if folder)
+    images, site = Path(source), Path(normals) if normals else None
+    name = "_against_".join(path.resolve().name for path in (images, site) if path)
     folder = Path(output) if output else workdir / "predict" / name
-    prediction.predict(build_system(config), workdir, Path(source), folder, Path(normals) if normals else None)
+    if not output:
+        check_source(folder, prediction.source_of(images, site), "name another folder with --output=FOLDER")
+    prediction.predict(build_system(config), workdir, images, folder, site)
     print(f"scores (a low p_value is suspicious): {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
 
 

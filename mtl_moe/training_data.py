@@ -1,11 +1,13 @@
 """Which images a work directory's detector learned from, so that no other set passes for them.
 
 Folders move and are decoded anew, so the names are compared, and for sets whose names are mere numbers how bright some
-images are. Axes: none.
+images are. Where a set is another one after all, hashes of the decoded pixels tell which of its images were trained on:
+one image more in a folder, and the draw of the held-out ones is wholly another. Axes: none.
 """
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import jax
 import numpy as np
 
 from core.files import write_json
-from input_pipeline.dataset import Dataset
+from input_pipeline.batches import image_batches
+from input_pipeline.dataset import Dataset, Split
+from input_pipeline.split import join
+from mtl_moe.calibration import MIN_NORMALS
 
 FILE = "training_data.json"
 NUM_SAMPLES = 16
@@ -49,6 +54,58 @@ def other_training_data(dataset: Dataset, workdir: Path) -> str:
     return f"{there['num_images']} images of {there['dataset']}"
 
 
+def calibration_normals(dataset: Dataset, workdir: Path) -> tuple[Split, bool]:
+    """The normals of `dataset` on which the detector of `workdir` is calibrated, and whether they are known to be new
+    to it: the held-out ones, and in a data set other than its own as `new_normals`.
+    """
+    held_out = dataset.splits["calibration"]
+    if other_training_data(dataset, workdir):
+        return new_normals(held_out, workdir, dataset.splits["train"])
+    return held_out, (workdir / FILE).exists()
+
+
+def new_normals(normals: Split, workdir: Path, others: Split | None = None) -> tuple[Split, bool]:
+    """`normals` as far as the detector of `workdir` was not trained on them, and whether that is known.
+
+    A patient of whom one image was trained on is left out. Where that leaves some out, what is new of `others`, normals
+    of the same data set, comes in.
+
+    Raises:
+      ValueError: if too few are left to calibrate on.
+    """
+    path = workdir / FILE
+    trained = json.loads(path.read_text()).get("images") if path.exists() else None
+    if trained is None:  # a work directory of before these were written down
+        return normals, False
+    new = _without(normals, set(trained))
+    if len(new) == len(normals):
+        return normals, True
+    left_out = len(normals) - len(new)
+    if others is not None:
+        new = join([new, _without(others, set(trained))])
+    if len(new) < MIN_NORMALS:
+        raise ValueError(
+            f"the detector of {workdir} was trained on these normals: only {len(new)} are new to it, and calibration "
+            f"needs {MIN_NORMALS}; add normals that it was not trained on, or use the very images it learned from"
+        )
+    logging.warning(
+        "%d of %d normals do not calibrate, as they or others of their patients were trained on: %d do that were not",
+        *(left_out, len(normals), len(new)),
+    )
+    return new, True
+
+
+def _without(split: Split, trained: set[str]) -> Split:
+    """The images of `split` of patients without any in `trained`, `pixel_hashes`."""
+    patients = {group for group, key in zip(split.groups, pixel_hashes(split), strict=True) if key in trained}
+    return split.take(np.flatnonzero([group not in patients for group in split.groups]))
+
+
+def pixel_hashes(split: Split) -> list[str]:
+    """Of each image 16 hexadecimal digits that its decoded pixels determine; decodes the whole split."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for images in image_batches(split) for image in images]
+
+
 def bind_training_data(dataset: Dataset, workdir: Path) -> None:
     """Compares with FILE, or writes it in a folder that nothing was trained in yet.
 
@@ -66,4 +123,5 @@ def bind_training_data(dataset: Dataset, workdir: Path) -> None:
         return
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / FILE, training_data(dataset))
+        images = sorted(pixel_hashes(dataset.splits["train"]))
+        write_json(workdir / FILE, training_data(dataset) | {"images": images})

@@ -31,6 +31,7 @@ from mtl_moe.model import build_geometry, build_model_config, trunk_tokens
 from mtl_moe.scoring import make_score_fn
 from mtl_moe.shrink import copy_blocks, kept_blocks, make_tokens_fn, weights_of
 from mtl_moe.system import build_system
+from mtl_moe.training_data import FILE, bind_training_data
 
 
 def deep_config(make: Callable[[], ConfigDict]) -> ConfigDict:
@@ -133,7 +134,9 @@ class Compressed(NamedTuple):
 @pytest.fixture(scope="module")
 def compressed(make_run, tiny_config, tmp_path_factory) -> Compressed:
     config = deep_config(tiny_config)
-    workdir = make_run(config).workdir
+    made = make_run(config)
+    workdir = made.workdir
+    bind_training_data(made.dataset, workdir)
     save_config(config, workdir)
     output = tmp_path_factory.mktemp("small") / "w"
     with pytest.MonkeyPatch.context() as patch:
@@ -271,6 +274,10 @@ def test_what_cannot_be_compressed_is_refused(compressed, tmp_path):
     other.mkdir()
     save_config(compressed.config, other)
     refuse("is the work directory of another run", other)
+    facts = (compressed.workdir / FILE).read_text()
+    (compressed.workdir / FILE).write_text(facts.replace('"names_hash": "', '"names_hash": "0'))
+    refuse("learned from other images .24 images of phantom. .*compress it with the very images")
+    (compressed.workdir / FILE).write_text(facts)
     with pytest.raises(ValueError, match="no work directory of a trained detector"):
         run.compress(compressed.config, tmp_path / "nowhere", str(tmp_path / "w"), 2)
     assert not (tmp_path / "nowhere").exists()

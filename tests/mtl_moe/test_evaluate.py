@@ -2,19 +2,27 @@
 
 import csv
 import dataclasses
+import functools
 import html.parser
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
-from core.metrics import pixel_metrics
-from input_pipeline.split import ArrayPixels, Split
+from core.metrics import auroc, pixel_metrics
+from input_pipeline.batches import image_batches
+from input_pipeline.index import calibration_rows
+from input_pipeline.split import ArrayPixels, Split, join
+from mtl_moe import evaluate as evaluation
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
 from mtl_moe.evaluate import FLOORS, check_score, evaluate
-from mtl_moe.training_data import FILE
+from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.scoring import make_map_fn
+from mtl_moe.training_data import FILE, bind_training_data
 
 PIXEL_METRICS = {"pixel_auroc", "pixel_ap", "aupro", "aupro_bmad"}
 IMAGE_METRICS = {"image_auroc", "image_ap"}
@@ -44,9 +52,19 @@ class References(html.parser.HTMLParser):
         self.found += [value for key, value in attrs if key in ("src", "srcset") or (tag == "link" and key == "href")]
 
 
+def changed(run, **score):
+    """The run with other fields of config.score."""
+    config = run.system.config.copy_and_resolve_references()
+    config.score.update(**score)
+    return run._replace(system=dataclasses.replace(run.system, config=config))
+
+
+RATES = (0.1, 0.3, 0.6)  # of six calibration normals, which give p-values of sevenths
+
+
 @pytest.fixture(scope="module")
 def report(tiny_run):
-    return evaluate(*tiny_run)
+    return evaluate(*changed(tiny_run, false_positive_rates=RATES))
 
 
 def test_all_outputs_are_written(tiny_run, report):
@@ -96,10 +114,10 @@ def test_predictions_agree_with_the_report_and_the_calibration(tiny_run, report)
     assert found["test/phantom/image_auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores))
     assert found["test/phantom/image_ap"] == pytest.approx(sklearn_metrics.average_precision_score(labels, scores))
     calibration = load_calibration(tiny_run.workdir / "calibration.npz", names, 3)
-    against = np.concatenate([calibration.fused, scores[labels == 1]])
-    expected = sklearn_metrics.roc_auc_score(np.arange(len(against)) >= len(calibration.fused), against)
-    assert found["test/phantom/abnormal_vs_calibration"] == pytest.approx(expected)
-    assert 0 <= found["test/phantom/normal_vs_calibration"] <= 1
+    for name, label in (("normal", 0), ("abnormal", 1)):
+        against = np.concatenate([calibration.fused, scores[labels == label]])
+        expected = sklearn_metrics.roc_auc_score(np.arange(len(against)) >= len(calibration.fused), against)
+        assert found[f"test/phantom/{name}_vs_calibration"] == pytest.approx(expected)
     evidence = np.array([[float(row[name]) for name in names] for row in rows])
     kinds = np.array(calibration.kinds)
     assert set(kinds) == {"error", "defect", "label", "texture"}
@@ -113,13 +131,15 @@ def test_predictions_agree_with_the_report_and_the_calibration(tiny_run, report)
 def test_thresholds_flag_what_their_p_value_says(tiny_run, report):
     rows = predictions_of(tiny_run.workdir)
     labels, p = (np.array([float(row[key]) for row in rows]) for key in ("label", "p_value"))
-    rates = tiny_run.system.config.score.false_positive_rates
-    assert [row["fpr"] for row in report["thresholds"]] == list(rates)
+    assert [row["fpr"] for row in report["thresholds"]] == list(RATES)
     for row in report["thresholds"]:
         assert row["observed_fpr"] == pytest.approx(np.mean(p[labels == 0] <= row["fpr"]))
         assert row["tpr"] == pytest.approx(np.mean(p[labels == 1] <= row["fpr"]))
-    # Six normals cannot support any of these rates: infinite, which strict JSON has no number for.
-    assert {row["threshold"] for row in strict_json(tiny_run.workdir / "report.json")["thresholds"]} == {None}
+    assert np.isfinite(row["threshold"])
+    assert row["tpr"] != row["observed_fpr"], "nothing tells the two apart"
+    # Six normals cannot support a rate of 0.1: infinite, which strict JSON has no number for.
+    stored = strict_json(tiny_run.workdir / "report.json")["thresholds"]
+    assert [row["threshold"] is None for row in stored] == [True, False, False]
 
 
 @pytest.fixture(scope="module")
@@ -134,25 +154,29 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     splits = {key: split for key, split in small_run.dataset.splits.items() if key != "test"}
     report = evaluate(small_run.system, dataclasses.replace(small_run.dataset, splits=splits), small_run.workdir)
     assert report["metrics"] == {}
-    assert {row["tpr"] for row in report["thresholds"]} == {None}
+    # Nor a rate of false positives: these are the very normals that set the thresholds.
+    assert {row[name] for row in report["thresholds"] for name in ("observed_fpr", "tpr")} == {None}
     rows = predictions_of(small_run.workdir)
     assert [row["name"] for row in rows] == splits["calibration"].names
     assert {row["label"] for row in rows} == {"0"}
-    assert "calibration normals" in (small_run.workdir / "report.html").read_text()
+    names = fused_names(small_run.system.tasks)
+    without_them = load_calibration(small_run.workdir / "calibration.npz", names, 3).fused
+    np.testing.assert_allclose([float(row["score"]) for row in rows], without_them, rtol=1e-5)
+    page = (small_run.workdir / "report.html").read_text()
+    assert "the images shown are the calibration normals" in page
+    assert "Test normals flagged" not in page
+    assert '<section id="calibration"' not in page
     strict_json(small_run.workdir / "report.json")
 
 
-def changed(run, **score):
-    """The run with other fields of config.score."""
-    config = run.system.config.copy_and_resolve_references()
-    config.score.update(**score)
-    return run._replace(system=dataclasses.replace(run.system, config=config))
-
-
-def test_cases_and_intervals_can_be_left_out(small_run):
+def test_cases_and_intervals_can_be_left_out(small_run, monkeypatch):
     report = evaluate(*changed(small_run, gallery=0, bootstrap=0))
     assert report["intervals"] == {}
     assert "test/phantom/image_auroc" in report["metrics"]
+    monkeypatch.setattr(evaluation, "image_batches", functools.partial(image_batches, batch_size=3))
+    monkeypatch.setattr(evaluation, "MASK_BATCH", 3)
+    in_parts = evaluate(*changed(small_run, gallery=0, bootstrap=0))  # a split is never in memory as a whole
+    assert in_parts["metrics"] == pytest.approx(report["metrics"], rel=1e-6)
     assert "Best hits" not in (small_run.workdir / "report.html").read_text()
 
 
@@ -174,7 +198,7 @@ def test_impossible_scoring_is_refused_before_training(tiny_config, small_run, f
 
 
 def test_maps_are_written_for_every_image(small_run):
-    evaluate(*changed(small_run, save_maps=True))
+    metrics = evaluate(*changed(small_run, save_maps=True, untrained=True))["metrics"]
     split = small_run.dataset.splits["test"]
     for name in split.names:
         assert np.load(small_run.workdir / "maps" / f"{name}.npy").shape == (32, 32)
@@ -185,18 +209,73 @@ def test_maps_are_written_for_every_image(small_run):
     report = strict_json(small_run.workdir / "report.json")
     assert found["pixel_auroc"] == pytest.approx(report["metrics"]["test/phantom/pixel_auroc"])
 
+    # The untrained network, which no checkpoint has a part in.
+    system, dataset, _ = small_run
+    params, extra = jax.jit(system.init_fn(system.patch_centers(dataset)))(jax.random.key(system.config.seed))
+    scorer = Scorer(system, Trained(system.place(params), system.place(extra), 0))
+    calibration = calibrate(system, scorer, dataset.splits["calibration"])
+    scored = scorer.split(split, "by hand", make_map_fn(calibration, 32, 32))
+    fused = calibration.fuse(calibration.corrected(scored.raw, scored.texture))
+    assert metrics["test/phantom/floor/untrained/image_auroc"] == pytest.approx(auroc(fused, split.labels))
+    found = pixel_metrics(scored.maps, split.masks(np.arange(len(split)))[..., 0] > 0)
+    assert metrics["test/phantom/floor/untrained/aupro"] == pytest.approx(found["aupro"])
+    assert metrics["test/phantom/aupro"] != pytest.approx(found["aupro"])
 
-def test_a_detector_of_other_images_is_said_to_be(small_run, caplog):
-    (small_run.workdir / FILE).write_text(
-        json.dumps({"dataset": "elsewhere", "num_images": 99, "names_hash": "x", "mean_grey": [1.0]})
-    )
-    evaluate(*small_run)
-    (small_run.workdir / FILE).unlink()
-    assert (
-        "learned from scratch on 99 images of elsewhere, calibrated on 6"
-        in (small_run.workdir / "report.html").read_text()
-    )
+
+@pytest.fixture
+def bound_run(small_run, tmp_path):
+    """A copy of the run that knows what it learned from, evaluated: its calibration and its report."""
+    run = small_run._replace(workdir=shutil.copytree(small_run.workdir, tmp_path / "w"))
+    bind_training_data(run.dataset, run.workdir)
+    evaluate(*run)
+    return run, {name: (run.workdir / name).read_bytes() for name in ("calibration.npz", "report.html", "report.json")}
+
+
+def kept(run, files):
+    return all((run.workdir / name).read_bytes() == content for name, content in files.items())
+
+
+def test_after_its_folder_changed_no_image_that_was_trained_on_calibrates(bound_run, caplog):
+    run, files = bound_run
+    parts = run.dataset.splits
+    assert "6 more that were not trained on" in files["report.html"].decode()
+    everything = join([parts["train"], parts["calibration"]])
+    gone = parts["train"].groups[0]  # one patient less
+    left = everything.take([row for row, group in enumerate(everything.groups) if group != gone])
+    held_out = calibration_rows(left.groups, 0.25, 0)
+    drawn = {"train": left.take(np.flatnonzero(~held_out)), "calibration": left.take(np.flatnonzero(held_out))}
+    assert set(drawn["calibration"].names) & set(parts["train"].names), "the same draw: nothing to find out"
+    changed_folder = dataclasses.replace(run.dataset, splits=drawn)
+    evaluate(run.system, changed_folder, run.workdir)
+    assert kept(run, files), "predictions were calibrated on this from now on"
+    folder = run.workdir / "evaluate" / "phantom"
+    rows = predictions_of(folder)  # without a test split, the calibration normals
+    assert [row["name"] for row in rows] == parts["calibration"].names
+    assert "calibrated on 6 that were not trained on" in (folder / "report.html").read_text()
+    assert "were trained on: 6 do that were not" in caplog.text
+    few = {name: split.take(np.arange(4)) for name, split in drawn.items()}
+    with pytest.raises(ValueError, match=r"only \d are new to it, and calibration needs 5"):
+        evaluate(run.system, dataclasses.replace(run.dataset, splits=few), run.workdir)
+
+
+def test_a_detector_of_other_images_is_said_to_be(bound_run, caplog):
+    """Measured on another set, of which nothing is known to have been trained on, and its own calibration stays."""
+    run, files = bound_run
+    facts = {"dataset": "elsewhere", "num_images": 99, "names_hash": "x", "mean_grey": [1.0]}
+    for more, claim in (({}, "6 held-out normals"), ({"images": ["a"]}, "6 that were not trained on")):
+        (run.workdir / FILE).write_text(json.dumps(facts | more))
+        evaluate(*run)
+        page = (run.workdir / "evaluate" / "phantom" / "report.html").read_text()
+        assert f"learned from scratch on 99 images of elsewhere, calibrated on {claim}" in page
+        assert ("was not written down" in page) == (not more)
+        assert "training is unfinished: step 3 of 4" in page
+    assert kept(run, files)
     assert "learned from other images" in caplog.text
+    assert "newest checkpoint is of step 3 of 4" in caplog.text
+    stored = run.workdir / "evaluate" / "phantom" / "report.json"
+    stored.write_text(json.dumps({"provenance": {"source": "/another/phantom"}}))
+    with pytest.raises(ValueError, match=r"holds the results of /another/phantom, .*move that folder away"):
+        evaluate(*run)
 
 
 def without_masks(split, labels):
@@ -213,7 +292,7 @@ def test_with_image_labels_only_there_are_no_pixel_metrics(small_run):
     found = evaluate(system, dataclasses.replace(small_run.dataset, splits=splits), small_run.workdir)["metrics"]
     assert {f"test/phantom/{name}" for name in IMAGE_METRICS} <= set(found)
     assert not [key for key in found if key.rsplit("/", 1)[1] in PIXEL_METRICS]
-    assert 0 <= found["test/phantom/floor/untrained/image_auroc"] <= 1
+    assert "test/phantom/floor/untrained/image_auroc" in found
 
 
 def test_a_test_split_of_one_class_gives_no_accuracy(small_run):

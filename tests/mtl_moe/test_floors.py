@@ -20,6 +20,12 @@ def _images(seed: int, num: int, size: tuple[int, int] = (48, 40), contrast: flo
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)[..., None]
 
 
+def scores_of(train: np.ndarray, test: np.ndarray):
+    """Floor scores of test images [M, H, W, C], which come in batches of four."""
+    batches = [test[start : start + 4] for start in range(0, len(test), 4)]
+    return floors.floor_scores(floors.statistics([train]), floors.statistics(batches))
+
+
 def test_log_mean_gradient_by_hand():
     ramp = np.broadcast_to(3 * np.arange(20, dtype=np.uint8)[None, :, None, None], (1, 20, 16, 1))
     blank = np.full((1, 20, 16, 1), 77, np.uint8)
@@ -70,7 +76,7 @@ def test_thumbnails_are_area_averages(size):
 
 def test_pca_and_nearest_neighbour_equal_sklearn():
     train, test = _images(3, 150), _images(4, 20)
-    scores = floors.floor_scores(train, test)
+    scores = scores_of(train, test)
     x, y = (floors._thumbnails(floors._grey(images)) for images in (train, test))
     model = PCA(40, svd_solver="full").fit(x)
     residual = y - model.inverse_transform(model.transform(y))
@@ -81,11 +87,11 @@ def test_pca_and_nearest_neighbour_equal_sklearn():
 
 def test_a_training_image_is_its_own_neighbour_and_few_images_span_themselves():
     train = _images(5, 6)
-    scores = floors.floor_scores(train, train[:2])
+    scores = scores_of(train, train[:2])
     # Root of the cancellation error of float64 sums of 1024 squares.
     np.testing.assert_allclose(scores["nearest_neighbour"], 0.0, atol=1e-5)
     np.testing.assert_allclose(scores["pca_error"], 0.0, atol=1e-20)
-    assert (floors.floor_scores(train, _images(6, 3))["pca_error"] > 1e-4).all()
+    assert (scores_of(train, _images(6, 3))["pca_error"] > 1e-4).all()
 
 
 def test_histogram_distance_by_hand():
@@ -93,7 +99,7 @@ def test_histogram_distance_by_hand():
     train[1] = 2  # mean cumulative histogram: 1/2 at levels 0 and 1, then 1
     test = np.full((1, 8, 8, 1), 4, np.uint8)  # 0 below level 4, then 1
     expected = (0.5 + 0.5 + 1.0 + 1.0) / 256
-    assert floors.floor_scores(train, test)["histogram_distance"] == pytest.approx([expected], abs=1e-12)
+    assert scores_of(train, test)["histogram_distance"] == pytest.approx([expected], abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def test_histogram_distance_by_hand():
 )
 def test_each_floor_finds_its_own_change(change, found_by, blind):
     train, test = _images(7, 60), np.concatenate([_images(8, 40), _images(9, 40, **change)])
-    scores, labels = floors.floor_scores(train, test), np.repeat([0, 1], 40)
+    scores, labels = scores_of(train, test), np.repeat([0, 1], 40)
     assert auroc(scores[found_by], labels) > 0.99
     # 0.5 for a statistic that does not move; its standard error on 40 against 40 is 0.065.
     assert 0.25 < auroc(scores[blind], labels) < 0.75
@@ -117,8 +123,8 @@ def test_each_floor_finds_its_own_change(change, found_by, blind):
 
 def test_scores_of_an_image_do_not_depend_on_the_others():
     train, test = _images(10, 50), _images(11, 9)
-    together = floors.floor_scores(train, test)
-    alone = floors.floor_scores(train, test[4:5])
+    together = scores_of(train, test)
+    alone = scores_of(train, test[4:5])
     assert list(together) == list(alone)
     assert len(together) == 15
     for name, values in together.items():
@@ -131,7 +137,7 @@ def test_scores_of_an_image_do_not_depend_on_the_others():
 def test_floor_maps():
     train, test = _images(12, 50, (112, 96)), _images(13, 3, (112, 96))
     test[1, 40:56, 24:36] = 255
-    maps = floors.floor_maps(train, test)
+    maps = floors.make_floor_map_fn(floors.statistics([train]))(test)
     sigma = 4 * np.sqrt(112 * 96) / 224
     expected = np.stack([ndimage.gaussian_filter(image[..., 0] / 255.0, sigma) for image in test])
     np.testing.assert_allclose(maps["smoothed_intensity"], expected, atol=1e-5)
@@ -150,9 +156,9 @@ def test_floor_maps():
 
 def test_floors_refuse():
     images = _images(0, 3)
-    with pytest.raises(ValueError, match="found images float32"):
+    with pytest.raises(ValueError, match="found float32"):
         floors.log_mean_gradient(images.astype(np.float32))
-    with pytest.raises(ValueError, match=r"found train uint8 \(0, 48, 40, 1\)"):
-        floors.floor_scores(images[:0], images)
-    with pytest.raises(ValueError, match="of one size"):
-        floors.floor_maps(images, _images(0, 3, (40, 40)))
+    with pytest.raises(ValueError, match=r"found uint8 \(0, 48, 40, 1\)"):
+        floors.statistics([images[:0]])
+    with pytest.raises(ValueError, match="at least one image, found none"):
+        floors.statistics([])

@@ -1,6 +1,9 @@
-"""Prediction calibrated on a folder of normals. Axes: n normals."""
+"""Prediction calibrated on a folder of normals, and by the work directory. Axes: n normals."""
 
 import csv
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,10 @@ import pytest
 from PIL import Image
 
 from input_pipeline.split import Split
+from mtl_moe import run
 from mtl_moe.infer import Scorer, calibrate, restore
 from mtl_moe.predict import predict
+from mtl_moe.training_data import bind_training_data
 
 
 def write(split: Split, rows: np.ndarray, folder: Path) -> Path:
@@ -37,7 +42,8 @@ def test_the_normals_of_a_site_calibrate_its_scores(tiny_run, folders, tmp_path)
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         p = [float(row["p_value"]) for row in csv.DictReader(file)]
     np.testing.assert_allclose(np.array(p) * 13, np.round(np.array(p) * 13), atol=1e-3)
-    assert "12 calibration normals of normals." in (tmp_path / "out" / "report.html").read_text()
+    # The work directory is of before what it was trained on was written down.
+    assert "12 calibration normals of normals, of which it is not" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_folders_that_cannot_calibrate_are_named(tiny_run, folders, tmp_path):
@@ -49,3 +55,66 @@ def test_folders_that_cannot_calibrate_are_named(tiny_run, folders, tmp_path):
     with pytest.raises(ValueError, match="only 4 calibration normals: at least 5"):
         predict(tiny_run.system, tiny_run.workdir, source, tmp_path, few)
     assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_normals_that_were_trained_on_do_not_calibrate(tiny_run, folders, tmp_path):
+    trained_on, source = folders
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "w")
+    bind_training_data(tiny_run.dataset, workdir)
+    with pytest.raises(ValueError, match=r"was trained on these normals: only 0 are new"):
+        predict(tiny_run.system, workdir, source, tmp_path / "out", trained_on)
+    normals = write(tiny_run.dataset.splits["calibration"], np.arange(6), tmp_path / "normals")
+    expected = predict(tiny_run.system, workdir, source, tmp_path / "out", normals)
+    shutil.copy(trained_on / "00.png", normals / "one more.png")
+    scores = predict(tiny_run.system, workdir, source, tmp_path / "out", normals)
+    np.testing.assert_array_equal(scores, expected)
+    assert "6 calibration normals of normals." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_predictions_stay_apart_and_say_what_they_are_of(tiny_run, folders, tmp_path, caplog):
+    """Through the command: a damaged file left out, maps of the rest, and another folder of the same name refused."""
+    normals, source = folders
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "w")
+    images = shutil.copytree(source, tmp_path / "a" / "DICOM")
+    (images / "zz.png").write_bytes(b"no picture")
+    config = tiny_run.system.config.copy_and_resolve_references()
+    config.data.skip_corrupt = True
+    config.score.save_maps = True
+    run.predict(config, workdir, str(images), "", str(normals))
+    folder = workdir / "predict" / "DICOM_against_normals"
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [*(f"{i:02d}.png" for i in range(6)), "zz.png"]
+    assert [bool(row["error"]) for row in rows] == [False] * 6 + [True]
+    assert (rows[-1]["score"], rows[-1]["p_value"]) == ("", "")
+    assert len(list((folder / "maps").glob("*.npy"))) == 6
+    assert np.load(folder / "maps" / "05.png.npy").shape == (32, 32)
+    facts = json.loads((folder / "report.json").read_text())["provenance"]
+    assert facts["source"] == f"{images.resolve()} against {normals.resolve()}"
+    assert facts["counts"] == {"images": 6, "skipped": 1, "calibration": 12}
+    assert {"checkpoint_step", "git_revision", "devices", "versions", "seed"} <= set(facts)
+    page = (folder / "report.html").read_text()
+    assert str(images.resolve()) in page
+    assert "training is unfinished: step 3 of 4" in page
+    assert "newest checkpoint is of step 3 of 4" in caplog.text
+
+    elsewhere = shutil.copytree(source, tmp_path / "b" / "DICOM")
+    with pytest.raises(ValueError, match=r"holds the results of .*/a/DICOM against .*, not .*/b/DICOM.*--output"):
+        run.predict(config, workdir, str(elsewhere), "", str(normals))
+    (images / "05.png").unlink()
+    run.predict(config, workdir, str(images), "", str(normals))  # again, and of its maps none is an image's of before
+    assert sorted(path.name for path in (folder / "maps").glob("*.npy")) == [f"{i:02d}.png.npy" for i in range(5)]
+
+
+def test_the_page_says_on_whose_normals_the_work_directory_was_calibrated(tiny_run, folders, tmp_path):
+    _, source = folders
+    system, dataset, _ = tiny_run
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "w")
+    calibration = calibrate(system, Scorer(system, restore(system, workdir)), dataset.splits["calibration"])
+    for origin, dtype, said in (("scans", "float32", "6 calibration normals of scans."), ("", "", "its last eval")):
+        dataclasses.replace(calibration, source=origin, dtype=dtype).save(workdir / "calibration.npz", 3)
+        predict(system, workdir, source, tmp_path / "out")
+        assert said in (tmp_path / "out" / "report.html").read_text()
+    dataclasses.replace(calibration, dtype="bfloat16").save(workdir / "calibration.npz", 3)
+    with pytest.raises(ValueError, match=r"score.dtype='float32', but the calibration was made for 'bfloat16'"):
+        predict(system, workdir, source, tmp_path / "out")

@@ -160,6 +160,15 @@ def test_normals_only_check_the_calibration(tmp_path):
     assert "All labelled images are of one kind" in html
     assert "calibration" in anchors(html)
     assert "tasks" not in anchors(html)
+    assert "calibration" not in anchors(written(tmp_path, dataclasses.replace(results, tested=False)))
+
+
+def test_the_texture_is_not_called_the_best_task(tmp_path):
+    results = synthetic_results()
+    metrics = results.metrics | {"test/demo/task/texture/image_auroc": 0.999}
+    html = written(tmp_path, dataclasses.replace(results, metrics=metrics, cases=()))
+    best = max(TASKS, key=lambda task: metrics[f"test/demo/task/{task}/image_auroc"])
+    assert f"Best single evidence of a task: {best}," in html
 
 
 @pytest.mark.parametrize(
