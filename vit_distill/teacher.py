@@ -5,6 +5,7 @@ the config beside the file, the architecture's name or the family's custom. What
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,16 @@ def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitC
         fields["num_heads"] = heads
         notes = (f"num_heads {heads} assumed: customary for width {fields['width']}",)
     config = VitConfig(**fields)
+    trained = found.trained_activation
+    if trained not in ("", config.activation):
+        # What timm computes stays the default: a file of a model that was fine-tuned in timm looks the same.
+        note = (
+            f"the weights were trained with {trained}, timm computes {config.activation} for this architecture, and so "
+            f"does this: unless they were fine-tuned in timm since, give overrides activation "
+            f"(--config.teacher.overrides.activation={trained})"
+        )
+        logging.warning("%s: %s", found.facts.get("name"), note)
+        notes += (note,)
     known = {entry.name for entry in canonical.entries(config)}
     unused = [*found.unused, *dict.fromkeys(found.source_name(name) for name in found.state if name not in known)]
     if unused:

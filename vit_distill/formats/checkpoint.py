@@ -21,6 +21,7 @@ class Checkpoint:
       facts: plain JSON about the origin: architecture, licence, name.
       position_resize: variant of vit_distill.positions that the model's own code uses.
       notes: assumptions for the report.
+      trained_activation: the activation that the weights were trained with, where the file names another model's; "".
     """
 
     format: str
@@ -32,6 +33,7 @@ class Checkpoint:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     position_resize: str = "timm"
     notes: tuple[str, ...] = ()
+    trained_activation: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ def download(name: str) -> Path:
     """Folder in the hub's cache with "ORG/NAME" or "ORG/NAME@REVISION"; weights as safetensors or npz only.
 
     Raises:
-      ValueError: without the package, without network and cache, or if there is no such repository.
+      ValueError: without the package, without network and cache, if there is no such repository or no such weights.
     """
     try:
         import huggingface_hub
@@ -23,7 +23,7 @@ def download(name: str) -> Path:
     options = {"repo_id": repository, "revision": revision or None, "allow_patterns": list(_FILES)}
     try:
         # Falls back to the cache by itself when the hub cannot be reached.
-        return Path(huggingface_hub.snapshot_download(**options))
+        folder = Path(huggingface_hub.snapshot_download(**options))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise ValueError(f"hf-hub:{name}: no such repository or revision, or it is private: {error}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
@@ -31,3 +31,10 @@ def download(name: str) -> Path:
             f"hf-hub:{name}: not in the cache, and the hub cannot be reached. Load it once with network, or give the "
             f"path of a downloaded folder ({type(error).__name__})"
         ) from error
+    if not any(path.suffix in (".safetensors", ".npz") for path in folder.iterdir()):
+        raise ValueError(
+            f"hf-hub:{name}: holds neither model.safetensors nor .npz; pickled weights (pytorch_model.bin) and files "
+            "in parts are not fetched: take another revision, or write a folder with timm.models.save_for_hf or "
+            "save_pretrained, both with safe_serialization=True, and give its path"
+        )
+    return folder

@@ -79,6 +79,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+_IMAGENET_TYPES = ("vit_mae", "vit_msn", "deit")  # model_type of those that expect ImageNet's mean and std
 DEFAULT_HEADS = 12  # of the config classes of ViT, DINOv2 and CLIP alike, whatever the width
 
 
@@ -97,7 +98,8 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         canonical.fold_prefix_positions(state, 1)
     defaults, notes = _defaults(beside.config, is_dinov2)
     settings = defaults | read_settings(beside.config or {})
-    preprocessing, more_notes = read_preprocessor(beside.preprocessor, is_dinov2)
+    kind = (beside.config or {}).get("model_type")
+    preprocessing, more_notes = read_preprocessor(beside.preprocessor, is_dinov2 or kind in _IMAGENET_TYPES)
     if beside.preprocessor:
         settings |= {key: preprocessing.pop(key) for key in ("image_size",) if key in preprocessing}
     return Checkpoint(
@@ -175,7 +177,7 @@ def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tupl
     """Fields of Preprocessing in a preprocessor_config.json, and notes.
 
     Args:
-      imagenet: whether a model without one expects ImageNet's mean and std (DINOv2) rather than 0.5 (ViT).
+      imagenet: whether a model without one expects ImageNet's mean and std (DINOv2, MAE, MSN) rather than 0.5 (ViT).
     """
     if not content:
         label, values = ("ImageNet's", architectures.IMAGENET) if imagenet else ("0.5", architectures.HALF)

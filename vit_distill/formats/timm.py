@@ -36,6 +36,8 @@ _ORIGINAL = (
     "register_tokens", "*mask_token", "*decoder_*", "*dino_head.*", "*ibot_head.*", "head.mlp.*", "head.last_layer*",
     "*.mlp.w12.*", "*.gamma_1",
 )  # fmt: skip
+# Of CLIPs that were trained with quick GELU; most say so in their notes too.
+_QUICK_GELU_TAGS = ("openai", "metaclip_400m", "metaclip_2pt5b")
 # What a config tells and tensors do not.
 _TOLD = ("num_heads", "norm_eps", "activation", "pool", "position_on_prefix")
 _QKV = re.compile(r"(blocks\.\d+\.attn)\.qkv\.(weight|bias)")
@@ -75,6 +77,9 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         return sources.get(name, name)
 
     settings, preprocessing, facts = _from_config(beside.config) if beside.config else ({}, {}, {})
+    crop = _pretrained(beside.config or {}).get("crop_mode", "center")
+    if crop != "center":
+        notes += (f"the centre of images is cut out here; timm has crop_mode {crop!r} for this model",)
     if not beside.config:
         # A norm before the blocks is CLIP's, which torch's default epsilon came with.
         clip = "norm_pre.weight" in state
@@ -94,6 +99,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         # DINOv2 without registers was trained with the odd scale; timm's files are used as timm does.
         position_resize="dinov2" if dinov2 and "reg_token" not in state else "timm",
         notes=notes,
+        trained_activation=_trained_activation(beside.config or {}),
     )
 
 
@@ -117,8 +123,7 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if own:
         facts = {"architecture": content.get("architecture"), **own.get("facts", {})}
         return {key: own["config"][key] for key in _TOLD}, dict(own["preprocessing"]), facts
-    # Old files have the pretrained_cfg's fields at the top.
-    pretrained = content.get("pretrained_cfg", content)
+    pretrained = _pretrained(content)
     name, args = str(content.get("architecture", "")), dict(content.get("model_args") or {})
     settings = architectures.named_settings(name)
     heads = args.get("num_heads") or _named_heads(name)
@@ -145,6 +150,18 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         "licence": pretrained.get("license"),
     }
     return settings, preprocessing, facts
+
+
+def _pretrained(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """timm's pretrained_cfg; old files have its fields at the top."""
+    return content.get("pretrained_cfg", content)
+
+
+def _trained_activation(content: Mapping[str, Any]) -> str:
+    """What the weights were trained with, where timm's architecture need not compute it; "" where nothing says."""
+    pretrained = _pretrained(content)
+    said = "quickgelu" in str(pretrained.get("notes", "")).lower() or pretrained.get("tag") in _QUICK_GELU_TAGS
+    return "quick_gelu" if said and "_clip_" in str(content.get("architecture")) else ""
 
 
 def _named_heads(name: str) -> int | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from peers import peer
 from safetensors.numpy import save_file
 
 from core import tree
+from core.files import write_json
 from vit_distill.formats.architectures import architecture_config
 from vit_distill.formats.canonical import entries, expected_shapes
 from vit_distill.formats.hub import download
-from vit_distill.formats.timm import to_timm, write_timm_folder
+from vit_distill.formats.timm import timm_model, to_timm, write_timm_folder
 from vit_distill.teacher import Teacher, load_teacher
 
 OVERRIDES = {"num_heads": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -93,6 +95,44 @@ def test_names_that_tell_an_original_give_imagenets_statistics(plain: Teacher, t
     assert any("ImageNet's mean and std assumed" in note for note in found.report.notes)
 
 
+@pytest.mark.parametrize(
+    ("name", "pretrained", "warned"),
+    [
+        ("vit_base_patch16_clip_224", {"tag": "openai"}, True),
+        ("vit_huge_patch14_clip_224", {"tag": "dfn5b", "notes": ["natively QuickGELU, use quickgelu variant"]}, True),
+        ("vit_base_patch16_clip_224", {"tag": "laion2b"}, False),
+        ("vit_base_patch16_clip_224", {"tag": "openai_ft_in1k"}, False),
+        ("vit_base_patch16_clip_quickgelu_224", {"tag": "openai"}, False),
+    ],
+)
+def test_clips_whose_weights_want_another_gelu_than_timm_computes_are_named(
+    name: str, pretrained: dict[str, Any], warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """timm's function is kept; the note names the override, and what is exported then is quick GELU there too."""
+    clip = load_teacher("random:vit_tiny_patch16_clip_224", overrides=SMALL)
+    save_file(to_timm(clip.config, clip.params), tmp_path / "model.safetensors")
+    content = {"architecture": name, "model_args": {"num_heads": 2}, "pretrained_cfg": pretrained}
+    write_json(tmp_path / "config.json", content)
+    found = load_teacher(str(tmp_path), overrides=OVERRIDES)
+    assert found.config.activation == ("quick_gelu" if "quickgelu" in name else "gelu")
+    message = "the weights were trained with quick_gelu, timm computes gelu"
+    assert any(message in note for note in found.report.notes) == (message in caplog.text) == warned
+    caplog.clear()
+    quick = load_teacher(str(tmp_path), overrides=OVERRIDES | {"activation": "quick_gelu"})
+    assert message not in caplog.text + str(quick.report)
+    assert timm_model(quick.config)[1]["act_layer"] == "quick_gelu"
+
+
+def test_another_way_to_a_square_is_noted(plain: Teacher, tmp_path: Path) -> None:
+    write_timm_folder(tmp_path, plain.config, plain.params, plain.preprocessing)
+    assert not load_teacher(str(tmp_path)).report.notes
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["pretrained_cfg"]["crop_mode"] = "squash"
+    write_json(tmp_path / "config.json", content)
+    (note,) = load_teacher(str(tmp_path)).report.notes
+    assert note == "the centre of images is cut out here; timm has crop_mode 'squash' for this model"
+
+
 def test_torch_files(plain: Teacher, tmp_path: Path) -> None:
     torch = peer("torch")
     state = {name: torch.tensor(array) for name, array in to_timm(plain.config, plain.params).items()}
@@ -134,6 +174,10 @@ def test_hub(plain: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert same(found, plain)
     assert (asked["repo_id"], asked["revision"]) == ("timm/vit_tiny", "v1")
     assert (found.name, found.source["licence"]) == ("timm/vit_tiny@v1", "cc-by-nc-4.0")
+
+    (tmp_path / "model.safetensors").unlink()  # the repository has pytorch_model.bin alone
+    with pytest.raises(ValueError, match=r"timm/vit_tiny: holds neither .*pickled weights .* are not fetched"):
+        load_teacher("hf-hub:timm/vit_tiny")
 
     def offline(**options: Any) -> None:
         raise errors.LocalEntryNotFoundError("no network")

@@ -127,6 +127,17 @@ def test_a_vit_of_msn_has_another_epsilon(tmp_path: Path, monkeypatch: pytest.Mo
     assert peer("transformers").ViTMSNConfig().layer_norm_eps == 1e-6
 
 
+@pytest.mark.parametrize(("kind", "mean"), [("vit", 0.5), ("vit_mae", 0.485), ("vit_msn", 0.485)])
+def test_statistics_without_a_preprocessor_are_those_of_the_model(
+    kind: str, mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["hf_vit"]
+    monkeypatch.setitem(CASES, "hf_vit", case | {"config": case["config"] | {"model_type": kind}, "preprocessor": None})
+    teacher = load_case("hf_vit", tmp_path)
+    assert teacher.preprocessing.mean[0] == mean
+    assert any("no preprocessor_config.json" in note for note in teacher.report.notes)
+
+
 @pytest.mark.parametrize("name", ["timm_vit", "timm_siglip_gap", "hf_dinov2_registers", "big_vision"])
 def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
     peer("timm" if "timm" in name or "big" in name else "transformers")
