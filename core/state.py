@@ -1,5 +1,6 @@
 """Training state: everything that a resumed run needs, as one pytree."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -30,17 +31,34 @@ class TrainState:
     extra: Any
 
 
-def init_state(init_fn: Any, key: jax.Array, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(init_fn: Any, key: jax.Array, tx: optax.GradientTransformation, mesh: Mesh, *given: Any) -> TrainState:
     """Builds the state already placed on the mesh: shapes first, then one compiled initialisation.
 
     Args:
-      init_fn: key -> (params, extra).
+      init_fn: (key, *given) -> (params, extra).
+      given: trees of weights that the parameters start from. What init_fn closes over instead becomes part of the
+        compiled program.
     """
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init_fn, key, tx, mesh, *given))
+    return jax.jit(_make_build_fn(init_fn, tx), out_shardings=placement)(key, *given)
 
-    def build(key: jax.Array) -> TrainState:
-        params, extra = init_fn(key)
+
+def abstract_state(
+    init_fn: Any, key: jax.Array, tx: optax.GradientTransformation, mesh: Mesh, *given: Any
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`'s result as ShapeDtypeStructs; nothing is computed."""
+    abstract = jax.eval_shape(_make_build_fn(init_fn, tx), key, *given)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+
+
+def _make_build_fn(init_fn: Any, tx: optax.GradientTransformation) -> Callable[..., TrainState]:
+    def build(key: jax.Array, *given: Any) -> TrainState:
+        params, extra = init_fn(key, *given)
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), extra)
 
-    abstract = jax.eval_shape(build, key)
-    return jax.jit(build, out_shardings=shardings(abstract, mesh))(key)
+    return build

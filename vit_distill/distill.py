@@ -7,6 +7,8 @@ weights of the copy for "full" and "scratch".
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +21,7 @@ from jax.sharding import Mesh
 from core import tree
 from core.dense import rounded_kernels
 from core.mesh import make_mesh, replicate
-from core.state import TrainState, init_state
+from core.state import TrainState, abstract_state, init_state
 from core.step import make_train_step_fn
 from core.vit import VisionTransformer, VitConfig, VitOutput
 from vit_distill.augment import fixed_view, random_resized_crop
@@ -68,11 +70,11 @@ class Distiller:
     def merged(self, trainable: Any) -> Any:
         """The student's weights with what was trained.
 
-        The head stays that of the base: no loss reaches it, so weight decay alone has changed it in `trainable`.
+        The head is the teacher's: no loss reaches it, so weight decay alone has changed it in `trainable`.
         """
         if self.lora:
             return merge(self.base, trainable, self.lora)
-        return dict(trainable) | ({"head": self.base["head"]} if "head" in self.base else {})
+        return dict(trainable) | ({"head": self.teacher.params["head"]} if "head" in self.base else {})
 
 
 def build_distiller(
@@ -125,7 +127,18 @@ def build_distiller(
 
 
 def base_fingerprint(distiller: Distiller) -> np.ndarray:
-    """sha256 of the start weights as uint8 [32]: goes into every checkpoint, so that adapters know their base."""
+    """sha256 of the start weights as uint8 [32]: goes into every checkpoint, so that adapters know their base.
+
+    For method "scratch" it is that of the teacher, blocks and seed: what the seed draws differs between devices.
+    """
+    if distiller.config.student.method == "scratch":
+        drawn_by = [distiller.teacher.report.sha256, list(distiller.blocks), int(distiller.config.seed)]
+        return np.frombuffer(hashlib.sha256(json.dumps(drawn_by).encode()).digest(), np.uint8)
+    return start_fingerprint(distiller)
+
+
+def start_fingerprint(distiller: Distiller) -> np.ndarray:
+    """sha256 of the start weights themselves, uint8 [32]."""
     return np.frombuffer(bytes.fromhex(tree.fingerprint(distiller.base)), np.uint8)
 
 
@@ -135,10 +148,26 @@ def build_state(distiller: Distiller, tx: optax.GradientTransformation, trainabl
     Args:
       trainable: start values, from a warm start for example; by default `init_trainable` of the config's seed.
     """
+    given = distiller.base if trainable is None else trainable
+    key, given = jax.random.key(distiller.config.seed), replicate(given, distiller.mesh)
+    return init_state(_make_init_fn(distiller, trainable is not None), key, tx, distiller.mesh, given)
+
+
+def restore_target(distiller: Distiller, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and placement of `build_state`'s result: what a checkpoint is restored into."""
     key = jax.random.key(distiller.config.seed)
-    extra = {"base": jnp.asarray(base_fingerprint(distiller))}
-    make = distiller.init_trainable if trainable is None else lambda _: jax.tree.map(jnp.asarray, trainable)
-    return init_state(lambda key: (make(key), extra), key, tx, distiller.mesh)
+    return abstract_state(_make_init_fn(distiller), key, tx, distiller.mesh, distiller.base)
+
+
+def _make_init_fn(distiller: Distiller, started: bool = False) -> Callable[[jax.Array, Any], tuple[Any, Any]]:
+    """(key, base, or what trains if it is `started`) -> (what trains, extra)."""
+    extra = {"base": base_fingerprint(distiller)}
+
+    def init_fn(key: jax.Array, given: Any) -> tuple[Any, Any]:
+        trainable = given if started else dataclasses.replace(distiller, base=given).init_trainable(key)
+        return trainable, jax.tree.map(jnp.asarray, extra)
+
+    return init_fn
 
 
 def make_views_fn(distiller: Distiller) -> Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], jax.Array]:

@@ -59,6 +59,8 @@ def _origin(student: Student) -> dict[str, Any]:
         "Kept blocks (from 0)": ", ".join(map(str, student.blocks)),
         "Method": student.method,
     }
+    if "updates" in facts:
+        rows["Updates"] = f"{facts['updates']} of {facts['num_steps']}"
     if student.lora is not None:
         rows["Ranks"] = ", ".join(f"{target} {rank}" for target, rank in student.lora.ranks)
         rows["Adapters"] = f"{'DoRA' if student.lora.dora else 'LoRA'}, scaling {student.lora.scaling}"

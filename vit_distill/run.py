@@ -58,6 +58,8 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
     if distributed:
         jax.distributed.initialize()
     if config.command in COMMANDS:
+        if jax.process_count() > 1:
+            raise ValueError(f"command {config.command!r} runs on one host: start it without --distributed")
         module, name = COMMANDS[config.command].split(":")
         getattr(importlib.import_module(module), name)(config, workdir)
     elif config.command == "distill":
@@ -99,11 +101,19 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 
 def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[LabelledSet, np.ndarray, np.ndarray]:
-    """(all images at the teacher's resize size, rows to train on, `calibration.num_images` of the rows left over)."""
+    """(all images at the teacher's resize size, rows to train on, `calibration.num_images` of the rows left over).
+
+    Raises:
+      ValueError: as `load_labelled`, `read_manifest` and `select_few_shot`; for a manifest beside a ratio or number.
+    """
+    section, own = config.few_shot, workdir and _own_manifest(workdir)
+    if section.manifest and not own and (section.per_class or section.ratio != 1):
+        raise ValueError(
+            "few_shot.manifest names the images: leave few_shot.ratio at 1 and few_shot.per_class at 0, found "
+            f"ratio={section.ratio} and per_class={section.per_class}"
+        )
     images = _load(config, teacher, config.data.split)
-    section = config.few_shot
-    manifest = (workdir and _own_manifest(workdir)) or section.manifest
-    if manifest:
+    if manifest := own or section.manifest:
         few = read_manifest(Path(manifest), images)
     else:
         few = select_few_shot(images, ratio=section.ratio, per_class=section.per_class, seed=section.seed)
@@ -166,24 +176,38 @@ def _distill(config: Any, workdir: Path) -> None:
     if held_out is not None:
         _decode(held_out)
     print(f"student: blocks {', '.join(map(str, distiller.blocks))} of {teacher.config.depth}")
-    # Nothing is written before all of this was accepted: a corrected command finds the folder empty.
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not accepted:
-        section = config.few_shot
-        selection = dict(ratio=section.ratio, per_class=section.per_class, seed=section.seed)
-        write_manifest(workdir / "manifest.json", images, few, **selection)
-    save_config(config, workdir)
     facts = student_facts(distiller, {"hash": few_shot.manifest_hash(), "num_images": len(few), "name": images.name})
     if known:  # how its calibrated blocks were chosen
         facts["choice"] = known.get("choice", [])
-    save_facts(workdir, facts)
+    # Nothing is written before all of this was accepted: a corrected command finds the folder empty.
+    if jax.process_index() == 0:  # of several hosts one writes
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not accepted:
+            write_manifest(workdir / "manifest.json", images, few, **_selection(config.few_shot))
+        save_config(config, workdir)
+        save_facts(workdir, facts)
     trainable = None
     if config.student.method != "copy":
         state = train(distiller, few_shot, workdir)
-        distiller, trainable = truncated(distiller, state.ema_params)
-        facts["lora"] = lora_facts(distiller)
-    if jax.process_index() == 0:
-        _report(distiller, trainable, facts, few_shot, held_out, workdir)
+        facts["updates"] = int(state.step)
+        if jax.process_count() == 1:
+            distiller, trainable = truncated(distiller, state.ema_params)
+            facts["lora"] = lora_facts(distiller)
+    if jax.process_count() > 1:  # what was trained lies on all of them
+        print(f"trained; now run on one host: python main.py --mode=evaluate --workdir={workdir}")
+        return
+    _report(distiller, trainable, facts, few_shot, held_out, workdir)
+    if cached := sum(path.stat().st_size for path in (workdir / "teacher_features").glob("*")):
+        print(
+            f"{workdir / 'teacher_features'} ({cached / 2**30:.2f} GiB) serves longer training only: it may be deleted"
+        )
+
+
+def _selection(section: Any) -> dict[str, Any]:
+    """How the images were chosen, for the manifest's record."""
+    if section.manifest:
+        return dict(manifest=section.manifest)
+    return dict(ratio=section.ratio, per_class=section.per_class, seed=section.seed)
 
 
 def _report(

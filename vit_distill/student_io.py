@@ -14,7 +14,7 @@ from core.checkpoint import Checkpointer
 from core.files import write_json
 from core.optim import build_optimizer
 from core.tree import num_params
-from vit_distill.distill import Distiller, build_distiller, build_state
+from vit_distill.distill import Distiller, build_distiller, restore_target
 from vit_distill.lora import truncate
 from vit_distill.student import Student
 from vit_distill.teacher import Teacher, load_teacher
@@ -63,7 +63,10 @@ def describe(teacher: Teacher) -> list[str]:
 
 
 def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain JSON for reports and model cards; `manifest` names the few-shot images' hash and count."""
+    """Plain JSON for reports and model cards; `manifest` names the few-shot images' hash and count.
+
+    "updates", how many of "num_steps" were made, comes after training.
+    """
     config, teacher = distiller.config, distiller.teacher
     return {
         "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
@@ -73,6 +76,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
         "lora": lora_facts(distiller),
         "loss": {"kind": config.loss.kind, "target": config.loss.target, "cls_weight": config.loss.cls_weight},
         "few_shot": dict(manifest),
+        "num_steps": int(config.train.num_steps) if config.student.method != "copy" else 0,
         "seed": int(config.seed),
         "num_params": {"teacher": num_params(teacher.params), "student": num_params(distiller.base)},
         "metrics": {},
@@ -136,7 +140,10 @@ def load_student(workdir: Path, config: Any = None) -> Student:
 
 
 def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, dict[str, Any]]:
-    """(distiller, what was trained, facts) of a work directory; arguments and errors as `load_student`."""
+    """(distiller, what was trained, facts) of a work directory; arguments and errors as `load_student`.
+
+    A student whose training was cut short is read with a warning.
+    """
     workdir = Path(workdir)
     missing = [name for name in ("config.json", FACTS) if not (workdir / name).exists()]
     if missing:
@@ -152,15 +159,21 @@ def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, d
     distiller = build_distiller(config, teacher, blocks=tuple(facts["blocks"]))
     if config.student.method == "copy":
         return distiller, None, facts
-    state = build_state(distiller, build_optimizer(config.optim, config.train.num_steps))
+    state = restore_target(distiller, build_optimizer(config.optim, config.train.num_steps))
     checkpointer = Checkpointer(workdir)
     try:
-        trainable, extra, _ = checkpointer.restore_model(state.ema_params, state.extra)
+        trainable, extra, updates = checkpointer.restore_model(state.ema_params, state.extra)
     finally:
         checkpointer.close()
     check_base(distiller, extra, workdir)
+    num_steps = int(config.train.num_steps)
+    if updates < num_steps:
+        print(
+            f"WARNING: the student of {workdir} has had {updates} of {num_steps} updates: its training was stopped "
+            "and goes on by the command that started it"
+        )
     distiller, trainable = truncated(distiller, trainable)
-    return distiller, trainable, facts | {"lora": lora_facts(distiller)}
+    return distiller, trainable, facts | {"lora": lora_facts(distiller), "updates": updates, "num_steps": num_steps}
 
 
 def truncated(distiller: Distiller, trainable: Any) -> tuple[Distiller, Any]:

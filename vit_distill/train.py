@@ -16,7 +16,16 @@ from core.optim import build_optimizer
 from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
-from vit_distill.distill import DTYPES, Distiller, base_fingerprint, build_state, make_step_fn, trace_update
+from vit_distill.distill import (
+    DTYPES,
+    Distiller,
+    base_fingerprint,
+    build_state,
+    make_step_fn,
+    restore_target,
+    start_fingerprint,
+    trace_update,
+)
 from vit_distill.evaluate import run_blocks
 from vit_distill.forward import part_size
 from vit_distill.sampling import even_rows
@@ -50,7 +59,7 @@ def train(
         if checkpointer.latest_step() is None:
             state = build_state(distiller, tx, start_values(distiller, images))
         else:
-            state = checkpointer.restore_train(build_state(distiller, tx))
+            state = checkpointer.restore_train(restore_target(distiller, tx))
             check_base(distiller, state.extra, workdir)
             print(f"resuming after step {int(state.step)}")
         host = jax.process_index()
@@ -98,11 +107,15 @@ def start_values(distiller: Distiller, images: LabelledSet) -> Any:
 def check_base(distiller: Distiller, extra: Any, workdir: Path) -> None:
     """Raises CheckpointError if a checkpoint's adapters were trained on other start weights than the distiller's."""
     found, expected = np.asarray(extra["base"], np.uint8), base_fingerprint(distiller)
-    if not np.array_equal(found, expected):
+    # Students from scratch of earlier versions hold the sha256 of what was drawn, on the device that it was drawn on.
+    if not any(np.array_equal(found, own) for own in (expected, start_fingerprint(distiller))):
+        advice = ""
+        if distiller.config.student.method == "scratch":
+            advice = "; of an earlier version, a student from scratch is read where it was trained"
         raise CheckpointError(
             f"{workdir}: what was trained there stands on other start weights (sha256 {bytes(found).hex()[:12]}) than "
             f"teacher.checkpoint and student.* give now ({bytes(expected).hex()[:12]}): use the same teacher file, or "
-            "another --workdir"
+            f"another --workdir{advice}"
         )
 
 

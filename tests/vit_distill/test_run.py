@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import workdir as saved
-from configs.vit_distill import distill, probe, segment
+from configs.vit_distill import distill, probe, segment, table
 from configs.vit_distill import teacher as teacher_config
 from core.mesh import make_mesh
 from core.tree import paths
@@ -22,6 +23,7 @@ from core.workdir import check_config
 from input_pipeline.classification import load_labelled
 from vit_distill import run
 from vit_distill.formats.timm import write_timm_folder
+from vit_distill.model_card import model_card
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.sampling import even_rows
 from vit_distill.student_io import load_student, load_teacher_of
@@ -82,6 +84,8 @@ def test_a_run_leaves_everything_that_is_promised(workdir: Path):
     assert len(report["blocks"]["before"]) == len(report["blocks"]["after"]) == 2
     facts = report["student"]
     assert facts["few_shot"]["num_images"] == 20
+    assert (facts["updates"], facts["num_steps"]) == (2, 2)
+    assert json.loads((workdir / "student.json").read_text())["updates"] == 2
     assert len(facts["blocks"]) == 2
     assert {row["rule"] for row in facts["choice"]} == {"removal", "first", "even", "last"}
     assert len(json.loads((workdir / "manifest.json").read_text())["names"]) == 20
@@ -100,6 +104,23 @@ def test_the_student_comes_back_as_it_was(workdir: Path, capsys: pytest.CaptureF
     run.evaluate(saved.get_config(str(workdir)), workdir)
     assert json.loads((workdir / "report.json").read_text())["metrics"] == before
     assert "held_out/digits/l1" in capsys.readouterr().out
+
+
+def test_a_training_that_was_stopped_is_no_finished_student(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert "WARNING" not in capsys.readouterr().out
+    load_student(workdir)
+    assert "WARNING" not in capsys.readouterr().out
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = saved.get_config(str(copy))
+    config.train.num_steps = 9
+    student = load_student(copy, config)
+    assert f"WARNING: the student of {copy} has had 2 of 9 updates" in capsys.readouterr().out
+    assert "| Updates | 2 of 9 |" in model_card(student)
+    run.evaluate(config, copy)
+    assert json.loads((copy / "report.json").read_text())["student"]["updates"] == 2
 
 
 def test_adapters_can_be_cut_to_a_lower_rank(workdir: Path, tmp_path: Path):
@@ -168,6 +189,14 @@ def test_the_manifest_of_an_earlier_run_gives_the_same_images(workdir: Path, tea
     assert np.array_equal(run.few_shot_images(config, loaded, workdir)[1], few)
     shutil.copy(workdir / "manifest.json", tmp_path)
     assert len(run.few_shot_images(config, loaded, tmp_path)[1]) > 1000
+    # Two ways to choose are one too many, and the record names the one that chose.
+    config.few_shot.update(manifest=str(workdir / "manifest.json"), ratio=0.5)
+    with pytest.raises(ValueError, match=r"few_shot\.manifest names the images: .*found ratio=0\.5"):
+        run.few_shot_images(config, loaded, tmp_path)
+    config.few_shot.ratio, config.student.method = 1.0, "copy"
+    run.train_and_evaluate(config, tmp_path / "w")
+    selection = json.loads((tmp_path / "w" / "manifest.json").read_text())["selection"]
+    assert selection == {"manifest": str(workdir / "manifest.json")}
 
 
 @pytest.mark.parametrize(
@@ -314,6 +343,23 @@ def test_resuming_keeps_the_calibrated_blocks_and_cuts_adapters_as_told(
         assert (found["blocks"], found["choice"]) == (before["blocks"], before["choice"])
         assert set(found["lora"]["ranks"].values()) == {1}
     assert set(before["lora"]["ranks"].values()) == {2}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_hosts_one_writes_and_one_evaluates_afterwards(
+    index: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """What was trained lies on all hosts: none of them can merge it alone."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(run, "train", lambda *_: SimpleNamespace(step=2))
+    run.train_and_evaluate(make_config(teacher), tmp_path / "w")
+    assert "trained; now run on one host: python main.py --mode=evaluate" in capsys.readouterr().out
+    written = {path.name for path in tmp_path.glob("w/*")}
+    assert written == ({"config.json", "manifest.json", "student.json"} if index == 0 else set())
+    for config in (probe.get_config(), segment.get_config(), teacher_config.get_config(), table.get_config()):
+        with pytest.raises(ValueError, match=f"command '{config.command}' runs on one host"):
+            run.train_and_evaluate(config, tmp_path / "other")
 
 
 @pytest.mark.parametrize("config", [probe.get_config(), segment.get_config(), teacher_config.get_config()])

@@ -17,18 +17,28 @@ from configs import common
 from core.checkpoint import CheckpointError
 from core.mesh import make_mesh
 from core.optim import build_optimizer
-from core.tree import paths
+from core.tree import paths, spec
 from core.vit import VisionTransformer, VitConfig
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from input_pipeline.split import ArrayPixels
 from vit_distill import forward
-from vit_distill.distill import Distiller, build_distiller, build_state, make_step_fn, make_targets_fn, make_views_fn
-from vit_distill.evaluate import compare
+from vit_distill.distill import (
+    Distiller,
+    base_fingerprint,
+    build_distiller,
+    build_state,
+    make_step_fn,
+    make_targets_fn,
+    make_views_fn,
+    restore_target,
+    start_fingerprint,
+)
+from vit_distill.evaluate import compare, run_blocks
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.teacher import LoadReport, Teacher
 from vit_distill.teacher_cache import TeacherCache, build_cache, cached_batches
-from vit_distill.train import check_trains, start_values, train
+from vit_distill.train import check_base, check_trains, start_values, train
 
 CONFIG = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=4, image_size=8)
 STORED = 10
@@ -101,6 +111,84 @@ def test_scratch_starts_from_random_weights_of_the_seed(config, teacher):
     one, two = build_distiller(config, teacher), build_distiller(config, teacher)
     assert leaves_equal(one.base, two.base)
     assert not np.allclose(one.base["embed"]["proj"]["kernel"], teacher.params["embed"]["proj"]["kernel"])
+
+
+def test_scratch_is_not_bound_to_what_a_device_draws(config, teacher, images, tmp_path):
+    """The start weights have no say once training has begun; another teacher or seed is refused."""
+    config.student.method = "scratch"
+    drawn = build_distiller(config, teacher)
+    base = jax.tree.map(lambda leaf: leaf * 1.001, drawn.base)
+    elsewhere = dataclasses.replace(drawn, base=base)
+    check_base(elsewhere, {"base": base_fingerprint(drawn)}, tmp_path)
+    check_base(drawn, {"base": start_fingerprint(drawn)}, tmp_path)  # as earlier versions wrote it
+    with pytest.raises(CheckpointError, match="read where it was trained"):
+        check_base(elsewhere, {"base": start_fingerprint(drawn)}, tmp_path)
+    before = base_fingerprint(drawn)
+    config.seed = 1
+    with pytest.raises(CheckpointError, match="other start weights"):
+        check_base(build_distiller(config, teacher), {"base": before}, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "scratch"])
+def test_start_weights_are_no_constants_of_a_program(method, config, teacher, monkeypatch):
+    """A ViT-L's would be compiled in; and what a checkpoint is restored into is shapes alone."""
+    config.student.method, config.lora.dora = method, True
+    distiller, tx = build_distiller(config, teacher), build_optimizer(config.optim, 4)
+    state, target = build_state(distiller, tx), restore_target(distiller, tx)
+    assert spec(target) == spec(state)
+    assert {type(leaf) for leaf in jax.tree.leaves(target)} == {jax.ShapeDtypeStruct}
+    assert [leaf.sharding for leaf in jax.tree.leaves(target)] == [leaf.sharding for leaf in jax.tree.leaves(state)]
+
+    def num_constants(init_fn, key, tx, mesh, *given):
+        return sum(np.size(const) for const in jax.make_jaxpr(init_fn)(key, *given).consts)
+
+    monkeypatch.setattr("vit_distill.distill.init_state", num_constants)
+    for start in (None, jax.device_get(state.params)):
+        assert build_state(distiller, tx, start) <= 64
+
+
+def test_updates_with_a_teacher_in_bfloat16_are_close(config, teacher, images):
+    """README's setting for speed: teacher and student in bfloat16."""
+    batch, found = {"image": images.images(np.arange(8))}, {}
+    for dtype in ("float32", "bfloat16"):
+        config.teacher.dtype = config.train.dtype = dtype
+        found[dtype] = run_one(build_distiller(config, teacher), batch, steps=2)
+    (half, metrics), (full, wanted) = found["bfloat16"], found["float32"]
+    assert metrics["loss"] == pytest.approx(wanted["loss"], rel=0.02)
+    assert metrics["loss"] != wanted["loss"]
+    half, full = (np.concatenate([leaf.ravel() for leaf in paths(params).values()]) for params in (half, full))
+    assert np.linalg.norm(half - full) / np.linalg.norm(full) < 0.05
+
+
+def test_the_smallest_crop_and_the_flip_are_the_configs(config, teacher, images):
+    distiller, key, step = build_distiller(config, teacher), jax.random.key(0), jnp.int32(0)
+    batch = {"image": images.images(np.arange(12))}
+    config.augment.update(scale_min=1.0, flip=False)
+    whole = np.asarray(make_views_fn(distiller)(batch, key, step))
+    np.testing.assert_array_equal(whole, make_views_fn(distiller)(batch, jax.random.key(1), step))
+    config.augment.flip = True
+    flipped = np.asarray(make_views_fn(distiller)(batch, key, step))
+    mirrored = [np.allclose(view, other[:, ::-1], atol=1e-5) for view, other in zip(flipped, whole, strict=True)]
+    same = [np.allclose(view, other, atol=1e-5) for view, other in zip(flipped, whole, strict=True)]
+    assert all(np.logical_xor(mirrored, same))
+    assert 0 < sum(mirrored) < 12
+    config.augment.update(scale_min=0.1, flip=False)
+    assert not np.allclose(make_views_fn(distiller)(batch, key, step), whole, atol=0.1)
+
+
+def test_blocks_run_in_batches_are_those_run_at_once(teacher, images):
+    inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(images.images(np.arange(12)))))
+    (tokens, pooled), (whole, expected) = (run_blocks(CONFIG, teacher.params, inputs, n, (1, 3)) for n in (5, 12))
+    assert [part.shape for part in tokens] == [(12, CONFIG.num_tokens, CONFIG.width)] * 2
+    for part, wanted in zip((*tokens, pooled), (*whole, expected), strict=True):
+        np.testing.assert_allclose(part, wanted, atol=1e-5)
+
+
+def test_the_criterion_of_calibrated_blocks_is_the_configs(config, teacher, images):
+    config.student.blocks, config.calibration.criterion = "calibrated", "influence"
+    choice = build_distiller(config, teacher, images.images(np.arange(4))).choice
+    assert "influence" in {row["rule"] for row in choice}
+    assert "removal" not in {row["rule"] for row in choice}
 
 
 def test_only_adapters_are_trained_and_saved(config, teacher):
@@ -237,10 +325,10 @@ def test_cached_features_are_reused_for_the_same_run_alone(config, teacher, imag
     ("change", "message"),
     [
         (lambda c: c.student.update(method="prune"), "student.method: expected one of"),
-        (lambda c: c.student.update(reduction=3), "3"),
+        (lambda c: c.student.update(reduction=3), "reduction 3 does not divide"),
         (lambda c: c.train.update(dtype="float16"), "train.dtype: expected one of"),
         (lambda c: c.train.update(batch_size=12, accumulation=8), "train.batch_size=12 does not divide by the 1 dev"),
-        (lambda c: c.lora.update(rank=17), "17"),
+        (lambda c: c.lora.update(rank=17), "rank of .*found 17"),
         (lambda c: c.student.update(blocks="calibrated"), "needs images"),
     ],
 )
@@ -282,11 +370,12 @@ def test_the_warm_start_sees_images_of_the_whole_set(config, teacher, images, mo
     np.testing.assert_array_equal(start_values(build_distiller(config, teacher), images), expected)
 
 
-def test_full_distillation_keeps_the_teachers_head(config, teacher, images):
+@pytest.mark.parametrize("method", ["full", "scratch"])
+def test_training_all_weights_keeps_the_teachers_head(method, config, teacher, images):
     """No loss reaches it, but weight decay does."""
     small = dataclasses.replace(CONFIG, num_classes=3)
     params = dict(teacher.params) | {"head": {"kernel": np.ones((16, 3), np.float32), "bias": np.ones(3, np.float32)}}
-    config.student.method = "full"
+    config.student.method = method
     config.optim.update(weight_decay=5.0, learning_rate=0.1)
     distiller = build_distiller(config, dataclasses.replace(teacher, config=small, params=params))
     trained, _ = run_one(distiller, {"image": images.images(np.arange(8))}, steps=2)

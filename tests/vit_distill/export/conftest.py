@@ -68,6 +68,8 @@ def _student(
             "few_shot": dict(hash="cd" * 32, num_images=12),
             "loss": dict(kind="l1", target="pre_norm"),
             "seed": 3,
+            "updates": 2,
+            "num_steps": 300,
             "metrics": {"test": {"top1": 0.51234}},
         },
     )

@@ -19,6 +19,7 @@ def test_card_names_teacher_licence_blocks_rank_manifest_and_metrics(make_studen
     assert rows["Teacher licence"] == "CC-BY-NC-4.0"
     assert rows["Kept blocks (from 0)"] == "0, 2"
     assert rows["Ranks"] == "query 2, out 3, fc2 4"
+    assert rows["Updates"] == "2 of 300"
     assert rows["Few-shot images: hash"] == "cd" * 32
     assert rows["Few-shot images: num_images"] == "12"
     assert rows["test/top1"] == "0.5123"
