@@ -26,8 +26,8 @@ class ReportData:
       blocks_before, blocks_after: rows of `diagnostics.block_rows`, of the copy and of the trained student.
       choice: rows {rule, blocks, loss} of `weight_copy.calibrated_blocks`; `blocks` are those copied.
       singular_values, suggested_ranks: by adapter path, of `lora.singular_values` and `lora.suggested_rank`.
-      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`: of `table_summary`;
-        `shared`: what all rows have in common.
+      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`, `verdict_note`: of
+        `table_summary`; `shared`: what all rows have in common.
       facts: of the Student: teacher, few_shot, lora, loss and so on.
       load_report: lines of the teacher's LoadReport.
       provenance, config: plain JSON.
@@ -49,6 +49,7 @@ class ReportData:
     metric: str = "top1"
     shared: Mapping[str, str] = field(default_factory=dict)
     verdicts: Sequence[Mapping[str, Any]] = ()
+    verdict_note: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     load_report: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -163,7 +163,7 @@ def _ablation(results: ReportData) -> Markup:
         rows = [[v["claim"], v["where"], f"{v['difference']:+.4f}", v["verdict"]] for v in results.verdicts]
         parts += [
             page.heading("Row against row"),
-            page.table(["Claim", "Where", "Difference", "Verdict"], rows, text_columns=(0, 1, 3)),
+            page.table(["Claim", "Where", "Difference", "Verdict"], rows, results.verdict_note, text_columns=(0, 1, 3)),
         ]
     return page.join(parts)
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.loop import NonFiniteLossError
@@ -69,6 +67,12 @@ FREE_FIELDS = (
     "table.reductions",
     "table.num_seeds",
     "table.learning_rates",
+    # Did nothing in a table, and are no fields of it any more.
+    "data.split",
+    "few_shot.ratio",
+    "few_shot.per_class",
+    "few_shot.manifest",
+    "lora.truncate_to",
 )
 
 
@@ -133,12 +137,17 @@ def run_table(config: Any, workdir: Path) -> list[dict[str, Any]]:
         images in `workdir`.
     """
     enable_compilation_cache()
-    if jax.process_count() > 1:
-        raise ValueError("the table runs on one host: start it without --distributed")
     groups = build_groups(config.table)
     check_config(config, workdir, FREE_FIELDS)
     teacher = load_teacher_of(config)
     plans = {group: make_plan(cell_config(config, group), teacher.config, rate=1.0) for group in groups}
+    for group, plan in plans.items():
+        depth, kept = teacher.config.depth, plan["models"]["student"]["depth"]
+        if group.row != "teacher" and kept * group.reduction != depth:
+            raise ValueError(
+                f"{group.where}: student.blocks={config.student.blocks!r} keeps {kept} of {depth} blocks, which is not "
+                f"r={group.reduction}: give a rule, or the table.reductions that the list is"
+            )
     bench = load_bench(config, teacher, workdir)
     save_config(config, workdir)
     (workdir / "cells").mkdir(exist_ok=True)
@@ -195,6 +204,7 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
         "reduction": group.reduction,
         "seed": int(config.seed),
         "metric": bench.metric,
+        "num_test": len(bench.probe_sets[2]),
         **{key: plan["models"]["teacher" if teacher else "student"][key] for key in ("params", "gflops")},
         "num_trained": 0 if teacher else plan["training"]["num_trained"],
         "step_gflops": 0.0 if teacher else plan["training"]["step_gflops"]["total"],
@@ -236,7 +246,7 @@ def _read(path: Path, bench: Bench, group: Group, rate: float | None) -> dict[st
         raise ValueError(
             f"{path} was made of other images ({', '.join(changed)}): use the data it was made of, or another --workdir"
         )
-    return cell if cell["learning_rate"] == rate else None
+    return {"num_test": len(bench.probe_sets[2])} | cell if cell["learning_rate"] == rate else None
 
 
 def _tune(bench: Bench, group: Group, path: Path) -> tuple[float, bool, Trained | None]:

@@ -35,7 +35,7 @@ QUESTIONS = (
     ("post", "full_post"),
     ("cls", "full_cls"),
 )
-TIE = 0.01  # seeds and the test sample move accuracy by half a point each: less than a point says nothing
+TIE = 0.01  # less than a point says nothing, however many seeds and test images there are
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Keys of a row: row, title, ratio (None: no images used), reduction, n; accuracy (test), valid_accuracy, l1, cls_l1,
     loss, seconds (means over seeds, None where not measured), each with "_std" (sample deviation, None for one seed);
-    params, gflops, num_trained, step_gflops, blocks, learning_rate, at_grid_edge.
+    params, gflops, num_trained, step_gflops, blocks, learning_rate, at_grid_edge, metric, num_test (test images).
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -60,6 +60,8 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "blocks",
             "learning_rate",
             "at_grid_edge",
+            "metric",
+            "num_test",
         ):
             row[key] = members[0][key]
         for key in ("accuracy", "valid_accuracy", "l1", "cls_l1", "loss", "seconds"):
@@ -74,8 +76,10 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For every pair "a > b" of CLAIMS and QUESTIONS and every ratio and reduction where both rows are: does it hold?
 
     Returns:
-      {claim, where, difference (of mean accuracies), margin, verdict: "holds" | "reversed" | "tie"}; a tie is a
-      difference within the margin: TIE, or two standard errors where that is more.
+      {claim, where, difference (of mean accuracies), margin, verdict: "holds" | "reversed" | "tie", num_seeds (of the
+      row with fewer, but for a row that uses no images)}; a tie is a difference within the margin: TIE, or two standard
+      errors where that is more. Errors are those of the seeds and of the test sample, the latter as if the rows saw
+      different images: on the same ones it is smaller. A mean AUC has none of the sample.
     """
     found = []
     trained = [row for row in rows if row["ratio"] is not None]
@@ -86,8 +90,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         a, b = pair
         difference = a["accuracy"] - b["accuracy"]
-        error = math.sqrt(sum((row["accuracy_std"] or 0.0) ** 2 / row["n"] for row in pair))
-        margin = max(TIE, 2 * error)
+        margin = max(TIE, 2 * math.sqrt(sum(_variance(row) for row in pair)))
         verdict = "tie" if abs(difference) <= margin else "holds" if difference > 0 else "reversed"
         found.append(
             {
@@ -96,9 +99,25 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "difference": difference,
                 "margin": margin,
                 "verdict": verdict,
+                "num_seeds": min(row["n"] for row in pair if row["ratio"] is not None),
             }
         )
     return found
+
+
+def _variance(row: Mapping[str, Any]) -> float:
+    """Of a row's mean accuracy: what seeds and the test sample add; one seed says nothing about seeds."""
+    sample = row["accuracy"] * (1 - row["accuracy"]) / row["num_test"] if row["metric"] == "top1" else 0.0
+    return (row["accuracy_std"] or 0.0) ** 2 / row["n"] + sample
+
+
+def verdict_note(rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]]) -> str:
+    """What the margins of `verdicts` stand on, one sentence."""
+    sample = f"{rows[0]['num_test']} test images"
+    if rows[0]["metric"] != "top1":
+        sample += " (whose chance is not in the margin of a mean AUC)"
+    seeds = "" if all(v["num_seeds"] > 1 for v in judged) else "; with one seed what seeds change is unknown"
+    return f"A tie is within {100 * TIE:g} point or two standard errors over seeds and {sample}{seeds}."
 
 
 def _find(rows: Sequence[Mapping[str, Any]], name: str, ratio: float, reduction: int) -> Mapping[str, Any] | None:
@@ -120,6 +139,7 @@ def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, A
         ]
         lines += ["## Row against row", ""]
         lines += [*_table(["claim", "where", "difference", "margin", "verdict"], cells), ""]
+        lines += [verdict_note(rows, judged), ""]
     return "\n".join(lines)
 
 
@@ -163,6 +183,7 @@ def write_tables(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
 def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path) -> list[dict[str, Any]]:
     """As `write_tables`, with table.png and report.html; prints the table."""
     rows = write_tables(bench, cells, workdir)
+    judged = verdicts(rows)
     temporary = workdir / "table.tmp.png"
     cost_figure(rows, bench.metric).savefig(temporary, dpi=150)
     temporary.replace(workdir / "table.png")
@@ -172,7 +193,8 @@ def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
             title=f"Ablation: students of {bench.teacher.name}",
             table=rows,
             metric=bench.metric,
-            verdicts=verdicts(rows),
+            verdicts=judged,
+            verdict_note=verdict_note(rows, judged) if judged else "",
             shared=shared_facts(bench),
             load_report=str(bench.teacher.report).splitlines(),
             provenance=environment(),

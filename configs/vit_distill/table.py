@@ -19,6 +19,8 @@ def get_config(arg=None):
     common.parse_arg(arg)
     config = common.distiller()
     config.command = "table"
+    config.few_shot = dict(seed=config.few_shot.seed)  # how many images: table.ratios
+    del config.data["split"], config.lora["truncate_to"]  # the table uses every split, and adapters as trained
     config.table = dict(
         rows=("teacher", "copy", "scratch", "full", "plain", "enhanced", "dora", "truncate"),
         ratios=(0.01, 0.1),  # of each class of the training images

@@ -47,7 +47,7 @@ def small_config(**fields) -> Any:
 def cell(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int = 2, seed: int = 0, **fields) -> dict:
     defaults = dict(
         title=f"<{row}>", l1=2.0, cls_l1=None, loss=2.0, seconds=1.0, params=1e6, gflops=0.1, num_trained=1e5,
-        step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False,
+        step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False, metric="top1", num_test=1_000_000,
     )  # fmt: skip
     defaults["valid_accuracy"] = accuracy
     return dict(row=row, accuracy=accuracy, ratio=ratio, reduction=reduction, seed=seed) | defaults | fields
@@ -222,7 +222,7 @@ def test_cells_of_other_images_are_refused_and_older_ones_kept(tmp_path: Path, m
         table.run_table(config, tmp_path)
     path = tmp_path / "cells" / "copy_r2_seed0.json"
     older = json.loads(path.read_text())
-    del older["data"]
+    del older["data"], older["num_test"]
     path.write_text(json.dumps(older))
     fakes.trained.clear()
     assert table.run_table(config, tmp_path) == rows
@@ -258,10 +258,27 @@ def test_impossible_fields_fail_before_anything_is_run(tmp_path: Path, monkeypat
     config.lora.rank = 99
     with pytest.raises(ValueError, match=r"rank of query.*99"):
         table.run_table(config, tmp_path / "run")
-    with pytest.raises(ValueError, match="3"):
+    with pytest.raises(ValueError, match="reduction 3 does not divide"):
         table.run_table(small_config(rows=("copy",), reductions=(2, 3)), tmp_path / "run")
+    config = small_config(rows=("copy",), reductions=(2, 4))
+    config.student.blocks = "0,2"
+    with pytest.raises(ValueError, match=r"keeps 2 of 4 blocks, which is not r=4"):
+        table.run_table(config, tmp_path / "run")
     assert fakes.trained == []
     assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_of_a_table_with_fields_that_did_nothing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Fakes(monkeypatch)
+    config = small_config(rows=("copy",))
+    assert "per_class" not in config.few_shot
+    older = config.copy_and_resolve_references()
+    older.few_shot = dict(ratio=1.0, per_class=0, seed=0, manifest="")
+    older.data.split, older.lora.truncate_to = "train", 0
+    table.save_config(older, tmp_path)
+    assert table.run_table(config, tmp_path)
 
 
 def test_means_and_deviations():
@@ -291,7 +308,22 @@ def test_verdicts_on_the_papers_ordering():
     cells = [cell(row, mean + d, seed=i) for row, mean in means for i, d in enumerate((-0.1, 0, 0.1))]
     (verdict,) = verdicts(summarise(cells))
     assert verdict["verdict"] == "tie"
-    assert verdict["margin"] == pytest.approx(2 * math.sqrt(2 * 0.1**2 / 3))
+    assert verdict["margin"] == pytest.approx(2 * math.sqrt(2 * 0.1**2 / 3 + (0.45 * 0.55 + 0.4 * 0.6) / 1e6))
+
+
+@pytest.mark.parametrize(
+    ("metric", "verdict", "said"), [("top1", "tie", "133 test images;"), ("mean_auc", "holds", "AUC")]
+)
+def test_few_test_images_decide_nothing(metric: str, verdict: str, said: str):
+    """At 133 images the difference of two accuracies has a standard error of four points."""
+    rows = summarise([cell(row, a, num_test=133, metric=metric) for row, a in (("enhanced", 0.75), ("plain", 0.70))])
+    (found,) = verdicts(rows)
+    assert (found["verdict"], found["num_seeds"]) == (verdict, 1)
+    if metric == "top1":
+        assert found["margin"] == pytest.approx(2 * math.sqrt((0.75 * 0.25 + 0.7 * 0.3) / 133))
+    text = markdown("Students", {}, rows, metric)
+    assert said in text
+    assert "with one seed what seeds change is unknown." in text
 
 
 def test_markdown():
