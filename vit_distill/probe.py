@@ -255,7 +255,9 @@ def _fit_knn(
 def _votes(queries: jax.Array, bank: jax.Array, labels: jax.Array, k: int, num_classes: int) -> jax.Array:
     """Weighted votes [n, F] of the k nearest by cosine."""
     unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
-    similarity, nearest = jax.lax.top_k(unit(queries) @ unit(bank).T, k)
+    # In full: GPUs and TPUs would round the operands, and with them which neighbour is nearer.
+    similarities = jnp.matmul(unit(queries), unit(bank).T, precision=jax.lax.Precision.HIGHEST)
+    similarity, nearest = jax.lax.top_k(similarities, k)
     weights = jnp.exp((similarity - 1.0) / TEMPERATURE)
     if labels.ndim == 2:
         return jnp.einsum("nk,nkf->nf", weights, labels[nearest].astype(weights.dtype))

@@ -21,7 +21,7 @@ from vit_distill.student_io import FACTS, load_student, load_teacher_of
 
 SPLITS = ("train", "valid", "test")
 # Fields that may differ between a work directory's config and the one it is run with.
-FREE_FIELDS = ("data.root", "data.memory_limit_gb")
+FREE_FIELDS = ("data.root", "data.memory_limit_gb", "probe.", "segment.")  # grids are widened; the report is anew
 
 
 class Subject(NamedTuple):
@@ -37,7 +37,8 @@ def load_subject(config: Any) -> Subject:
     """The student of `config.student.workdir` or the teacher of `config.teacher.checkpoint`.
 
     Raises:
-      ValueError: unless exactly one of them is set, and as `load_student` and `load_teacher`.
+      ValueError: unless exactly one of them is set, for overrides of a student's teacher, and as `load_student` and
+        `load_teacher`.
     """
     student, teacher = config.student.workdir, config.teacher.checkpoint
     if bool(student) == bool(teacher):
@@ -46,6 +47,13 @@ def load_subject(config: Any) -> Subject:
             f"found {student!r} and {teacher!r}"
         )
     if student:
+        given = [f"overrides.{name}" for name, value in config.teacher.overrides.items() if value is not None]
+        given += [name for name in ("allow_missing", "allow_unused") if config.teacher[name]]
+        if given:
+            raise ValueError(
+                f"teacher.{given[0]}: a student is read as it was distilled; leave it out, or probe a teacher with "
+                "--config.teacher.checkpoint"
+            )
         found = load_student(Path(student))
         return Subject(found.config, found.params, found.preprocessing, {"student": dict(found.facts)})
     found = load_teacher_of(config)

@@ -27,8 +27,8 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
       The report, as `run_probe` with "test/<data set>/segment/<head>/<metric>".
 
     Raises:
-      ValueError: as `load_subject`, `load_labelled` and `segment_probe`; for a set without masks, or tokens beyond
-        data.memory_limit_gb.
+      ValueError: as `load_subject`, `load_labelled` and `segment_probe`; for a set without masks, or one that
+        does not fit data.memory_limit_gb.
     """
     enable_compilation_cache()
     section = config.segment
@@ -46,11 +46,13 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
     without = [split for split, images in sets.items() if not images.has_masks]
     if without:
         raise ValueError(f"{sets['test'].name} has no masks in {', '.join(without)}: expected data.kind=segmentation")
-    needed = sum(map(len, sets.values())) * subject.config.num_patches * subject.config.width * 4 / 2**30
+    # Of a pixel: its channels, its class, and the two bytes that checking or predicting classes takes beside.
+    an_image = 4 * subject.config.num_patches * subject.config.width + size**2 * (subject.config.in_channels + 3)
+    needed = sum(map(len, sets.values())) * an_image / 2**30
     if needed > config.data.memory_limit_gb:
         raise ValueError(
-            f"the patch tokens take {needed:.1f} GiB, data.memory_limit_gb is {config.data.memory_limit_gb}: raise it, "
-            "or use fewer images"
+            f"patch tokens, images and masks take {needed:.1f} GiB, data.memory_limit_gb is "
+            f"{config.data.memory_limit_gb}: raise it, or use fewer images"
         )
     apply = make_feature_fn(
         subject.config, subject.params, preprocessing, make_mesh(), output="patches", dtype=section.feature_dtype

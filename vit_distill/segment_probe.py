@@ -123,9 +123,13 @@ def segment_probe(
 
 def confusion_matrix(predicted: np.ndarray, masks: np.ndarray, num_classes: int) -> np.ndarray:
     """int64 [F, F], exact: pixels of class (row) that were called (column); IGNORED pixels are left out."""
-    kept = masks != IGNORED
-    pairs = masks[kept].astype(np.int64) * num_classes + predicted[kept].astype(np.int64)
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.zeros(num_classes**2, np.int64)
+    for row in range(len(masks)):  # int64 of all images at once would be 30 bytes a pixel
+        mask, called = masks[row : row + 1], predicted[row : row + 1]
+        kept = mask != IGNORED
+        pairs = mask[kept].astype(np.int64) * num_classes + called[kept].astype(np.int64)
+        counts += np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def iou_metrics(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
@@ -168,10 +172,13 @@ def _check(sets: Mapping[str, Segmented], classes: Sequence[str]) -> int:
 
 
 def _statistics(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each channel over images and patches, float32 [1, 1, D]."""
-    mean = tokens.mean((0, 1), dtype=np.float64, keepdims=True)
-    std = tokens.std((0, 1), dtype=np.float64, keepdims=True)
-    return mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)
+    """Mean and deviation of each channel over images and patches, float32 [1, 1, D].
+
+    Image by image: float64 copies of all tokens would be twice the tokens' size.
+    """
+    mean = sum(image.mean(0, dtype=np.float64) for image in tokens)[None] / len(tokens)
+    std = np.sqrt(sum(np.square(image - mean).mean(0) for image in tokens) / len(tokens))[None, None]
+    return mean[None].astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)
 
 
 def _optimizer(options: SegmentOptions) -> optax.GradientTransformation:

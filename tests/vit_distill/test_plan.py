@@ -79,6 +79,7 @@ def test_what_the_run_would_refuse_the_plan_refuses(change, message: str):
 def test_too_little_memory_is_said():
     found = plan.make_plan(tiny_config(), TEACHER, rate=RATE)
     assert not any("WARNING" in line for line in plan.plan_lines(found))
+    assert found["device"]["memory_bytes"] == plan.device_memory() > 2**28  # of this machine
     found["device"]["memory_bytes"] = 1000
     assert any("WARNING" in line and "train.accumulation" in line for line in plan.plan_lines(found))
 

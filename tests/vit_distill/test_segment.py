@@ -3,6 +3,8 @@
 Axes: N images, P patch tokens, D width, M mask side, F pixel classes.
 """
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,22 @@ def test_iou_equals_scikit_learn_and_sums_are_exact():
     one = np.zeros(1, np.uint8)
     large = np.array([[2**40, 1], [0, 2**40]]) + confusion_matrix(one, one, 2)  # beyond float32, as large sets are
     assert iou_metrics(large, ["a", "b"])["iou/a"] == (2**40 + 1) / (2**40 + 2)
+
+
+def test_statistics_and_counts_take_little_memory_beside_their_input():
+    """float64 tokens of all images and int64 pixels of all masks would be several times as large as both."""
+    rng = np.random.default_rng(0)
+    tokens = (5 + rng.normal(size=(200, 16, 64))).astype(np.float32)
+    masks = rng.integers(0, 3, (200, 64, 64)).astype(np.uint8)
+    tracemalloc.start()
+    mean, std = module._statistics(tokens)
+    confusion = confusion_matrix(masks, masks, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.25 * tokens.nbytes
+    np.testing.assert_allclose(mean, tokens.mean((0, 1), np.float64, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(std, tokens.std((0, 1), np.float64, keepdims=True), rtol=1e-6)
+    assert (confusion == np.diag(np.bincount(masks.ravel()))).all()
 
 
 def test_head_resizes_as_align_corners_false():
