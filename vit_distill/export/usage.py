@@ -14,7 +14,7 @@ from PIL import Image
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open("image.jpg").convert("RGB")
+image = Image.open("image.jpg").convert("{mode}")
 features = model.forward_head(model.forward_features(transform(image)[None]), pre_logits=True)
 """
 
@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, {name}
 
 processor = AutoImageProcessor.from_pretrained(".")
 model = {name}.from_pretrained("."{options}).eval()
-image = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
+image = processor(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
 features = model.base_model(**image).last_hidden_state[:, 0]
 """
 
@@ -72,15 +72,17 @@ image = (image - np.float32({mean})) / np.float32({std})
 
 def usage(student: Student, kind: str, folder: Path) -> str:
     """The snippet for an export of this kind, written to `folder`, with the student's preprocessing."""
+    mode = "L" if student.config.in_channels == 1 else "RGB"
     if kind == "huggingface":
         name, options = transformers_class(folder)
-        return _HUGGING_FACE.strip().format(name=name, options="".join(f", {k}={v}" for k, v in options.items()))
+        options = "".join(f", {key}={value}" for key, value in options.items())
+        return _HUGGING_FACE.strip().format(name=name, options=options, mode=mode)
     if kind == "timm":
-        return _TIMM.strip()
+        return _TIMM.strip().format(mode=mode)
     p = student.preprocessing
     start = round((p.resize_size - p.image_size) / 2)
     image = _IMAGE.strip().format(
-        mode="L" if student.config.in_channels == 1 else "RGB",
+        mode=mode,
         resize=p.resize_size,
         interpolation=p.interpolation.upper(),
         start=start,

@@ -138,7 +138,7 @@ def write_hugging_face_folder(
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
-        "do_convert_rgb": True,
+        "do_convert_rgb": config.in_channels == 3,
     }
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", content)

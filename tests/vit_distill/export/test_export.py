@@ -1,5 +1,6 @@
 """Exports reload elsewhere with the same features; one that does not leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -68,6 +69,24 @@ def test_export_of_every_kind_is_checked_described_and_loadable(kind, make_stude
     features = np.asarray(features.detach() if hasattr(features, "detach") else features)
     pooled = _expected(student, images[:1])["pooled"]
     np.testing.assert_allclose(features, pooled, rtol=0, atol=1e-5 * np.abs(pooled).max())
+
+
+@pytest.mark.parametrize("kind", ["timm", "huggingface"])
+def test_a_grey_student_is_loaded_by_the_code_of_its_card(
+    kind, make_student, make_teacher, images, tmp_path, monkeypatch
+):
+    peer(PACKAGES[kind])
+    teacher = make_teacher(in_channels=1)
+    teacher.preprocessing = dataclasses.replace(teacher.preprocessing, mean=(0.5,), std=(0.2,))
+    student = make_student(teacher)
+    grey = images[..., :1]
+    export(student, kind, tmp_path / "out", grey)
+    Image.fromarray(grey[0, ..., 0]).save(tmp_path / "out" / "image.jpg", format="png")
+    monkeypatch.chdir(tmp_path / "out")
+    namespace = {}
+    exec(_snippet(tmp_path / "out"), namespace)
+    pooled = _expected(student, grey[:1])["pooled"]
+    np.testing.assert_allclose(namespace["features"].detach(), pooled, rtol=0, atol=1e-5 * np.abs(pooled).max())
 
 
 def test_timm_loads_the_folder_strictly_with_the_same_outputs(make_student, architecture, images, tmp_path):
