@@ -41,7 +41,7 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
 
     Where the source holds no split of that name:
       test: its valid split, if it has one (valid then comes from train; ImageNet, iNaturalist); else `test_fraction` of
-        train, if train is labelled. A BMAD set has no labelled train: half of its test split becomes train.
+        train, if train has labels or masks. A BMAD set has no labelled train: half of its test split becomes train.
       valid: `valid_fraction` of train.
     Parts of train are drawn by class and whole groups, from `seed` and the names alone, and train is what they leave.
 
@@ -74,7 +74,8 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
     if split not in sets:
         raise DataError(
             f"data '{data.kind}' {data.root}: no {split} split (found {', '.join(sets)}); "
-            f"set data.{split}_fraction above 0 to take it from train, which needs two patients or groups in a class"
+            f"set data.{split}_fraction above 0 to take it from train, which needs "
+            f"{'labels or masks and ' * (split == 'test')}two patients or groups in a class"
         )
     found = sets[split]
     if data.skip_corrupt and not isinstance(found.pixels.source, ArraySource):
@@ -90,7 +91,7 @@ def _split_up(sets: dict[str, LabelledSet], data: ConfigDict) -> dict[str, Label
         _take_from(sets, "test", "train", 0.5, data.seed)
     if "test" not in sets and "valid" in sets:
         sets["test"] = sets.pop("valid")
-    if "test" not in sets and sets["train"].labelled:
+    if "test" not in sets and (sets["train"].labelled or sets["train"].has_masks):
         _take_from(sets, "train", "test", data.test_fraction, data.seed + 1)
     if "valid" not in sets:
         _take_from(sets, "train", "valid", data.valid_fraction, data.seed)

@@ -3,7 +3,10 @@
 Axis alphabet: N images, S image side, M mask side.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +76,9 @@ def read_segmentation(root: str, name: str, sizes: Sizes) -> dict[str, LabelledS
     if "train" not in splits:
         raise DataError(f"{folder}: no train/. {EXPECTED}")
     pairs = {split: _pairs(splits[split], folder) for split in ("train", "valid", "test") if split in splits}
-    ids = np.unique(np.concatenate([_ids(*pair) for found in pairs.values() for pair in found]))
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda pair: _ids(*pair), itertools.chain(*pairs.values())))
+    ids = np.unique(np.concatenate(found))
     binary = set(ids.tolist()) <= {0, IGNORED} and IGNORED in ids
     number = 2 if binary else int(ids[ids != IGNORED].max(initial=0)) + 1
     classes = _class_names(folder, number)
@@ -90,7 +95,13 @@ def read_segmentation(root: str, name: str, sizes: Sizes) -> dict[str, LabelledS
 
 
 def _ids(example: Example, path: Path) -> np.ndarray:
-    """Class ids in a mask, which has to be of its image's size."""
+    """Class ids in a mask, which has to be of its image's size; decoded once, though each load asks."""
+    return _decoded_ids(example, path, tuple(file.stat().st_mtime_ns for file in (example.image, path)))
+
+
+@functools.lru_cache(maxsize=2**20)
+def _decoded_ids(example: Example, path: Path, changed: tuple[int, int]) -> np.ndarray:
+    """`changed`: when the two files were, so that other content is read anew."""
     mask, size = read_class_mask(path), native_size(example.image)
     if mask.shape != size:
         raise DataError(

@@ -1,13 +1,17 @@
 """Classification sets of TensorFlow Datasets by name: cifar100, eurosat/rgb, resisc45, imagenet2012, ...
 
-Read by random access (array_record files), so that a few-shot subset of a large set costs what it holds.
+Read by random access (array_record files): the first run reads all records for their labels, which are kept beside
+them, and a few-shot subset of a large set then costs what it holds.
 
 Axis alphabet: N images, H W C image.
 """
 
 import io
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,11 +71,32 @@ def read_tfds(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
     sets, classes = {}, [str(word) for word in label.names or range(label.num_classes)]
     for split in (s for s in _SPLITS if s in builder.info.splits):
         source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        labels = [int(row["label"]) for row in source]
-        if min(labels, default=-1) < 0:
+        labels, layout = _labels(source, Path(builder.data_dir) / f"labels_{split}.npy"), f"TFDS {name} {split}"
+        if not len(labels) or labels.min() < 0:
             continue  # the test split of ImageNet
-        labels, layout = np.asarray(labels, np.int32), f"TFDS {name} {split}"
         sets[_SPLITS[split]] = set_of_arrays(name, layout, classes, _Images(source), labels, sizes, split)
     if not sets:
         raise DataError(f"TFDS '{name}' has splits {', '.join(builder.info.splits)}, none with labels. {EXPECTED}")
     return sets
+
+
+def _labels(source: Sequence, path: Path) -> np.ndarray:
+    """int32 [N]: the label of every record, from `path` where an earlier run has kept them."""
+    if path.exists():
+        try:
+            labels = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); delete it, the labels are read again then") from error
+        if len(labels) == len(source):
+            return labels
+    labels = np.asarray([int(row["label"]) for row in source], np.int32)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, labels)
+        temporary.replace(path)
+    except OSError as error:  # a folder that others share, for example
+        logging.warning("%s: cannot be kept (%s): every run reads the whole set for its labels", path, error)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return labels

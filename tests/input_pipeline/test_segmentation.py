@@ -1,5 +1,7 @@
 """Class masks: formats, sizes, ignored pixels, binary masks, and wrong folders."""
 
+import shutil
+
 import numpy as np
 import pytest
 from labelled import SIZES, data, files
@@ -59,6 +61,18 @@ def test_splits_batches_and_names(sea):
     (sea / "classes.txt").write_text("sea\nland\n")
     with pytest.raises(DataError, match=r"classes\.txt: 2 names, but masks hold the id 2"):
         read_segmentation(str(sea), "", SIZES)
+
+
+def test_train_alone_gives_its_test_split_too(sea, monkeypatch):
+    shutil.rmtree(sea / "test")
+    config = data("segmentation", sea, valid_fraction=0.4, test_fraction=0.4)
+    found = {split: load_labelled(config, split, 8) for split in ("train", "valid", "test")}
+    assert {split: len(one) for split, one in found.items()} == dict(train=1, valid=1, test=1)
+    monkeypatch.setattr("input_pipeline.segmentation.read_class_mask", lambda path: pytest.fail("decoded again"))
+    assert load_labelled(config, "test", 8).names == found["test"].names
+    config.test_fraction = 0.0
+    with pytest.raises(DataError, match=r"no test split .*data\.test_fraction above 0.*needs labels or masks"):
+        load_labelled(config, "test", 8)
 
 
 def test_masks_of_0_and_255_are_binary(tmp_path):

@@ -323,6 +323,21 @@ def test_tfds(tfds_folder):
     )
 
 
+def test_labels_of_tfds_are_read_once(tfds_folder):
+    root, _ = tfds_folder
+    expected = read_tfds(str(root), "tiny", SIZES)["train"].labels
+    (path,) = root.glob("tiny/1.0.0/labels_train.npy")
+    np.save(path, 1 - expected)
+    np.testing.assert_array_equal(read_tfds(str(root), "tiny", SIZES)["train"].labels, 1 - expected)
+    np.save(path, expected[:2])  # of a set prepared anew
+    np.testing.assert_array_equal(read_tfds(str(root), "tiny", SIZES)["train"].labels, expected)
+    np.testing.assert_array_equal(np.load(path), expected)
+    path.write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"labels_train\.npy: cannot be read .*delete it"):
+        read_tfds(str(root), "tiny", SIZES)
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
