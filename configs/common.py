@@ -159,6 +159,7 @@ def distiller() -> ConfigDict:
             std=placeholder(tuple),
             interpolation=placeholder(str),
             crop_fraction=placeholder(float),
+            position_resize=placeholder(str),  # timm | bicubic | dinov2: positions for another image_size
         ),
     )
     config.data = dict(

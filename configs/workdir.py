@@ -20,9 +20,17 @@ def get_config(arg):
         if section in defaults and section not in config:
             config[section] = defaults[section]
     for name, value in LATER_FIELDS.items():
-        section, field = name.split(".")
-        if section in config and field in defaults.get(section, ()) and field not in config[section]:
-            config[section][field] = _tuples(value)
+        section, _, field = name.rpartition(".")
+        own, known = (_section(found, section) for found in (config, defaults))
+        if own is not None and field in (known or ()) and field not in own:
+            own[field] = _tuples(value)
+    return config
+
+
+def _section(config, name):
+    """The section of a dotted name, None where there is none."""
+    for part in name.split("."):
+        config = config.get(part) if config is not None else None
     return config
 
 

@@ -15,6 +15,7 @@ LATER_FIELDS = {
     "optim.kind": "adamw",
     "compress.kind": "adamw",
     "score.save_maps": False,
+    "teacher.overrides.position_resize": None,
 }
 
 

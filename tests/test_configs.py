@@ -18,6 +18,7 @@ from core.files import write_json
 from core.optim import build_optimizer
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
+from core.workdir import check_config
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.run import FREE_FIELDS
 from mtl_moe.system import build_system
@@ -213,6 +214,12 @@ def test_configs_of_before_a_field_was_there_are_read(tmp_path: Path):
     del config["compress"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert workdir.get_config(str(tmp_path)).optim.kind == "adamw"
+    config = common.distiller().to_dict()
+    del config["teacher"]["overrides"]["position_resize"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = workdir.get_config(str(tmp_path))
+    assert found.teacher.overrides.position_resize is None
+    check_config(found, tmp_path, ())
 
 
 def test_free_fields_exist():

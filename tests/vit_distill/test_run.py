@@ -170,8 +170,9 @@ def test_a_teacher_must_be_named(teacher: Path):
     with pytest.raises(ValueError, match=r"--config\.teacher\.checkpoint"):
         load_teacher_of(config)
     config.teacher.checkpoint = str(teacher)
-    config.teacher.overrides.update(image_size=16, mean=(0.1, 0.2, 0.3))
+    config.teacher.overrides.update(image_size=16, mean=(0.1, 0.2, 0.3), position_resize="bicubic")
     loaded = load_teacher_of(config)
+    assert loaded.report.reshaped == ("pos_embed [1, 5, 16] -> [1, 17, 16] (bicubic)",)
     assert loaded.config.image_size == 16
     assert loaded.preprocessing.mean == (0.1, 0.2, 0.3)
 
