@@ -22,7 +22,7 @@ from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
 from input_pipeline.index import DataError, Example, Index, calibration_rows, check_groups, groups_in
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
-from input_pipeline.tree import find_images, groups_of, left_out, no_image
+from input_pipeline.tree import find_images, groups_of, left_out, no_image, refuse_masks
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -119,6 +119,8 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
     if others:
         logging.warning("%s: %s", root, left_out(others))
     names = sorted((folder / file).as_posix() for folder, files in folders.items() for file in files)
+    if grouped:  # normals, among which a mask would count as one
+        refuse_masks(root, names)
     groups = groups_of(root, names, check_groups(data.groups) if grouped else "image")
     examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
     pixels, skipped = _file_pixels(examples, data, min_size), {}

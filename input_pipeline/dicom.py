@@ -56,13 +56,15 @@ def read_dicom(path: Path, window: Window = ()) -> Image.Image:
     Args:
       window: (centre, width): what is mapped to black and white, after the modality's rescaling; () takes the file's
         own table or first window, and without one everything that its stored bits can hold, never the image's extrema.
+        CT and signed values, of which that leaves a few grey levels, are refused then.
 
     Returns:
       Grey as mode F in 0..1, MONOCHROME1 turned so that what a viewer shows white is white, padding black; colour and
       palettes as mode RGB.
 
     Raises:
-      DataError: damaged, no picture in it, several frames, or compressed in a way no installed decoder knows.
+      DataError: damaged, no picture in it, several frames, compressed in a way no installed decoder knows, or CT or
+        signed values without any window.
     """
     pydicom = _pydicom()
     with _named(path):
@@ -81,6 +83,13 @@ def read_dicom(path: Path, window: Window = ()) -> Image.Image:
             bits = 8 * stored.dtype.itemsize
         if stored.ndim == 3:
             return Image.fromarray((stored >> (bits - 8)).astype(np.uint8))
+        ct = dicom.get("Modality") == "CT"
+        if not window and not _has_window(dicom) and (ct or dicom.PixelRepresentation):
+            raise DataError(
+                f"{path}: {'CT' if ct else 'signed values'} without a window in the file, and their whole range would "
+                f"leave a few grey levels of the picture; say what is black and white, for CT in Hounsfield units, for "
+                f'example --config.data.window="(40., 400.)" for soft tissue (the distiller reads files with a window)'
+            )
         return Image.fromarray(_grey(dicom, stored, window))
 
 
@@ -176,6 +185,12 @@ def _grey(dicom: Any, stored: np.ndarray, window: Window) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def _has_window(dicom: Any) -> bool:
+    """Whether the file says what is black and white, by a table or a window."""
+    window = dicom.get("WindowCenter") is not None and dicom.get("WindowWidth") is not None
+    return window or bool(dicom.get("VOILUTSequence"))
+
+
 def _unit(dicom: Any, stored: np.ndarray, window: Window) -> np.ndarray:
     """Values to be clipped to 0..1."""
     pixels = _pydicom().pixels
@@ -186,7 +201,7 @@ def _unit(dicom: Any, stored: np.ndarray, window: Window) -> np.ndarray:
     if dicom.get("VOILUTSequence"):
         bits = dicom.VOILUTSequence[0].LUTDescriptor[2]
         return pixels.apply_voi(np.rint(values).astype(np.int32), dicom) / (2**bits - 1)
-    if dicom.get("WindowCenter") is not None and dicom.get("WindowWidth") is not None:
+    if _has_window(dicom):
         scale = _pydicom().Dataset()  # of eight bits: pydicom then maps the window to 0..255
         scale.PhotometricInterpretation, scale.BitsStored, scale.PixelRepresentation = "MONOCHROME2", 8, 0
         for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"):

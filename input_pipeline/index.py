@@ -4,6 +4,7 @@ Axis alphabet: B batch, H W C image, N images of a split.
 """
 
 import hashlib
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -144,7 +145,7 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
       seed: of the draw; the result depends on nothing else but the arguments.
 
     Returns:
-      bool [N], True where held out.
+      bool [N], True where held out: at least one group, with a warning where that is more than twice `fraction`.
 
     Raises:
       DataError: every image belongs to one group, so that none can be held out.
@@ -165,6 +166,13 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
             count += sizes[group]
     if not chosen:  # every group is larger than the target
         chosen = [order[np.argmin(sizes[order])]]
+        if (count := sizes[chosen[0]]) > 2 * target:
+            logging.warning(
+                "%d of %d training normals are held out for calibration, not %d (data.calibration_fraction=%g): the "
+                "smallest of %d patients or groups is that large; add patients, or, if images of one group are of "
+                "different patients, say so by data.groups",
+                *(count, len(groups), target, fraction, len(names)),
+            )
     return np.isin(inverse, chosen)
 
 

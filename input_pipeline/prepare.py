@@ -20,6 +20,7 @@ from input_pipeline.split import Dataset
 
 HASH_SIZE = 64  # px; duplicates are equal pixels at this size, whatever the file format
 DARK = 64  # of 255: images whose brightest pixel stays below were not windowed (12 bits stored in 16, for one)
+FLAT = 32  # of 255: nor were images whose brightest pixel is no more than so much above the darkest
 # An image is coloured when the channels of so large a share of its pixels differ by so much of 255: more than JPEG
 # makes of grey, and more than the "bone" colour map, of which luminance loses nothing.
 COLOURED, COLOURED_SHARE = 32, 0.01
@@ -54,7 +55,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
     bad = [e for examples in index.splits.values() for e in examples if e.name not in kept]
     corrupt = {e.name: _reason(e, data, min_size) for e in bad}
     duplicates, native_sizes = _duplicates(dataset), _native_sizes(index, kept)
-    warnings = [*index.warnings, *_dark_images(dataset), *_windows(index, kept, data.window)]
+    warnings = [*index.warnings, *_unwindowed(dataset), *_windows(index, kept, data.window)]
     warnings += [*_coloured_images(index, kept, data), *_shrunk_images(native_sizes, data.image_size)]
     report = {
         "dataset": index.dataset,
@@ -110,15 +111,22 @@ def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _dark_images(dataset: Dataset) -> list[str]:
+def _unwindowed(dataset: Dataset) -> list[str]:
     train = dataset.splits["train"]
-    brightest = np.median([train.images([row]).max() for row in range(len(train))])
-    if brightest >= DARK:
-        return []
-    return [
-        f"training images are very dark (median of their brightest pixels {brightest:.0f} of 255): 12-bit values "
-        f"stored in 16 bits? Window them to the full range before training (DICOM: data.window)"
-    ]
+    images = (train.images([row]) for row in range(len(train)))
+    extrema = np.asarray([(image.min(), image.max()) for image in images], int)
+    brightest, contrast = np.median(extrema[:, 1]), np.median(np.ptp(extrema, axis=1))
+    if brightest < DARK:
+        return [
+            f"training images are very dark (median of their brightest pixels {brightest:.0f} of 255): 12-bit values "
+            f"stored in 16 bits? Window them to the full range before training (DICOM: data.window)"
+        ]
+    if contrast < FLAT:
+        return [
+            f"training images hold few grey levels (median of brightest minus darkest pixel {contrast:.0f} of 255): "
+            f"window them to the full range before training (DICOM: data.window)"
+        ]
+    return []
 
 
 def _windows(index: Index, kept: set[str], window: Window) -> list[str]:

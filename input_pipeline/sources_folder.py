@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from input_pipeline.dicom import patients_of
 from input_pipeline.index import DataError, Example, groups_in
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
-from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree
+from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree, refuse_masks
 
 EXPECTED = (
     "Expected {train,valid,test}/<class>/*.png (or .jpg, .tif, .bmp, .webp; valid and test may be absent, the classes "
@@ -58,6 +58,7 @@ def _read_split(split: Path, root: Path, classes: tuple[str, ...], name: str, si
     files = defaultdict(list)
     for below, names in folders.items():
         files[below.parts[0] if below.parts else ""] += [below / file for file in names]
+    refuse_masks(split, [file.as_posix() for found in files.values() for file in found])
     found, direct = [c.name for c in _folders(split)], files.pop("", [])
     if found and direct:
         raise DataError(f"{split / direct[0]}: {len(direct)} images stand beside class folders in {split}. {EXPECTED}")

@@ -9,15 +9,16 @@ A folder of any other name under a mask folder names a kind of defect (MVTec: `g
 same name under a split then holds abnormal images (`test/hole/000.png`). So `valid/Ungood/anomaly_mask`,
 `valid/label/Ungood` and `Val/val_label/Ungood` are one thing to the reader, and a name nobody expects is an error
 instead of a guess. A tree without any of these words (a scanner's export, BIDS) holds training normals, as a
-flat folder does.
+flat folder does, unless a folder's name says otherwise (`yes`, `benign`, `test_images`; `0` and `1` alone).
 
 Axis alphabet: H W C image, N images of a split.
 """
 
+import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -41,7 +42,17 @@ _NORMAL = ("good", "normal", "healthy")
 _ABNORMAL = ("ungood", "abnormal", "anomaly", "bad")
 _IMAGES = ("img", "image", "images", "data")
 _MASKS = ("anomaly_mask", "mask", "masks", "label", "labels", "ground_truth", "gt")
-_MASK_STEM = re.compile(r"(^|[-_.])(mask|masks|seg|dseg|segmentation|label|labels|roi)$", re.IGNORECASE)
+# Masks by their names: sub-01_T1w_dseg, normal (1)_mask_1; what is found is the stem of the image.
+_MASK_STEM = re.compile(
+    r"(?:(.*)[-_. ])?(?:masks?[-_ ]?\d*|d?seg|segmentation|labels?|roi|anno|annotation)", re.IGNORECASE
+)
+# Words in the names of folders which say that images are divided, or which of them are abnormal.
+_DIVIDED = re.compile(
+    r"train(ing)?|val(id(ation)?)?|test(ing)?|class\d*|pos(itive)?|neg(ative)?|benign|malign(ant|ancy)?"
+    r"|(no|non)?tumou?rs?|cancer(ous)?|\w*(carcinoma|glioma|meningioma|melanoma)|lesions?|patholog(y|ic|ical)"
+    r"|diseased?|abnormal(ity|ities)?|anomal(y|ies|ous)|defects?|defective|bad|sick|(un)?infected|infection"
+    r"|covid(19)?|pneumonia|tuberculosis|ha?emorrhage|fractured?|stroke"
+)
 
 EXPECTED = (
     "expected images directly in the folder or in folders of no known name (all of them normal), or train[/good], "
@@ -243,11 +254,12 @@ def read_tree(
             split = _image_split(place, folder, names, root, flat=len(folders) == 1)
             images.setdefault(split, []).extend((place, (folder / n).as_posix()) for n in names)
         parts.append(f"{folder.as_posix()} {len(names)}{' masks' if place.is_mask else ''}")
+    names = [name for found in images.values() for _, name in found]
+    refuse_masks(root, names, alone=free)
     matched = _match_masks(images, masks, root)
     if not images.get("train") and require_train:
         raise DataError(f"{root}: no normal training images (found {'; '.join(parts)}); {EXPECTED}")
     warnings, layout = [left_out(others)] if others else [], "; ".join(parts)
-    names = [name for found in images.values() for _, name in found]
     if free:
         layout = f"{len(names)} images in {len(folders)} folders, none called train, good, ..."
         warnings.append(_said_of_free_tree(root, names, groups))
@@ -260,12 +272,49 @@ def read_tree(
     return Index(dataset, root, layout, splits, tuple(warnings))
 
 
-def _said_of_free_tree(root: Path, names: Sequence[str], groups: str) -> str:
-    """The warning about a tree without known words; DataError where it seems to hold masks."""
-    if masks := sorted(name for name in names if _MASK_STEM.search(stem_of(name))):
+def refuse_masks(root: Path, names: Iterable[str], alone: bool = False) -> None:
+    """DataError where files that would be read as images are masks by their names and lie beside their images.
+
+    Args:
+      names: of the images, relative to `root`.
+      alone: refuses such names without an image beside them too.
+    """
+    files = {(PurePosixPath(name).parent, stem_of(name)): name for name in names}
+    masks = []
+    for (folder, stem), name in sorted(files.items()):
+        match = _MASK_STEM.fullmatch(stem)
+        if match and (alone or (folder, match[1]) in files):
+            masks.append(name)
+    if masks:
         raise DataError(
-            f"{root / masks[0]}: a mask by its name ({len(masks)} such), and no folder is called train, good, ..., so "
-            f"that it would be a normal training image: move the masks out, or sort the images; {EXPECTED}"
+            f"{root / masks[0]}: a mask by its name ({len(masks)} such), and it would be read as an image: move the "
+            f"masks out of the folders of images (those of abnormal images into anomaly_mask/ beside img/)"
+        )
+
+
+def _divided(names: Iterable[str]) -> PurePosixPath | None:
+    """A folder of these images whose name says that they are divided (by split or class), None if there is none."""
+    siblings = defaultdict(set)
+    for folder in {parent for name in names for parent in PurePosixPath(name).parents if parent.name}:
+        siblings[folder.parent].add(folder.name)
+    for parent, children in sorted(siblings.items()):
+        for name in sorted(children):
+            words = re.split("[^a-z0-9]+", name.lower())
+            if words in (["yes"], ["no"]) or any(map(_DIVIDED.fullmatch, words)):
+                return parent / name
+    # 0 and 1 are classes where there is nothing else beside them: patients and series are numbered on.
+    classes = {parent: children for parent, children in siblings.items() if children & {"0", "1"}}
+    both = [parent for parent, children in sorted(classes.items()) if len(children) > 1]
+    return both[0] / "1" if both and all(children <= {"0", "1"} for children in classes.values()) else None
+
+
+def _said_of_free_tree(root: Path, names: Sequence[str], groups: str) -> str:
+    """The warning about a tree without known words; DataError where names of folders say it is not all normals."""
+    if folder := _divided(names):
+        raise DataError(
+            f"{root / folder}: no folder is called train, good, ..., so that all images would be normal training "
+            f"images, but '{folder.name}' reads like a split or a class: set data.root to the folder of the normal "
+            f"images, or sort all as train/good, test/good and test/Ungood; if it is neither, rename it; {EXPECTED}"
         )
     rule = {
         "auto": "first-level folders are groups, unless DICOM headers or file names say the patient",
@@ -313,13 +362,33 @@ def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder:
     if groups != "auto":
         return groups_in(names, groups)
     patients = dicom.patients_of(root, names)
-    return [patients.get(name) or _group_of_name(name, by_folder) for name in names]
+    others = [name for name in names if name not in patients]
+    known = patients | _groups_of_names(root, others, by_folder)
+    return [known[name] for name in names]
 
 
-def _group_of_name(name: str, by_folder: bool) -> str:
-    path, stem = PurePosixPath(name), stem_of(name)
-    group = group_of(stem)
-    # IM-0001-0002 in patients' folders is an export's series and image, the same in all of them.
-    if by_folder and len(path.parts) > 1 and (group == stem or group.startswith("IM-")):
-        return path.parts[0]
-    return group if group != stem else (path.parent / stem).as_posix()  # equal stems of two folders are two groups
+def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool) -> dict[str, str]:
+    found, folders = {}, defaultdict(set)
+    for name in names:
+        path, stem = PurePosixPath(name), stem_of(name)
+        group = group_of(stem)
+        # IM-0001-0002 in patients' folders is an export's series and image, the same in all of them.
+        if by_folder and len(path.parts) > 1 and (group == stem or group.startswith("IM-")):
+            found[name] = path.parts[0]
+        elif group == stem:
+            found[name] = (path.parent / stem).as_posix()  # equal stems of two folders are two groups
+        else:
+            found[name] = group
+            if len(path.parts) > 1 and not group.startswith("sub-"):  # BIDS: a subject in every folder
+                folders[group].add(path.parts[0])
+    crossing = [group for group, where in folders.items() if len(where) > 1]
+    if by_folder and crossing:
+        logging.warning(
+            "%s: names of files begin alike in several first-level folders (%s in %s), so that the folder is taken for "
+            "the patient; if the name says the patient, set --config.data.groups='([^/]+)_[^/]*$'",
+            root,
+            crossing[0],
+            ", ".join(sorted(folders[crossing[0]])[:3]),
+        )
+        found |= {name: PurePosixPath(name).parts[0] for name in names if "/" in name}
+    return found

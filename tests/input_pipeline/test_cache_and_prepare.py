@@ -150,6 +150,10 @@ def test_prepare_warns_of_unwindowed_images(tmp_path):
     for i in range(6):
         write(tmp_path / f"{i}.png", picture(i).astype(np.uint16) * 16)  # 12 bits in 16
     assert any("very dark" in warning for warning in prepare(data_config(tmp_path))["warnings"])
+    for i in range(6):
+        write(tmp_path / f"{i}.png", 120 + picture(i) // 16)  # a few values around the middle of a wide range
+    (warning,) = prepare(data_config(tmp_path))["warnings"]
+    assert "few grey levels (median of brightest minus darkest pixel" in warning
 
 
 def test_prepare_warns_of_colour_that_is_dropped(tmp_path):

@@ -196,6 +196,9 @@ def test_images_to_score_that_are_corrupt_stop_or_are_left_out(tmp_path, limit, 
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match="none of its 4 images can be decoded"):
         load_images(tmp_path, config)
+    make_tree(tmp_path, {"old": ["c_mask.png"]})
+    with pytest.raises(DataError, match=r"c_mask\.png: a mask by its name"):  # normals, as they are grouped
+        load_images(tmp_path, config, grouped=True)
 
 
 def test_folders_without_images_to_score_are_told_apart(tmp_path, caplog):

@@ -60,8 +60,18 @@ def test_without_a_window_the_stored_bits_are_the_range(tmp_path):
     np.testing.assert_allclose(unit(scaled), RAMP / 4095, rtol=1e-6)
     falling = make_dicom(tmp_path / "c.dcm", RescaleSlope=-1, RescaleIntercept=0)
     np.testing.assert_allclose(unit(falling), 1 - RAMP / 4095, atol=1e-6)
-    signed = make_dicom(tmp_path / "d.dcm", (RAMP.astype(np.int16) - 2048) * 15)
-    np.testing.assert_allclose(unit(signed), ((RAMP.astype(float) - 2048) * 15 + 32768) / 65535, atol=1e-6)
+
+
+def test_where_the_stored_bits_say_too_little_a_window_is_asked_for(tmp_path):
+    """-1000..3000 of 16 bits would be 16 grey levels."""
+    signed, window = (RAMP.astype(np.int16) - 1000), {"WindowCenter": 0, "WindowWidth": 4000}
+    for name, stored, elements in (("signed", signed, {"Modality": "MR"}), ("CT", RAMP, {"Modality": "CT"})):
+        file = make_dicom(tmp_path / name / "a.dcm", stored, **elements)
+        with pytest.raises(DataError, match=rf"a\.dcm: {name}.* without a window in the file.*--config\.data\.window="):
+            unit(file)
+        expected = np.clip((stored.astype(float)) / 4000 + 0.5, 0, 1)
+        np.testing.assert_allclose(unit(file, (0.0, 4000.0)), expected, atol=1e-6)
+        np.testing.assert_allclose(unit(make_dicom(file, stored, **elements, **window)), expected, atol=1e-3)
 
 
 def test_the_files_window_is_the_standards_formula(tmp_path):

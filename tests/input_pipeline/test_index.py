@@ -48,6 +48,14 @@ def test_calibration_holds_out_whole_groups_of_about_the_fraction():
     assert any((calibration_rows(groups, 0.1, 0) != calibration_rows(groups, 0.1, s)).any() for s in (1, 2))
 
 
+def test_more_held_out_than_asked_for_is_said(caplog):
+    assert calibration_rows(["a"] * 40 + ["b"] * 60, 0.1, 0).sum() == 40
+    assert "40 of 100 training normals are held out for calibration, not 10" in caplog.text
+    caplog.clear()
+    assert calibration_rows(["a"] * 15 + ["b"] * 85, 0.1, 0).sum() == 15
+    assert not caplog.text
+
+
 def test_calibration_of_few_images():
     assert calibration_rows(["a", "b"], 0.1, 0).sum() == 1
     assert calibration_rows(["a", "a", "a", "b", "b"], 0.1, 3).tolist() == [False, False, False, True, True]

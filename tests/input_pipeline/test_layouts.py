@@ -214,6 +214,12 @@ TREES = {  # images by folder, and their groups in the order of their names
         ["a", "a", "b"],
     ),
     "images beside the folders": ({"a": ["1.png"], ".": ["1.png", "7_1.png"]}, ["1", "7", "a"]),
+    "names that number anew in every patient's folder": (
+        {"patA": ["s1_001.png", "s2_001.png"], "patB": ["s1_001.png", "s3_001.png"], ".": ["s1_002.png"]},
+        ["patA", "patA", "patB", "patB", "s1"],
+    ),
+    "folders numbered from 0": ({"0": ["1.png"], "1": ["1.png"], "2/0": ["1.png"], "2/1": ["1.png"]}, list("0122")),
+    "words within words": ({"ses-post": ["1.png"], "patient_no_2": ["1.png"]}, ["patient_no_2", "ses-post"]),
 }
 
 
@@ -231,11 +237,52 @@ def test_trees_without_known_words_hold_normals(tmp_path, case):
     assert index.layout == f"{len(groups)} images in {len(folders)} folders, none called train, good, ..."
 
 
-@pytest.mark.parametrize("name", ["sub-01_T1w_seg.png", "mask.png", "x-label.png"])
+def test_folders_that_stand_for_the_patient_are_said(tmp_path, caplog):
+    index_folder(make_tree(tmp_path, {f"pat{k}": ["s1_001.png", "s2_001.png"] for k in "AB"}))
+    assert "begin alike in several first-level folders (s1 in patA, patB), so that the folder is taken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["yes", "No"], "No"),
+        (["benign", "malignant"], "benign"),
+        (["covid", "non-COVID"], "covid"),
+        (["8863/0", "8863/1", "8864/0", "IDC/8863/1"], "8863/1"),
+        (["train_images", "test_images"], "test_images"),
+        (["site1/PAT0", "site2/brain_tumour"], "site2/brain_tumour"),
+        (["notumor", "glioma"], "glioma"),
+    ],
+)
+def test_trees_that_are_divided_are_no_normals(tmp_path, folders, named):
+    root = make_tree(tmp_path, {folder: ["1.png"] for folder in folders})
+    (root / "labels.csv").write_text("")
+    with pytest.raises(DataError, match=rf"{named}: no folder is called train.*reads like .* set data\.root to the"):
+        index_folder(root)
+
+
+@pytest.mark.parametrize("name", ["sub-01_T1w_seg.png", "mask.png", "x-label.png", "y_mask_1.png"])
 def test_masks_in_such_a_tree_are_no_normals(tmp_path, name):
     make_tree(tmp_path, {"a": ["x.png"], "b": [name, "y_masked_out.png"]})
     with pytest.raises(DataError, match=rf"{name}: a mask by its name \(1 such\).*move the masks out"):
         index_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        {".": ["normal (1).png", "normal (1)_mask.png", "normal (2).png"]},
+        {"train/good": TRAIN, "test/good": G, "test/Ungood": ["normal (1).png", "normal (1)_mask.png"]},
+        {"train": TRAIN, "test/good/img": ["normal (1).jpg", "normal (1)_mask_1.png"], "test/Ungood/img": U},
+    ],
+)
+def test_masks_beside_their_images_are_no_images(tmp_path, folders):
+    make_tree(tmp_path, folders)
+    with pytest.raises(DataError, match=r"normal \(1\)_mask(_1)?\.png: a mask by its name \(1 such\).*move the masks"):
+        index_folder(tmp_path)
+    for path in tmp_path.rglob("*_mask*"):
+        path.rename(path.with_name("b_mask.png"))  # of no image there: a name like others
+    assert index_folder(tmp_path).splits
 
 
 def test_one_known_word_makes_all_others_errors(tmp_path):

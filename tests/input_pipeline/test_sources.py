@@ -76,6 +76,13 @@ def test_names_make_no_groups_in_class_folders(tmp_path):
         assert train.groups == train.names
 
 
+@pytest.mark.parametrize("folder", ["train/benign", "benign", "."])
+def test_masks_beside_images_are_no_images(tmp_path, folder):
+    make_tree(tmp_path, {folder: ["benign (1).png", "benign (1)_mask.png"]})
+    with pytest.raises(DataError, match=r"benign \(1\)_mask\.png: a mask by its name \(1 such\)"):
+        load_labelled(data("folder", tmp_path), "train", 8, "bicubic")
+
+
 def test_images_below_a_class_folder_belong_to_it(tmp_path):
     make_tree(tmp_path, {"train/a": files(2), "train/b/deeper": files(3), "test/b": files(1)})
     sets = read_folder(str(tmp_path), "", SIZES)
