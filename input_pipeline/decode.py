@@ -126,10 +126,18 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(black, image).convert("RGB")
 
 
+def _deep_values(image: Image.Image) -> np.ndarray:
+    """[H, W] of a grey picture of 16 or 32 bits, white the largest."""
+    values = np.asarray(image)
+    # Photometric interpretation 0, "white is zero": Pillow turns 1 to 8 bits round, 16 not.
+    white_is_zero = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0
+    return 65535 - values if white_is_zero else values
+
+
 def _to_8_or_float(image: Image.Image, path: Path, channels: int) -> Image.Image:
     """A picture of mode L, RGB or F (F: grey in 0..255, for deep files), to be resized and rounded once."""
     if image.mode in _DEEP_MODES:
-        values = np.asarray(image).astype(np.float32)
+        values = _deep_values(image).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(
                 f"{path}: 32-bit values in [{values.min():g}, {values.max():g}]; expected 0..65535: window it"
@@ -205,7 +213,9 @@ def read_image(
 
 def _mask_values(image: Image.Image) -> np.ndarray:
     """[H, W]: the largest channel."""
-    if image.mode not in ("L", "1", "F", *_DEEP_MODES):
+    if image.mode in _DEEP_MODES:
+        return _deep_values(image)
+    if image.mode not in ("L", "1", "F"):
         image = _opaque(image).convert("RGB")
     values = np.asarray(image)
     return values.max(axis=-1) if values.ndim == 3 else values
@@ -235,13 +245,18 @@ def read_class_mask(path: Path) -> np.ndarray:
     """Class ids at the mask's own size: uint8 [H, W], from grey or palette pictures or a .npy of integers 0..255.
 
     Raises:
-      DataError: an undecodable file, a colour picture, or ids beyond 0..255.
+      DataError: an undecodable file, a colour picture, one stored as JPEG or WebP, or ids beyond 0..255.
     """
     if path.suffix == ".npy":
         values = _load_npy(path)
         fits = values.dtype.kind in "iub" and values.size > 0 and values.min() >= 0 and values.max() <= 255
     else:
         picture = _open(path)
+        if picture.format in _LOSSY:
+            raise DataError(
+                f"{path}: class ids stored as {picture.format}, whose compression changes them; expected PNG, TIFF, "
+                f"BMP or .npy: export the masks again"
+            )
         values, fits = np.asarray(picture), picture.mode in ("L", "P", "1")
     if values.ndim != 2 or not fits:
         raise DataError(

@@ -20,11 +20,12 @@ from input_pipeline.split import FilePixels, Rows
 from input_pipeline.tree import IMAGE_SUFFIXES, SPLIT_WORDS
 
 IGNORED = 255  # id of pixels that no class was given
+MAX_UNNAMED = 64  # classes that need no classes.txt: blurred masks, which hold every value, look like more
 EXPECTED = (
     "Expected {train,valid,test}/{images,masks} with equal file stems (valid and test may be absent); images .png, "
     ".jpg, .tif, .bmp, .webp or .npy (uint8 or 0..1, [H, W] or [H, W, 3]); masks grey or palette pictures or .npy of "
     "class ids from 0 (255: ignored; masks of 0 and 255 alone are background and foreground); names of the classes in "
-    "classes.txt, one a line, if you like. HYPSO-1: https://ntnu-smallsat-lab.github.io/hypso1_sea_land_clouds_dataset"
+    "classes.txt, one a line: needed only where no mask holds some of the ids. HYPSO-1: https://ntnu-smallsat-lab.github.io/hypso1_sea_land_clouds_dataset"
 )
 
 
@@ -81,6 +82,8 @@ def read_segmentation(root: str, name: str, sizes: Sizes) -> dict[str, LabelledS
     ids = np.unique(np.concatenate(found))
     binary = set(ids.tolist()) <= {0, IGNORED} and IGNORED in ids
     number = 2 if binary else int(ids[ids != IGNORED].max(initial=0)) + 1
+    if not binary and not (folder / "classes.txt").is_file():
+        _check_unnamed(ids[ids != IGNORED], [path for _, path in itertools.chain(*pairs.values())], found)
     classes = _class_names(folder, number)
     sets = {}
     for split, found in pairs.items():
@@ -109,6 +112,18 @@ def _decoded_ids(example: Example, path: Path, changed: tuple[int, int]) -> np.n
             f"{size[0]}x{size[1]}; expected equal sizes: export the mask again at the image's size"
         )
     return np.unique(mask)
+
+
+def _check_unnamed(ids: np.ndarray, paths: list[Path], found: list[np.ndarray]) -> None:
+    """DataError unless `ids`, ascending, are 0, 1, ... without a gap; `found` are those in the mask of each path."""
+    odd = next((int(value) for row, value in enumerate(ids) if value != row or row == MAX_UNNAMED), None)
+    if odd is not None:
+        path = next(path for path, held in zip(paths, found, strict=True) if odd in held)
+        raise DataError(
+            f"{path}: value {odd}, but the masks hold {len(ids)} values in all; expected class ids 0, 1, ... without a "
+            f"gap and at most {MAX_UNNAMED} of them (255: ignored), or 0 and 255 alone: export masks with blurred "
+            f"edges again, or name every class in classes.txt"
+        )
 
 
 def _class_names(folder: Path, number: int) -> tuple[str, ...]:

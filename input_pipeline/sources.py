@@ -12,6 +12,7 @@ import numpy as np
 
 from input_pipeline.decode import Resize, resize_array
 from input_pipeline.index import DataError, Example
+from input_pipeline.reader import Decoded, decode_in_order
 from input_pipeline.split import FilePixels, Pixels, Rows
 
 _PART = 4096  # rows decoded by one call: bounds the copy beside the array
@@ -29,7 +30,7 @@ class Sizes:
 
 @dataclass
 class ArraySource:
-    """Images given as arrays, each uint8 [H, W, 3] of any size, resized whenever they are asked for."""
+    """Images given as (or decoded to) arrays, each uint8 [H, W, 3] of any size, resized whenever they are asked for."""
 
     arrays: Sequence[np.ndarray]
     sizes: Sizes
@@ -38,9 +39,10 @@ class ArraySource:
         return len(self.arrays)
 
     def images(self, rows: Rows) -> np.ndarray:
-        size, channels, resize = self.sizes.image_size, self.sizes.channels, self.sizes.resize
-        squares = [resize_array(self.arrays[int(row)], size, channels, resize) for row in rows]
-        return np.stack(squares) if squares else np.zeros((0, size, size, channels), np.uint8)
+        size, channels = self.sizes.image_size, self.sizes.channels
+        if len(rows) == 0:
+            return np.zeros((0, size, size, channels), np.uint8)
+        return next(self.batches(lambda: [rows], with_masks=False))[0]
 
     def masks(self, rows: Rows) -> np.ndarray:
         raise DataError("arrays come without masks; expected a set with has_masks")
@@ -48,8 +50,13 @@ class ArraySource:
     def batches(
         self, rows: Callable[[], Iterable[Rows]], with_masks: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        stream = decode_in_order(self._decode, lambda: (int(row) for batch in rows() for row in batch), "threads")
         for batch in rows():
-            yield self.images(batch), self.masks(batch) if with_masks else None
+            yield np.stack([next(stream)[0] for _ in batch]), self.masks(batch) if with_masks else None
+
+    def _decode(self, row: int) -> Decoded:
+        size, channels, resize = self.sizes.image_size, self.sizes.channels, self.sizes.resize
+        return resize_array(self.arrays[row], size, channels, resize), np.zeros(0, np.uint8), ""
 
 
 @dataclass

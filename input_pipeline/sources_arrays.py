@@ -56,7 +56,8 @@ def read_npz(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
 
 def _npz_split(arrays: dict[str, np.ndarray], prefix: str, path: Path, name: str, sizes: Sizes) -> LabelledSet:
     images, labels = arrays[f"{prefix}_images"], arrays.get(f"{prefix}_labels")
-    images = np.repeat(images[..., None], 3, axis=-1) if images.ndim == 3 else images
+    if images.ndim == 3:  # grey: a view, since three copies of a large set would be held
+        images = np.broadcast_to(images[..., None], (*images.shape, 3))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(f"{path}: {prefix}_images are {images.dtype} {images.shape}. {EXPECTED_NPZ}")
     labels = np.full(len(images), -1) if labels is None else labels

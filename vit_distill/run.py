@@ -101,7 +101,7 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 
 def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[LabelledSet, np.ndarray, np.ndarray]:
-    """(all images at the teacher's resize size, rows to train on, `calibration.num_images` of the rows left over).
+    """(all images at the teacher's resize size, rows to train on, `calibration.num_images` rows of other groups).
 
     Raises:
       ValueError: as `load_labelled`, `read_manifest` and `select_few_shot`; for a manifest beside a ratio or number.
@@ -117,7 +117,9 @@ def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[La
         few = read_manifest(Path(manifest), images)
     else:
         few = select_few_shot(images, ratio=section.ratio, per_class=section.per_class, seed=section.seed)
-    return images, few, _some(config, np.setdiff1d(np.arange(len(images)), few))
+    trained_on = {images.groups[row] for row in few}  # patients whose other images are not held out either
+    rest = np.flatnonzero([group not in trained_on for group in images.groups])
+    return images, few, _some(config, rest)
 
 
 def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.ndarray) -> LabelledSet | None:

@@ -79,6 +79,16 @@ def test_16_bit_is_scaled_by_its_range_not_by_its_extrema(tmp_path, suffix):
     assert (read_image(write(tmp_path / f"dim.{suffix}", dim), 2, 1) == 10).all()
 
 
+def test_16_bit_tiff_whose_white_is_zero(tmp_path):
+    deep = np.array([[0, 257], [257 * 128, 65535]], np.uint16)
+    content = write(tmp_path / "a.tiff", deep).read_bytes()
+    entry = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # photometric interpretation, one short; Pillow writes 1 only
+    assert content.count(entry + b"\x01\x00") == 1
+    (tmp_path / "a.tiff").write_bytes(content.replace(entry + b"\x01\x00", entry + b"\x00\x00"))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tiff", 2, 1)[..., 0], [[255, 254], [127, 0]])
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.tiff", 2)[..., 0], [[1, 1], [1, 0]])
+
+
 def test_16_bit_big_endian_32_bit_and_float_tiff(tmp_path):
     deep = np.array([[0, 257], [257 * 128, 65535]], np.uint16)
     Image.frombytes("I;16B", (2, 2), deep.astype(">u2").tobytes()).save(tmp_path / "b.tiff")

@@ -82,6 +82,19 @@ def test_masks_of_0_and_255_are_binary(tmp_path):
     assert set(np.unique(train.masks([0, 1]))) == {0, 1}
 
 
+def test_masks_whose_values_compression_changes_are_refused(sea):
+    (sea / "train/masks/a.png").unlink()
+    write(sea / "train/masks/a.jpg", IDS)
+    with pytest.raises(DataError, match=r"a\.jpg: class ids stored as JPEG, .* export the masks again"):
+        read_segmentation(str(sea), "", SIZES)
+
+
+def test_named_classes_need_not_all_occur(sea):
+    write(sea / "train/masks/a.png", np.where(IDS == 2, 7, IDS))
+    (sea / "classes.txt").write_text("\n".join("abcdefgh"))
+    assert read_segmentation(str(sea), "", SIZES)["train"].classes == tuple("abcdefgh")
+
+
 def test_corrupt_images_are_skipped(sea):
     (sea / "train/images/b.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match=r"b\.npy: cannot be read"):
@@ -94,6 +107,8 @@ def test_corrupt_images_are_skipped(sea):
         ("train/masks/d.png", IDS, r"without partner \['d'\]"),
         ("train/masks/a.png", IDS[:4], r"masks/a\.png: mask of 4x8 pixels, its image .*a\.png has 8x8"),
         ("train/masks/a.png", np.dstack([IDS] * 3), r"a\.png: uint8 \(8, 8, 3\); expected class ids"),
+        ("train/masks/a.png", np.where(IDS == 2, 7, IDS), r"masks/a\.png: value 7, but the masks hold 4 values in all"),
+        ("train/masks/b.npy", np.arange(64).reshape(8, 8) + 1, r"masks/b\.npy: value 64, .* at most 64 of them"),
         ("train/masks/b.npy", IDS.astype(np.int64) + 300, r"b\.npy: int64 \(8, 8\); expected class ids"),
         ("train/images/b.npy", np.zeros((8, 8, 120), np.uint8), r"b\.npy: uint8 \(8, 8, 120\).*three bands"),
         ("train/images/b.npy", np.full((8, 8), 2.0), r"b\.npy: float64 \(8, 8\).*scale it"),

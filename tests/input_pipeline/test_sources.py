@@ -1,6 +1,7 @@
 """Every source of labelled images on tiny copies of its layout, and what it says of a wrong one."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from trees import BRAIN, make_tree
 from input_pipeline.classification import SOURCES, load_labelled
 from input_pipeline.decode import resize_array
 from input_pipeline.index import DataError
+from input_pipeline.sources import ArraySource
 from input_pipeline.sources_arrays import read_digits, read_npz
 from input_pipeline.sources_folder import read_bmad, read_folder
 from input_pipeline.sources_lists import FINDINGS, read_chestxray14, read_inat19
@@ -157,11 +159,36 @@ def test_npz(tmp_path):
     np.testing.assert_array_equal(
         sets["train"].images([7])[0], resize_array(arrays["train_images"][7], 8, 3, SIZES.resize)
     )
-    assert sets["valid"].images([0, 1]).shape == (2, 8, 8, 3)
+    grey = sets["valid"].pixels.source.arrays
+    assert (grey.shape, grey.strides[-1]) == ((4, 10, 10, 3), 0)  # not three copies of it
+    for row in range(4):
+        expected = resize_array(np.repeat(arrays["val_images"][row][..., None], 3, -1), 8, 3, SIZES.resize)
+        np.testing.assert_array_equal(sets["valid"].images([row])[0], expected)
     test = load_labelled(data("npz", tmp_path / "x.npz"), "test", 8)
     assert test.names[0] == "val/0000000"
     taken = test.take([2, 0]).take([0])
     np.testing.assert_array_equal(taken.images([0]), sets["valid"].images([2]))
+
+
+def test_arrays_are_decoded_side_by_side(monkeypatch):
+    """As those of TFDS, each of which is an encoded image until it is asked for."""
+
+    class Waiting:
+        both = threading.Barrier(2, timeout=10)
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, row):
+            self.both.wait()
+            return np.full((8, 8, 3), row, np.uint8)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    source = ArraySource(Waiting(), SIZES)
+    assert source.images([3, 1])[:, 0, 0, 0].tolist() == [3, 1]
+    found = [images[:, 0, 0, 0].tolist() for images, _ in source.batches(lambda: [[0, 1, 2], [3]], False)]
+    assert found == [[0, 1, 2], [3]]
+    assert source.images([]).shape == (0, 8, 8, 3)
 
 
 def test_multi_label_npz(tmp_path):

@@ -267,6 +267,18 @@ def test_without_a_validation_split_nothing_is_held_out(teacher: Path):
     assert run.held_out_images(config, loaded, images, rest) is None
 
 
+def test_images_of_patients_that_are_trained_on_are_not_held_out(teacher: Path, tmp_path: Path):
+    for name in (f"{patient}{k}.png" for patient in "abcdef" for k in range(4)):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    config = make_config(teacher)
+    config.data.update(kind="folder", root=str(tmp_path), valid_fraction=0.2, groups="([a-f])")
+    config.few_shot.update(per_class=2)
+    images, few, rest = run.few_shot_images(config, load_teacher_of(config), None)
+    patients = np.asarray(images.groups)
+    assert len(rest) == 8
+    assert not set(patients[few]) & set(patients[rest])
+
+
 def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
