@@ -72,9 +72,9 @@ def _multiply_adds(eqn: Any) -> int:
 
 
 def as_on_gpu(system: System) -> tuple[System, Any]:
-    """The system on one device, and the shapes of its training state."""
+    """The system on one device, experts' products without the padding of tiles, and the shapes of its state."""
     state = system.abstract_state(build_optimizer(system.config.optim, system.config.train.num_steps))
-    return dataclasses.replace(system, model=system.model.clone(mesh=None)), state
+    return dataclasses.replace(system, model=system.model.clone(mesh=None, dispatch="ragged")), state
 
 
 def on_gpu() -> Any:

@@ -245,9 +245,9 @@ def moe_layer(smoke: bool) -> Iterator[Row]:
 
     from benchmarks.moe import measure
 
-    both = ("ragged", "tiles")
-    runs = [(8192, 8, both), (65536, 8, both), (1024, 8, both), (8192, 64, ("ragged",)), (8192, 2, ("ragged",))]
-    runs += [(8192, 32, ("ragged",)), (4096, 8, ("ragged",)), (16384, 8, ("ragged",)), (65536, 64, ("ragged",))]
+    both, ours = ("batched", "ragged"), ("batched",)
+    runs = [(8192, 8, both), (65536, 8, ours), (1024, 8, ours), (8192, 64, ours), (8192, 2, ours)]
+    runs += [(8192, 32, ours), (4096, 8, ours), (16384, 8, ours), (65536, 64, ours)]
     width, hidden = (16, 32) if smoke else (768, 1536)
     for tokens, experts, dispatches in [(64, 4, both)] if smoke else runs:
         spec = {"tokens": tokens, "width": width, "hidden": hidden, "experts": experts}
@@ -288,13 +288,13 @@ JOBS = {
     "distill_jax": Job("distill", "jax", 30, 120, partial(distill, "jax", BASE, (256,))),
     "distill_eager": Job("distill", "torch", 15, 70, partial(distill, "eager", BASE, (256, 128, 64, 32))),
     "distill_compile": Job("distill", "torch", 25, 80, partial(distill, "compile", BASE, (256,))),
-    "detector_ragged": Job("detector", "jax", 60, 180, partial(detector, "ragged", SIZES)),
+    "detector_batched": Job("detector", "jax", 60, 180, partial(detector, "batched", SIZES)),
     "inference_jax": Job("inference", "jax", 25, 80, partial(inference_jax, ALL)),
     "inference_eager": Job("inference", "torch", 15, 40, partial(inference_torch, "eager", ALL)),
     "distill_jax_rest": Job("distill", "jax", 30, 130, partial(distill, "jax", BASE, (32, 64, 128)), trial=False),
     "moe_layer": Job("moe", "jax", 25, 90, moe_layer),
     "inference_compile": Job("inference", "torch", 25, 80, partial(inference_torch, "compile", ALL)),
-    "detector_tiles": Job("detector", "jax", 60, 150, partial(detector, "tiles", SIZES)),
+    "detector_ragged": Job("detector", "jax", 60, 150, partial(detector, "ragged", (16,)), trial=False),
     "inference_graphs": Job("inference", "torch", 25, 80, partial(inference_torch, "graphs", ALL), trial=False),
     "compile_rest": Job("distill", "torch", 25, 90, partial(distill, "compile", BASE, (32, 64, 128)), trial=False),
     "small_jax": Job("distill", "jax", 30, 100, partial(distill, "jax", SMALL, (256,)), trial=False),

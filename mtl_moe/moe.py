@@ -55,14 +55,18 @@ def _apply_products(
     used = jnp.arange(len(plan.tile_expert)) < plan.num_tiles_used
     chosen = jax.nn.one_hot(plan.tile_expert, num_experts, dtype=x.dtype) * used[:, None]
 
-    def product(rows: jax.Array, w: jax.Array) -> jax.Array:
-        if not batched:
-            # ragged_dot promises zeros after the last group neither forward nor, the inner mask, in its gradient.
-            rows = jnp.where(used[:, None], rows, 0)
-            return jnp.where(used[:, None], jax.lax.ragged_dot(rows, w, plan.group_sizes), 0)
+    def ragged(rows: jax.Array, w: jax.Array) -> jax.Array:
+        # ragged_dot promises zeros after the last group neither forward nor, the inner mask, in its gradient.
+        rows = jnp.where(used[:, None], rows, 0)
+        return jnp.where(used[:, None], jax.lax.ragged_dot(rows, w, plan.group_sizes), 0)
+
+    @jax.checkpoint  # the copies of the matrices are made again for the gradient instead of kept
+    def of_tiles(rows: jax.Array, w: jax.Array) -> jax.Array:
         # A one-hot product instead of indexing: its gradient is a product, not a scatter into few rows.
         picked = jnp.einsum("ge,edf->gdf", chosen.astype(dtype), w)
         return jnp.einsum("gmd,gdf->gmf", rows.reshape(len(chosen), tile, -1), picked).reshape(len(rows), -1)
+
+    product = of_tiles if batched else ragged
 
     def dense(rows: jax.Array, name: str) -> jax.Array:
         bias = chosen @ params[f"b{name}"].astype(x.dtype)
