@@ -102,13 +102,17 @@ class Scorer:
         description: str,
         map_fn: Callable[[jax.Array], jax.Array] | None = None,
         keep: Sequence[int] = (),
+        write: Callable[[Sequence[str], np.ndarray, np.ndarray], None] | None = None,
+        keep_maps: bool = True,
     ) -> Scored:
         """A whole split, every image once; with `map_fn` (`make_map_fn`) also its finished maps.
 
         Args:
           keep: rows, ascending, whose evidence maps and bodies are kept.
+          write: gets names, images and finished maps of each batch.
+          keep_maps: whether the finished maps are in the result too, which are of the size of the whole split.
         """
-        raw, textures, maps, kept, start = [], [], [], {"maps": [], "body": []}, 0
+        raw, textures, maps, kept, start = [], [], None, {"maps": [], "body": []}, 0
         with progress_bar(len(split), description=description) as bar:
             for batch in eval_batches(split, self.batch_size):
                 count = int(batch["valid"].sum())
@@ -116,14 +120,19 @@ class Scorer:
                 raw.append(np.asarray(result["raw"])[:count])
                 textures.append(log_mean_gradient(batch["image"][:count]))
                 if map_fn is not None:
-                    maps.append(np.asarray(map_fn(result["maps"]))[:count])
+                    finished = np.asarray(map_fn(result["maps"]))[:count]
+                    if write is not None:
+                        write(split.names[start : start + count], batch["image"][:count], finished)
+                    if keep_maps:
+                        maps = np.empty((len(split), *finished.shape[1:]), np.float32) if maps is None else maps
+                        maps[start : start + count] = finished
                 here = [row - start for row in keep if start <= row < start + count]
                 for name, parts in kept.items() if here else ():
                     parts.append(np.asarray(result[name])[here])
                 start += count
                 bar.update(count)
         found = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
-        return Scored(np.concatenate(raw), np.concatenate(textures), np.concatenate(maps) if maps else None, found)
+        return Scored(np.concatenate(raw), np.concatenate(textures), maps, found)
 
 
 def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:

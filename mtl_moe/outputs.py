@@ -1,7 +1,7 @@
 """What is written for each scored image: predictions.csv, beside and renamed, and its anomaly map."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,14 +34,16 @@ def write_predictions(
     temporary.replace(path)
 
 
-def write_maps(folder: Path, split: Split, maps: np.ndarray) -> None:
+def write_maps(folder: Path, names: Sequence[str], images: np.ndarray, maps: np.ndarray) -> None:
     """For each image `folder`/NAME.png, the map laid over the image as in the report, and NAME.npy, float32 [M, M].
 
     Args:
+      names: of N images.
+      images: uint8 [N, H, W, C].
       maps: [N, M, M] in calibrated units: 0 the normals' median, 1 their 95th percentile.
     """
-    for row, name in enumerate(split.names):
+    for name, image, values in zip(names, images, maps, strict=True):
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(overlay(split.images(np.array([row]))[0], maps[row], None)[1]).save(path)
-        np.save(path.with_suffix(".npy"), maps[row])
+        Image.fromarray(overlay(image, values, None)[1]).save(path)
+        np.save(path.with_suffix(".npy"), values)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
 
+from input_pipeline import reader
 from input_pipeline.cache import save_npz
 from input_pipeline.dataset import eval_batches, load_dataset, load_images, train_batches
 from input_pipeline.decode import read_image, read_mask
@@ -79,6 +80,25 @@ def test_tf_data_and_threads_give_the_same_bytes(tmp_path):
             equal_batches(eval_batches(by_tf[key], 4), eval_batches(by_threads[key], 4))
         args = {"batch_size": 4, "seed": 0, "start_step": 1, "num_steps": 6}
         equal_batches(train_batches(by_tf["train"], **args), train_batches(by_threads["train"], **args))
+
+
+def test_a_few_images_of_a_large_split_are_read_by_threads(tmp_path, monkeypatch):
+    """TensorFlow is for long streams: each use of it builds a pipeline of its own."""
+    make_tree(tmp_path, BRAIN)
+    split = load_dataset(data_config(tmp_path, memory_limit_gb=0.0)).splits["test"]
+    expected, used = list(eval_batches(split, 4)), []
+
+    def by_tf_data(decode, rows):
+        used.append("tf")
+        return reader._by_threads(decode, rows)
+
+    monkeypatch.setattr(reader, "TF_MIN_IMAGES", 4)
+    monkeypatch.setattr(reader, "_by_tf_data", by_tf_data)
+    np.testing.assert_array_equal(split.images([0, 2]), expected[0]["image"][[0, 2]])
+    np.testing.assert_array_equal(split.masks([1]), expected[0]["mask"][[1]])
+    assert used == []
+    equal_batches(eval_batches(split, 4), expected)
+    assert used == ["tf"]
 
 
 def test_colour(tmp_path):
