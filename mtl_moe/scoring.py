@@ -30,7 +30,8 @@ SMOOTHING = 4.0 / 224  # standard deviation of the map's Gaussian as a share of 
 def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
     """Compiled (params, extra, uint8 images [B, H, W, C]) -> {raw [B, S], maps [B, S, H, W], body [B, H, W]}.
 
-    All views of all tasks go through one forward. An image's result does not depend on the other images.
+    All views of all tasks go through one forward. An image's result does not depend on the other images. With
+    score.dtype "float32" products are float32 on every device, so that a calibration serves on another one.
     """
     tasks, model = system.tasks, system.model.clone(dtype=DTYPES[system.config.score.dtype])
 
@@ -47,7 +48,12 @@ def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, j
                 raw.append(_reduce(maps[-1], body, reduction.how))
         return {"raw": jnp.stack(raw, 1), "maps": jnp.stack(maps, 1), "body": body}
 
-    return jax.jit(score)
+    def score_in_float32(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
+        # By default a GPU rounds the operands of float32 products to TF32, a TPU to bfloat16.
+        with jax.default_matmul_precision("highest"):
+            return score(params, extra, images)
+
+    return jax.jit(score_in_float32 if model.dtype == jnp.float32 else score)
 
 
 def _reduce(maps: jax.Array, body: jax.Array, how: str) -> jax.Array:

@@ -19,7 +19,7 @@ from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
 from mtl_moe.losses import make_loss_fn
-from mtl_moe.scoring import SMOOTHING, TOP_SHARE, make_map_fn
+from mtl_moe.scoring import SMOOTHING, TOP_SHARE, make_map_fn, make_score_fn
 from mtl_moe.system import build_system
 
 # Float32 sums in another order: rows of an image lie in other tiles of the expert matmul in another batch.
@@ -100,6 +100,40 @@ def test_a_split_is_scored_once_in_order(tiny_run, scorer):
     np.testing.assert_allclose(scored.maps, wanted["maps"].mean(axis=1), **TOLERANCE)
     np.testing.assert_allclose(scored.texture, log_mean_gradient(split.images(np.arange(18))), rtol=1e-6)
     assert scorer.split(split.take(np.arange(3)), "test").maps is None
+
+
+def test_maps_are_handed_out_batch_by_batch(tiny_run, scorer):
+    """What is asked for every image of a set of tens of thousands need not lie in memory, nor be decoded again."""
+    split, written = tiny_run.dataset.splits["train"], []
+
+    def map_fn(maps):
+        return maps.mean(axis=1)
+
+    kept = scorer.split(split, "test", map_fn, write=lambda *batch: written.append(batch))
+    names, images, maps = zip(*written, strict=True)
+    assert [len(part) for part in names] == [8, 8, 2]
+    assert [name for part in names for name in part] == split.names
+    np.testing.assert_array_equal(np.concatenate(images), split.images(np.arange(18)))
+    np.testing.assert_array_equal(np.concatenate(maps), kept.maps)
+    found = scorer.split(split.take(np.arange(3)), "test", map_fn, write=lambda *batch: None, keep_maps=False)
+    assert found.maps is None
+
+
+def test_scores_in_float32_are_float32_on_every_device(tiny_run, trained, images):
+    """GPU and TPU would otherwise round the operands of products; what they do stands in the program."""
+    lowered = make_score_fn(tiny_run.system).lower(trained.params, trained.extra, images[:8]).as_text()
+    products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line or "convolution" in line]
+    assert len(products) > 20
+    assert [line for line in products if line.count("HIGHEST") != 2] == []
+
+
+def test_scores_in_bfloat16_are_close(tiny_config, tiny_run, trained, images, together):
+    config = tiny_config()
+    config.score.dtype = "bfloat16"
+    found = Scorer(dataclasses.replace(tiny_run.system, config=config), trained).images(images[:8])
+    for name in ("raw", "maps"):
+        full = together[name][:8]
+        assert 0 < np.linalg.norm(found[name] - full) / np.linalg.norm(full) < 0.05, name
 
 
 def test_maps_of_chosen_rows_are_kept(tiny_run, scorer):
