@@ -252,6 +252,32 @@ def test_eight_devices_equal_one(expert, dispatch):
     _assert_close(_losses_and_gradients(on_mesh), _losses_and_gradients(layer), 1e-5)
 
 
+def test_what_ragged_products_leave_after_the_last_group_reaches_nothing(monkeypatch):
+    """On a mesh rows of other devices' experts lie there; on GPU and TPU nothing promises zeros, in no direction."""
+    product = jax.lax.ragged_dot
+
+    def spoilt(rows, sizes):
+        return jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], rows, 1e3)
+
+    @jax.custom_vjp
+    def careless(rows, w, sizes):
+        return spoilt(product(rows, w, sizes), sizes)
+
+    def forward(rows, w, sizes):
+        return careless(rows, w, sizes), (rows, w, sizes)
+
+    def backward(saved, g):
+        rows, w, sizes = saved
+        d_rows, d_w = jax.vjp(lambda rows, w: product(rows, w, sizes), rows, w)[1](g)
+        return spoilt(d_rows, sizes), d_w, None
+
+    careless.defvjp(forward, backward)
+    layer = _layer_and_variables()[0]
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    found = _losses_and_gradients(layer.clone(mesh=make_mesh(2), dispatch="ragged"))
+    _assert_close(found, _losses_and_gradients(layer), 1e-5)
+
+
 def test_batch_or_experts_that_do_not_divide_over_the_mesh_are_refused():
     layer, variables, tokens, tasks = _layer_and_variables()
     with pytest.raises(ValueError, match="batch of 6 does not divide over mesh axis 'data' of size 8"):
