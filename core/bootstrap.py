@@ -9,6 +9,7 @@ from scipy import ndimage
 from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, check_scores
 
 BOOTSTRAP_METRICS = ("auroc", "average_precision")
+MAX_SAMPLE = 1_000_000  # pixels that say where the bins are
 NUM_BINS = 1024  # of the pixel scores; at quantiles, so the metrics move by less than 1e-3, far below any interval
 
 
@@ -126,7 +127,10 @@ def pixel_intervals(
     if not labels.any() or masks.all():
         raise ValueError("expected anomalous and normal pixels")
     group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)[1]
-    edges = np.unique(np.quantile(maps.ravel()[:: max(1, maps.size // 1_000_000)], np.linspace(0, 1, NUM_BINS)[1:-1]))
+    scores = maps.ravel()
+    if scores.size > MAX_SAMPLE:  # drawn: a stride may meet the same columns of all images
+        scores = scores[np.random.default_rng(seed).integers(scores.size, size=MAX_SAMPLE)]
+    edges = np.unique(np.quantile(scores, np.linspace(0, 1, NUM_BINS)[1:-1]))
     counts = [_pixel_counts(m, k, edges) for m, k in zip(maps, masks, strict=True)]
     # Bins from the highest score down, as a threshold passes them.
     negative, positive, overlap = (np.stack([c[i] for c in counts])[:, ::-1] for i in range(3))

@@ -127,3 +127,15 @@ def test_pixel_intervals_of_one_image_per_class_are_the_metric_itself():
     for name, (low, high) in found.items():
         assert low == high  # one group a class: every resample is the whole set
         assert low == pytest.approx(exact[name], abs=2e-3), name  # binned at 1024 quantiles
+
+
+def test_bins_of_the_pixels_come_from_all_columns():
+    """Sampled at a stride, two million pixels would all be of the first of two columns, which holds other scores."""
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(2, 500_001, 2)).astype(np.float32)
+    maps[..., 0] -= 20
+    masks = np.zeros(maps.shape, bool)
+    masks[0, 1000:1400, 1] = True
+    maps += masks
+    found, exact = bootstrap.pixel_intervals(maps, masks, num_resamples=2), metrics.pixel_metrics(maps, masks)
+    assert found["pixel_auroc"] == pytest.approx((exact["pixel_auroc"],) * 2, abs=2e-3)
