@@ -6,7 +6,6 @@ Reads the stored scores of the base's cells; nothing is trained or scored. Half 
 calibrate, the other half and all abnormal images are measured; ten random halves a seed. Axes: N test images.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -34,10 +33,10 @@ def measure(stored: Stored, calibration: Calibration, rows: np.ndarray) -> list[
 
 def compare(cell: Path) -> list[tuple[int, list[float], list[float]]]:
     """For each half: normals that calibrated, and what the cell's own and the site's calibration give on the rest."""
-    tasks = build_system(get_config(cell)).tasks
-    stored, saved = load_trained(cell, tasks, json.loads((cell / "cell.json").read_text())["step"])
-    test, normals, groups = stored.scored["test"], stored.scored["calibration"], np.array(stored.groups)
-    own = fit_calibration(tasks, saved.fusion, normals.raw, normals.texture)
+    config = get_config(cell)
+    tasks = build_system(config).tasks
+    stored, own = load_trained(cell, tasks, config.score.fusion)
+    test, groups = stored.scored["test"], np.array(stored.groups)
     normal = stored.labels == 0
     names, found = np.unique(groups[normal]), []
     for half in range(HALVES):

@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 
     def load(self) -> tuple[Stored, Calibration]:
         """Its stored scores and their calibration."""
-        return load_trained(self.folder, build_system(self.config).tasks, self.facts["step"])
+        return load_trained(self.folder, build_system(self.config).tasks, self.config.score.fusion)
 
 
 class _Data:

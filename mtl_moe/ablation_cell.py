@@ -22,7 +22,7 @@ from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
 from core.workdir import check_config
 from input_pipeline.dataset import Dataset, Split
-from mtl_moe.calibration import Calibration, fit_scores, fused_names, load_calibration
+from mtl_moe.calibration import Calibration, fit_calibration, fit_scores
 from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
@@ -34,7 +34,8 @@ from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
 FREE_FIELDS = (
-    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.tensorboard", "compress.", "slices.",
+    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.log_every", "train.save_every",
+    "train.tensorboard", "mesh.", "compress.", "slices.",
 )  # fmt: skip
 FUSED = "fused"
 
@@ -158,17 +159,19 @@ class Measured:
 
 
 def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] = ()) -> Measured:
-    """Measures scores under a calibration, without the named evidences."""
+    """Measures scores under a calibration of the stored normals, without the named evidences."""
     corrected = {name: calibration.corrected(scored.raw, scored.texture) for name, scored in stored.scored.items()}
     keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
 
     fused = {name: calibration.fuse(scores, leave_out) for name, scores in corrected.items()}
+    # The fit that a normal is part of finds it more normal than it finds a new image.
+    normals = _refitted(stored, calibration, calibration.slope != 0, leave_out).fused
     return Measured(
         test={
             "image_auroc": auroc(fused["test"], stored.labels),
             "image_ap": average_precision(fused["test"], stored.labels),
-            "normal_vs_calibration": auroc_between(fused["calibration"], fused["test"][stored.labels == 0]),
-            "abnormal_vs_calibration": auroc_between(fused["calibration"], fused["test"][stored.labels == 1]),
+            "normal_vs_calibration": auroc_between(normals, fused["test"][stored.labels == 0]),
+            "abnormal_vs_calibration": auroc_between(normals, fused["test"][stored.labels == 1]),
         },
         evidences={name: auroc(corrected["test"][:, i], stored.labels) for name, i in keep.items()},
         painted={FUSED: painted_auroc(by_kind(fused["painted"]))}
@@ -177,10 +180,15 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
     )
 
 
-def load_trained(folder: Path, tasks: Sequence[Task], step: int) -> tuple[Stored, Calibration]:
-    """Stored scores and calibration of a finished cell of these tasks."""
+def load_trained(folder: Path, tasks: Sequence[Task], fusion: str) -> tuple[Stored, Calibration]:
+    """Stored scores of a finished cell of these tasks and the calibration fitted on them, for image scores only.
+
+    Not the cell's calibration.npz: that is of its last evaluation, which may have fused in another way or seen other
+    normals.
+    """
     stored = read_stored(folder / "scores.npz")
-    return stored, load_calibration(folder / "calibration.npz", fused_names(tasks), step)
+    normals = stored.scored["calibration"]
+    return stored, fit_calibration(tasks, fusion, normals.raw, normals.texture)
 
 
 def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibration]:
@@ -207,6 +215,16 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
 
     For image scores only.
     """
-    normals, count = stored.scored["calibration"], len(calibration.slope)
-    names, kinds = calibration.names[:-1], calibration.kinds[:-1]
-    return fit_scores(names, kinds, [False] * count, calibration.fusion, normals.raw, normals.texture)
+    return _refitted(stored, calibration, np.zeros(len(calibration.slope), bool))
+
+
+def _refitted(
+    stored: Stored, calibration: Calibration, corrected: np.ndarray, leave_out: Sequence[str] = ()
+) -> Calibration:
+    """The calibration fitted anew on the same normals.
+
+    Args:
+      corrected: which of the S evidences lose their fit on texture.
+    """
+    names, kinds, normals = calibration.names[:-1], calibration.kinds[:-1], stored.scored["calibration"]
+    return fit_scores(names, kinds, corrected, calibration.fusion, normals.raw, normals.texture, leave_out)

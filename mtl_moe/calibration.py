@@ -198,6 +198,13 @@ def fit_calibration(
     """
     reductions = [reduction for task in tasks for reduction in task.reductions.values()]
     kinds, top = [reduction.kind for reduction in reductions], [reduction.how == "top" for reduction in reductions]
+    if num_blank := (~_plain(texture.astype(np.float64))).sum():
+        logging.warning(
+            "%d of %d calibration normals are blank or of quite another texture than the rest: they have no say in how "
+            "scores are corrected for texture",
+            num_blank,
+            len(texture),
+        )
     calibration = fit_scores([*fused_names(tasks)[:-1]], kinds, top, fusion, raw, texture)
     if maps is None:
         return calibration
@@ -206,8 +213,20 @@ def fit_calibration(
     return dataclasses.replace(calibration, map_low=low, map_scale=np.maximum(high - low, EPS))
 
 
+def _plain(texture: np.ndarray) -> np.ndarray:
+    """Which of the calibration normals have a say in the texture fit, bool [n]; see BLANK."""
+    off = np.abs(texture - np.median(texture))
+    return off <= BLANK * 1.4826 * np.median(off) + EPS
+
+
 def fit_scores(
-    names: Sequence[str], kinds: Sequence[str], top: Sequence[bool], fusion: str, raw: np.ndarray, texture: np.ndarray
+    names: Sequence[str],
+    kinds: Sequence[str],
+    top: Sequence[bool],
+    fusion: str,
+    raw: np.ndarray,
+    texture: np.ndarray,
+    leave_out: Sequence[str] = (),
 ) -> Calibration:
     """The calibration of image scores; maps keep their scale.
 
@@ -215,17 +234,10 @@ def fit_scores(
       names, kinds: of the S evidences with a map.
       top: which of them lose their fit on texture.
       raw, texture: [n, S] and [n].
+      leave_out: names of evidences that are not in the calibration normals' fused scores.
     """
     raw, texture = raw.astype(np.float64), texture.astype(np.float64)
-    off = np.abs(texture - np.median(texture))
-    plain = off <= BLANK * 1.4826 * np.median(off) + EPS
-    if not plain.all():
-        logging.warning(
-            "%d of %d calibration normals are blank or of quite another texture than the rest: they have no say in how "
-            "scores are corrected for texture",
-            (~plain).sum(),
-            len(plain),
-        )
+    plain = _plain(texture)
 
     def fit(rows: np.ndarray) -> Calibration:
         used = rows[plain[rows]]
@@ -253,7 +265,7 @@ def fit_scores(
     fused = []
     for fold in np.array_split(rows, min(len(rows), FOLDS)):
         others = fit(np.setdiff1d(rows, fold))
-        fused.append(others.fuse(others.corrected(raw[fold], texture[fold])))
+        fused.append(others.fuse(others.corrected(raw[fold], texture[fold]), leave_out))
     return dataclasses.replace(fit(rows), fused=np.concatenate(fused))
 
 

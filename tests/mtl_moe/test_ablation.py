@@ -12,6 +12,7 @@ from configs import common
 from configs.mtl_moe import ablation as config_file
 from core.bootstrap import bootstrap_difference
 from core.loop import NonFiniteLossError
+from core.metrics import auroc_between
 from core.workdir import check_config
 from mtl_moe import ablation, ablation_cell, run
 from mtl_moe.ablation import FREE_FIELDS, run_ablation
@@ -207,8 +208,11 @@ def make_tasks(names: tuple[str, ...] = TASKS) -> Any:
 def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     stored, calibration = make_stored(1.0)
     stored.save(tmp_path / "scores.npz")
-    calibration.save(tmp_path / "calibration.npz", 7)
-    read, loaded = load_trained(tmp_path, make_tasks(), 7)
+    # What an evaluation by hand left there, fused in another way, is not read.
+    dataclasses.replace(calibration, fusion="max").save(tmp_path / "calibration.npz", 7)
+    read, loaded = load_trained(tmp_path, make_tasks(), "tail")
+    for field in ("names", "kinds", "fusion", "slope", "reference", "tail", "fused"):
+        np.testing.assert_array_equal(getattr(loaded, field), getattr(calibration, field))
     found = measure(read, loaded)
     test = stored.scored["test"]
     corrected = calibration.corrected(test.raw, test.texture)
@@ -227,6 +231,23 @@ def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     np.testing.assert_array_equal(less.scores, calibration.fuse(corrected, leave_out=names[:1]))
     assert set(less.evidences) == set(names[1:])
     assert set(less.painted) == {FUSED, *names[1:]}
+
+
+@pytest.mark.parametrize(("fusion", "leave_out"), [("tail", ()), ("tail", (0, 3)), ("max", ()), ("robust_z", (1,))])
+def test_calibration_normals_are_compared_as_new_images_are(fusion, leave_out):
+    """Each by a fit that it is not part of, in every variant that is read from the same scores."""
+    stored, calibration = make_stored(0.0)
+    calibration = dataclasses.replace(calibration, fusion=fusion)
+    names = [calibration.names[i] for i in leave_out]
+    normals, fused = stored.scored["calibration"], []
+    for start in range(0, 40, 2):  # twenty folds
+        raw, texture = (np.delete(part, [start, start + 1], 0) for part in (normals.raw, normals.texture))
+        others, fold = fit_calibration(make_tasks(), fusion, raw, texture), slice(start, start + 2)
+        fused.append(others.fuse(others.corrected(normals.raw[fold], normals.texture[fold]), names))
+    found = measure(stored, calibration, names)
+    for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
+        wanted = auroc_between(np.concatenate(fused), found.scores[stored.labels == label])
+        assert found.test[name] == pytest.approx(wanted, abs=1e-12)
 
 
 def test_uncorrected_scores_keep_their_texture():
@@ -414,6 +435,7 @@ def test_end_to_end_and_finished_cells_are_not_run_again(config, tmp_path, monke
 
     monkeypatch.setattr(ablation_cell, "train", fail)
     monkeypatch.setattr(ablation, "painted_normals", lambda normals, most: None)
+    config.mesh.expert, config.train.log_every = 2, 3  # not what a cell learned
     again = run_ablation(config, workdir)
     assert [entry["interval"] for entry in again] == [entry["interval"] for entry in table]
     config.train.batch_size = 16
