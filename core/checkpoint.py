@@ -19,6 +19,11 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether something was trained in `workdir`; makes no folder."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+
 class Checkpointer:
     """Saves and restores training states under `workdir/checkpoints/<step>`.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from core.checkpoint import has_checkpoint
 from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.workdir import check_config
@@ -177,7 +178,8 @@ def _check_single(config: Any) -> None:
 
 
 def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
-    check_config(config, workdir, FREE_FIELDS)
+    if has_checkpoint(workdir):  # before, nothing is trained: what ran out of memory may run again with less
+        check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
     print(f"{dataset.name}: {dataset.layout}")

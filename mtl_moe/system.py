@@ -1,6 +1,7 @@
 """What training, evaluation and prediction all build first from a config: data set, tasks, network, mesh."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -102,6 +103,12 @@ def build_system(config: Any) -> System:
     if model.mlp == "moe" and model.num_experts % config.mesh.expert:
         raise ValueError(f"mesh.expert={config.mesh.expert} does not divide the {model.num_experts} experts")
     tasks = build_tasks(config.tasks, build_geometry(config))
+    if model.mlp == "moe" and model.router == "fixed" and model.num_experts < len(tasks):
+        logging.warning(
+            "model.router='fixed': %d tasks share %d experts, task number t has expert t %% %d; "
+            "model.num_experts=%d would give each its own",
+            *(len(tasks), model.num_experts, model.num_experts, len(tasks)),
+        )
     model = Detector(
         config=build_model_config(config.model),
         tasks=tasks,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core.checkpoint import Checkpointer
+from core.checkpoint import Checkpointer, has_checkpoint
 from core.logs import MetricLogger
 from core.loop import train_loop
 from core.mesh import check_batch_size
@@ -19,14 +19,14 @@ from input_pipeline.dataset import Dataset, train_batches
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import System, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher
-from mtl_moe.training_data import bind_training_data
+from mtl_moe.training_data import FILE, bind_training_data
 
 
 def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     """Trains to `config.train.num_steps`, from the newest checkpoint of `workdir` if there is one.
 
-    The folder is bound to the config and the training images only after an update could be traced, so that a mistake
-    can be mended in the same folder.
+    The folder is written to only after an update could be traced, and bound to the config and the training images by
+    its first checkpoint, so that a mistake can be mended in the same folder.
 
     Returns:
       The last state, saved.
@@ -46,6 +46,9 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((config.train.batch_size, size, size, config.data.channels), jnp.uint8)
     jax.eval_shape(step_fn, system.abstract_state(tx), {"image": image}, jax.random.key(0))
+    if not has_checkpoint(workdir) and jax.process_index() == 0:
+        for name in (FILE, "config.json"):  # of a run that ended before it had learned anything
+            (workdir / name).unlink(missing_ok=True)
     bind_training_data(dataset, workdir)
     save_config(config, workdir)
 

@@ -89,6 +89,10 @@ def test_saved_config_is_found_in_both_spellings(tmp_path: Path):
     for spelling in ([f"--workdir={folder}"], ["--workdir", str(folder)], ["-workdir", str(folder)]):
         done = call(*spelling, "--config.data.root=elsewhere", "--config.data.rot=x")
         assert "unknown config field 'rot'" in done.stderr
+    (tmp_path / "runs" / "seed_0").mkdir(parents=True)
+    (folder / "config.json").rename(tmp_path / "runs" / "seed_0" / "config.json")
+    done = call("--mode=evaluate", f"--workdir={tmp_path / 'runs'}")
+    assert f"runs holds 1 seeds: name one of them, --workdir={tmp_path / 'runs' / 'seed_0'}" in done.stderr
 
 
 # Errors of the commands.
@@ -220,6 +224,7 @@ def test_an_error_is_one_line_to_the_user(folder_config: ConfigDict, tmp_path: P
 
 def test_a_work_directory_of_another_config_is_refused(folder_config: ConfigDict, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(folder_config.to_dict()))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     check_config(saved.get_config(str(tmp_path)), tmp_path, run.FREE_FIELDS)
     other = folder_config.copy_and_resolve_references()
     other.data.root = "elsewhere"

@@ -10,7 +10,8 @@ from core.checkpoint import Checkpointer
 from core.optim import build_optimizer
 from core.workdir import check_config
 from input_pipeline.dataset import load_dataset
-from mtl_moe import training_data
+from mtl_moe import run, training_data
+from mtl_moe import train as training
 from mtl_moe.run import FREE_FIELDS
 from mtl_moe.system import build_system
 from mtl_moe.train import train
@@ -35,22 +36,51 @@ def test_a_config_that_cannot_be_trained_leaves_no_folder(tiny_config, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_in_which_nothing_was_learned_takes_another_config_and_other_images(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Out of memory in the first update: smaller images and micro-batches may have it."""
+    config = tiny_config()
+    config.tasks.names = ("masked",)
+    config.model.num_neck_layers = 0
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(training, "train_loop", fail)
+    for fields in ({"data.image_size": 40}, {"data.image_size": 32, "data.phantom.seed": 5, "train.batch_size": 16}):
+        config.update_from_flattened_dict(fields)
+        with pytest.raises(MemoryError):
+            run.train_and_evaluate(config, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
+        assert training_data.other_training_data(load_dataset(config.data), tmp_path) == ""
+    (tmp_path / "checkpoints" / "1").mkdir()
+    config.train.accumulation = 2
+    with pytest.raises(ValueError, match=r"another config.*\n.*train.accumulation: there 1, now 2"):
+        run.train_and_evaluate(config, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def short_run(tiny_config, tmp_path_factory):
-    """Two updates of a run whose pseudo-labels were to come after the second."""
+    """Two updates of a run whose pseudo-labels were to come after the second, its experts over two devices."""
     config = tiny_config()
     config.tasks.names = ("cluster",)
     config.train.num_steps = 2
+    config.mesh.expert = 2
     workdir = tmp_path_factory.mktemp("short")
     train(build_system(config), load_dataset(config.data), workdir)
     return config, workdir
 
 
 def test_pseudo_labels_come_when_a_short_run_goes_on(short_run):
-    """At the end of the short run it is too early, for nothing would be learned from them; trained on, they are due."""
+    """At the end of the short run it is too early, for nothing would be learned from them; trained on, they are due.
+
+    It goes on where experts are not divided over devices, and with other cadences.
+    """
     config, workdir = short_run
     longer = config.copy_and_resolve_references()
-    longer.train.num_steps = 4
+    longer.mesh.expert = 1
+    longer.train.update(num_steps=4, log_every=2, save_every=1)
     check_config(longer, workdir, FREE_FIELDS)
     system, dataset = build_system(longer), load_dataset(longer.data)
     refreshed = []
