@@ -41,6 +41,7 @@ def run_job(name: str, limit: float, smoke: bool, cache: Path) -> tuple[list[Row
     environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"  # three quarters of the memory by default
     # Only what two processes share (the initial weights) is read back: every program that is timed is compiled once.
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    environment["JAX_PLATFORMS"] = "cuda"  # JAX says why it finds none, instead of taking the CPU
     if smoke:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -60,6 +61,17 @@ def run_job(name: str, limit: float, smoke: bool, cache: Path) -> tuple[list[Row
         rows = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK) and line.endswith("\n")]
         tail = " | ".join(line.strip() for line in errors.read().splitlines()[-4:] if line.strip())
     return rows, f"{problem}: {tail[-600:]}" if problem else ""
+
+
+def check_gpu(framework: str) -> None:
+    """SystemExit where "jax" or "torch" sees no GPU: on a CPU the first update would take the whole budget."""
+    reason = ""
+    try:
+        if device_name(framework) != "cpu":
+            return
+    except (RuntimeError, AssertionError) as error:  # of JAX, under JAX_PLATFORMS=cuda
+        reason = f" ({' '.join(str(error).split()) or 'no CUDA plugin'})"
+    raise SystemExit(f"{framework} sees no GPU{reason}: install it with CUDA, or try the jobs with --smoke")
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -159,6 +171,8 @@ def main() -> None:
 
         provide(hide=args.smoke)
         job = JOBS[args.job]
+        if not args.smoke:
+            check_gpu(job.framework)
         for row in job.rows(args.smoke):
             print(MARK + json.dumps(row | {"device": device_name(job.framework)}), flush=True)
         return
@@ -179,6 +193,8 @@ def main() -> None:
         )
     if args.smoke and any(record["failed"] for record in records.values()):
         raise SystemExit("a job of the trial failed, see above")
+    if not any(record["rows"] for record in records.values()):
+        raise SystemExit("no job measured anything, see above")
 
 
 if __name__ == "__main__":

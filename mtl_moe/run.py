@@ -10,6 +10,7 @@ import jax
 from core.checkpoint import has_checkpoint
 from core.compilation import enable_compilation_cache
 from core.files import write_json
+from core.provenance import print_devices
 from core.workdir import check_config
 from input_pipeline.dataset import load_dataset
 from input_pipeline.nifti import write_slices
@@ -53,6 +54,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
     enable_compilation_cache()
     if distributed:
         jax.distributed.initialize()
+    print_devices()
     if config.get("command") == "ablation":
         from mtl_moe.ablation import run_ablation  # its statistics take a fifth of the start of every command
 
@@ -83,6 +85,7 @@ def evaluate(config: Any, workdir: Path) -> None:
     """
     _check_single(config)
     enable_compilation_cache()
+    print_devices()
     check_config(config, workdir, FREE_FIELDS)
     _check_seed(workdir)
     system = build_system(config)
@@ -102,6 +105,7 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
         raise ValueError("--input is missing: the folder of images to score")
     _check_single(config)
     enable_compilation_cache()
+    print_devices()
     check_config(config, workdir, FREE_FIELDS)
     _check_seed(workdir)
     images, site = Path(source), Path(normals) if normals else None
@@ -135,6 +139,7 @@ def compress(config: Any, workdir: Path, output: str, reduction: int | None = No
     if not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is no work directory of a trained detector: train one, or check --workdir")
     enable_compilation_cache()
+    print_devices()
     check_config(config, workdir, FREE_FIELDS)
     small = build_system(compression.small_config(config, reduction))
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
@@ -182,7 +187,8 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
         check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
-    print(f"{dataset.name}: {dataset.layout}")
+    counts = ", ".join(f"{len(split)} {key}" for key, split in dataset.splits.items())
+    print(f"{dataset.name}: {dataset.layout}\nimages: {counts}")
     evaluation.check_score(config.score, dataset)
     train(system, dataset, workdir)
     if jax.process_count() > 1:  # one host evaluates afterwards: every image is then counted once by construction

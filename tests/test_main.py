@@ -317,6 +317,8 @@ def test_seeds_are_averaged_and_a_corrupt_file_is_skipped(
     assert floors
     assert all(summary["std"][name] == 0 for name in floors)
     printed = capsys.readouterr().out
+    assert printed.startswith(f"devices: {jax.device_count()} cpu (cpu)\n")
+    assert printed.count("images: 17 train, 8 test, 6 calibration\n") == 2
     assert "mean and standard deviation over 2 seeds" in printed
     assert "ensemble/image_auroc" in printed
 

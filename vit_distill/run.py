@@ -10,7 +10,7 @@ import numpy as np
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
-from core.provenance import environment
+from core.provenance import environment, print_devices
 from core.workdir import check_config, save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
@@ -57,6 +57,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
     enable_compilation_cache()
     if distributed:
         jax.distributed.initialize()
+    print_devices()
     if config.command in COMMANDS:
         if jax.process_count() > 1:
             raise ValueError(f"command {config.command!r} runs on one host: start it without --distributed")
@@ -71,6 +72,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
 def evaluate(config: Any, workdir: Path) -> None:
     """Restores the newest checkpoint and compares with the teacher again; the report is written anew."""
     enable_compilation_cache()
+    print_devices()
     if config.command != "distill":
         raise ValueError(f"--mode=evaluate: nothing to restore for command {config.command!r}; run it again instead")
     check_config(config, workdir, FREE_FIELDS)

@@ -4,14 +4,14 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 from ml_collections import ConfigDict
 
-from benchmarks import gpu, stand_in
+from benchmarks import gpu, gpu_jobs, stand_in
 from benchmarks.detector import detector_state, smoke_config, train_gflop
 from benchmarks.gpu_jobs import JOBS, attempt, timed
 from configs import common
@@ -156,6 +156,29 @@ def test_a_job_in_a_process_of_its_own(tmp_path: Path):
     rows, problem = gpu.run_job("matmul_jax", 0.01, True, tmp_path)
     assert rows == []
     assert problem.startswith("ended after 0 s")
+
+
+def test_without_a_gpu_a_job_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    rows, problem = gpu.run_job("matmul_jax", 120, False, tmp_path)
+    assert rows == []
+    assert problem.startswith("ended with status 1")
+    assert "jax sees no GPU (" in problem
+    with pytest.raises(SystemExit, match="jax sees no GPU: install it with CUDA, or try the jobs with --smoke"):
+        gpu.check_gpu("jax")
+
+
+def test_the_detector_grows_until_it_no_longer_fits(monkeypatch: pytest.MonkeyPatch):
+    def step_of(config: ConfigDict, dispatch: str) -> tuple:
+        if config.train.batch_size > 32:
+            raise RuntimeError("no memory")
+        return None, SimpleNamespace(tasks=()), 1
+
+    monkeypatch.setattr("benchmarks.detector.training_step", step_of)
+    monkeypatch.setattr("benchmarks.detector.train_gflop", lambda system: 1.0)
+    monkeypatch.setattr(gpu_jobs, "_jax_timed", lambda step, smoke: {"ms": 1.0})
+    rows = list(gpu_jobs.detector("batched", (16, 32, 64, 128), smoke=False))
+    assert [(row["batch"], "failed" in row) for row in rows] == [(16, False), (32, False), (64, True)]
 
 
 def test_parts_are_checked():

@@ -103,7 +103,9 @@ def test_the_student_comes_back_as_it_was(workdir: Path, capsys: pytest.CaptureF
     before = json.loads((workdir / "report.json").read_text())["metrics"]
     run.evaluate(saved.get_config(str(workdir)), workdir)
     assert json.loads((workdir / "report.json").read_text())["metrics"] == before
-    assert "held_out/digits/l1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"devices: {jax.device_count()} cpu (cpu)\n" in printed
+    assert "held_out/digits/l1" in printed
 
 
 def test_a_training_that_was_stopped_is_no_finished_student(
