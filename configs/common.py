@@ -221,7 +221,7 @@ def distiller() -> ConfigDict:
         accumulation=1,
         ema_decay=0.0,  # 0: the last weights
         dtype="float32",  # of the student's computation: float32 | bfloat16
-        cached_views=0,  # teacher features of so many fixed views an image are computed once; 0: fresh crops
+        cached_views=0,  # teacher features of so many fixed views an image are computed once (CPUs); 0: fresh crops
         log_every=10,
         save_every=100,
         tensorboard=True,

@@ -181,11 +181,15 @@ def device_memory() -> int | None:
 def matmul_rate(rows: int, inner: int, columns: int, dtype: Any, seconds: float = 0.3) -> float:
     """FLOP/s of one product [rows, inner] x [inner, columns] on the first device, the best of some `seconds`.
 
-    Rows are cut so that one product is at most 20 GFLOPs.
+    Rows are cut so that one product is at most 20 GFLOPs on a CPU and 200 elsewhere. Products that take less than a
+    tenth of `seconds` follow one another without a wait: on a fast GPU starting one takes longer than computing it.
     """
-    rows = max(1, min(rows, int(1e10) // (inner * columns)))
+    macs = int(1e10 if jax.default_backend() == "cpu" else 1e11)
+    rows = max(1, min(rows, macs // (inner * columns)))
     left, right = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
-    best = min(_timed(jax.jit(jnp.matmul), left, right, seconds=seconds))
+    product = jax.jit(jnp.matmul)
+    (once,) = _timed(product, left, right, seconds=0.0, at_least=1)
+    best = min(_timed(product, left, right, seconds=seconds, calls=max(1, int(seconds / 10 / once))))
     return flops.FLOPS_PER_MAC * rows * inner * columns / best
 
 
@@ -202,12 +206,17 @@ def measure_latency(
     }
 
 
-def _timed(fn: Callable[..., jax.Array], *args: Any, seconds: float, at_least: int = 3) -> list[float]:
-    """Seconds of calls of `fn`, compiled before, for about `seconds` and `at_least` times."""
+def _timed(fn: Callable[..., jax.Array], *args: Any, seconds: float, at_least: int = 3, calls: int = 1) -> list[float]:
+    """Seconds a call of `fn`, compiled before, in rounds of `calls` with one wait at the end.
+
+    Rounds go on for about `seconds`, and `at_least` times.
+    """
     fn(*args).block_until_ready()
     times: list[float] = []
-    while len(times) < at_least or sum(times) < seconds:
+    while len(times) < at_least or calls * sum(times) < seconds:
         start = time.perf_counter()
-        fn(*args).block_until_ready()
-        times.append(time.perf_counter() - start)
+        for _ in range(calls):
+            result = fn(*args)
+        result.block_until_ready()
+        times.append((time.perf_counter() - start) / calls)
     return times

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,29 @@ def test_run_plan_prints_and_writes(tmp_path: Path, capsys, monkeypatch: pytest.
 
 
 def test_matmul_rate_counts_two_flops_a_mac(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "_timed", lambda fn, *args, seconds: [0.5, 0.25])
+    monkeypatch.setattr(plan, "_timed", lambda *args, at_least=3, **rest: [0.5, 0.25][-at_least:])
     assert plan.matmul_rate(10, 20, 30, jnp.float32) == 2 * 10 * 20 * 30 / 0.25
+
+
+def test_short_products_follow_one_another_without_a_wait(monkeypatch: pytest.MonkeyPatch):
+    """A device that takes 1 ms to start and wait for, and 1 us a call."""
+    clock, waits = [0.0], []
+
+    class Result:
+        def block_until_ready(self) -> None:
+            clock[0] += 1e-3
+            waits.append(clock[0])
+
+    def call(*_: Any) -> Result:
+        clock[0] += 1e-6
+        return Result()
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(plan.jax, "jit", lambda fn: call)
+    rate = plan.matmul_rate(100, 100, 100, jnp.float32, seconds=1.0)
+    # By the first, 1001 us, there are 99 calls a round.
+    assert rate == pytest.approx(2 * 100**3 / (1e-3 / 99 + 1e-6))
+    assert len(waits) > 100
 
 
 def test_latency_by_batch_size():
