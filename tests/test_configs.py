@@ -19,8 +19,8 @@ from core.optim import build_optimizer
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
 from core.workdir import check_config
+from mtl_moe import ablation_cell, compress, run
 from mtl_moe.losses import make_loss_fn
-from mtl_moe.run import FREE_FIELDS
 from mtl_moe.system import build_system
 
 CONFIGS = {
@@ -96,11 +96,16 @@ def test_controls_take_a_training_step(fields: dict[str, Any], tiny_config: Any)
     check_step(config)
 
 
-def test_one_expert_per_task_takes_a_training_step(tiny_config: Any):
+def test_one_expert_per_task_takes_a_training_step(tiny_config: Any, caplog: pytest.LogCaptureFixture):
     config = tiny_config()
     config.tasks.names = ("masked", "transform", "intensity")
     config.model.update(router="fixed", top_k=1, num_experts=len(config.tasks.names))
     check_step(config)
+    assert not caplog.records
+    config.model.num_experts = 2
+    build_system(config)
+    assert "3 tasks share 2 experts" in caplog.text
+    assert "model.num_experts=3 would give each its own" in caplog.text
 
 
 @pytest.mark.parametrize("task", common.TASKS)
@@ -222,10 +227,12 @@ def test_configs_of_before_a_field_was_there_are_read(tmp_path: Path):
     check_config(found, tmp_path, ())
 
 
-def test_free_fields_exist():
-    """A renamed field would silently bind a work directory to it."""
+@pytest.mark.parametrize("fields", [run.FREE_FIELDS, compress.FREE_FIELDS, ablation_cell.FREE_FIELDS])
+def test_free_fields_exist(fields: tuple[str, ...]):
+    """A renamed field would silently bind a work directory to it; devices and cadences bind none."""
+    assert {"mesh.", "train.log_every", "train.save_every"} <= set(fields)
     config = json.loads(json.dumps(common.detector().to_dict()))
-    for field in FREE_FIELDS:
+    for field in fields:
         node = config
         for key in filter(None, field.split(".")):
             assert key in node, f"{field} is no field"

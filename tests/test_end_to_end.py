@@ -143,6 +143,42 @@ def test_resumed_equals_uninterrupted_bit_for_bit(config: ConfigDict, straight: 
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
 
 
+TRAIN_QUICKSTART = """
+import sys
+from pathlib import Path
+from configs.mtl_moe import quickstart
+from core.tree import fingerprint
+from input_pipeline.dataset import load_dataset
+from mtl_moe.system import build_system
+from mtl_moe.train import train
+
+config = quickstart.get_config()
+config.data.phantom.update(num_train=48, num_test=4)
+config.tasks.names = ("masked", "jigsaw")  # the others take long to compile
+config.train.update(num_steps=4, save_every=2, log_every=1, tensorboard=False)
+print(fingerprint(train(build_system(config), load_dataset(config.data), Path(sys.argv[1]))))
+"""
+
+
+def test_the_quickstart_resumes_bit_for_bit(command: Any, tmp_path: Path):
+    """As users train: in bfloat16, by optimised code. What a kill after the second update leaves is resumed."""
+    _, options = command()
+    env = {key: value for key, value in options["env"].items() if key != "XLA_FLAGS"}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    printed = []
+    for folder in (straight, resumed):
+        if folder == resumed:
+            shutil.copytree(straight, resumed)
+            shutil.rmtree(resumed / "checkpoints" / "4")
+        argv = [sys.executable, "-c", TRAIN_QUICKSTART, str(folder)]
+        done = subprocess.run(argv, env=env, cwd=ROOT, text=True, capture_output=True, timeout=1200, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed.append(done.stdout.splitlines())
+    assert "resuming after step 2" in printed[1]
+    assert printed[0][-1] == printed[1][-1]
+    assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
 def test_evaluate_needs_only_the_work_directory(launch: Any, straight: Path):
     before, predictions = report_of(straight), (straight / "predictions.csv").read_bytes()
     for name in ("report.json", "report.html", "predictions.csv", "calibration.npz"):

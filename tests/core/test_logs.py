@@ -1,4 +1,4 @@
-"""metrics.jsonl: records, resuming, half-written and damaged files."""
+"""metrics.jsonl and TensorBoard: records, resuming, half-written and damaged files."""
 
 import json
 
@@ -32,6 +32,22 @@ def test_resuming_drops_what_the_resumed_run_does_again(tmp_path):
     _write(tmp_path, [1])
     assert _steps(tmp_path) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    """On by default in every training; they are in the event file once the logger is closed."""
+    tensorflow = pytest.importorskip("tensorflow")
+    pytest.importorskip("clu")
+    with MetricLogger(tmp_path, tensorboard=True) as logger:
+        logger.log(3, {"loss": 0.25, "loss/masked": 0.5})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    found = {
+        (event.step, value.tag): float(tensorflow.make_ndarray(value.tensor))
+        for event in tensorflow.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    }
+    assert found == {(3, "loss"): 0.25, (3, "loss/masked"): 0.5}
+    assert _steps(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("length", [1, 9, 20])

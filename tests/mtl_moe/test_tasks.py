@@ -368,6 +368,43 @@ def test_intensity_keeps_the_order_and_the_ends_of_grey_values():
     assert np.ptp(values[:, SIZE * SIZE // 2]) > 0.01, "the same curve for all images"
 
 
+@pytest.mark.parametrize("num_knots", [1, 2, 4])
+def test_intensity_curves_are_straight_between_knots(num_knots):
+    """Equally spaced: with one piece the curve is the diagonal, with more it bends where they meet."""
+    ramp = jnp.linspace(0, 1, SIZE * SIZE).reshape(1, SIZE, SIZE, 1)
+    view, _ = corrupt(make_task("intensity", num_knots=num_knots), jnp.tile(ramp, (BATCH, 1, 1, 1)))
+    bends = np.abs(np.diff(np.asarray(view[..., 0]).reshape(BATCH, -1), 2)) > 1e-5
+    knots = np.arange(1, num_knots) * (SIZE * SIZE - 1) / num_knots
+    near = np.abs(np.arange(1, SIZE * SIZE - 1)[:, None] - knots).min(1, initial=np.inf) <= 1
+    assert not bends[:, ~near].any()
+    assert np.all(bends.any(1) == (num_knots > 1))
+
+
+def test_weights_of_the_second_part_of_a_loss(images, teacher):
+    """masked: structural similarity of hidden patches, written out; synthetic: the L1 error of the restored image."""
+    rng = np.random.default_rng(3)
+    losses = {}
+    for name, field, weight in (("masked", "ssim_weight", 0.3), ("synthetic", "clean_weight", 2.0)):
+        task = make_task(name)
+        _, target = corrupt(task, images)
+        output = rng.normal(0.5, 0.2, (BATCH, SIZE, SIZE, task.head.dim)).astype(np.float32)
+        without, with_it = (make_task(name, **{field: w}).loss(output, target) for w in (0.0, weight))
+        losses[name] = (np.asarray(with_it) - np.asarray(without)) / weight, output, target
+
+    found, output, (_, hidden) = losses["masked"]
+    for n in range(BATCH):
+        worse = []
+        for i, j in np.argwhere(np.asarray(hidden[n]) > 0):
+            cell = np.s_[PATCH * i : PATCH * (i + 1), PATCH * j : PATCH * (j + 1), 0]
+            a, b = output[n][cell], np.asarray(images[n])[cell]
+            cov = np.mean((a - a.mean()) * (b - b.mean()))
+            light = (2 * a.mean() * b.mean() + 1e-4) / (a.mean() ** 2 + b.mean() ** 2 + 1e-4)
+            worse.append(1 - light * (2 * cov + 9e-4) / (a.var() + b.var() + 9e-4))
+        assert found[n] == pytest.approx(np.mean(worse), rel=1e-3)
+    found, output, _ = losses["synthetic"]
+    np.testing.assert_allclose(found, np.abs(output[..., 1:] - images).mean((1, 2, 3)), rtol=1e-4)
+
+
 def test_cluster_targets_are_the_teachers_labels(images, teacher):
     _, (labels, _) = corrupt(make_task("cluster"), images, teacher)
     np.testing.assert_array_equal(labels, teacher.clusters)
