@@ -98,6 +98,7 @@ def run() -> None:
     _use_huge_pages()
     # Native libraries and Orbax report every step of theirs otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # a line of warning at every start; nothing here computes by it
     logging.set_verbosity(logging.WARNING)
     app.run(main, argv=_with_saved_config(sys.argv), flags_parser=_parse_flags)
 

@@ -5,6 +5,8 @@ JAX is imported after that. The commands themselves are called in this process, 
 they stop before training.
 """
 
+import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import jax
 import nibabel
 import numpy as np
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -23,6 +26,7 @@ from configs import common
 from configs import workdir as saved
 from core.workdir import check_config
 from mtl_moe import run
+from vit_distill import run as distill_run
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = f"--config={ROOT / 'configs' / 'mtl_moe' / 'quickstart.py'}"
@@ -53,6 +57,68 @@ def test_help_comes_without_jax():
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "ml_collections" in imported  # the list is that of the program itself
     assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
+
+
+DISTILL = f"--config={ROOT / 'configs' / 'vit_distill' / 'distill.py'}"
+W, O, THIRD = {"workdir": Path("w")}, {"output": "o"}, {"reduction": 3}
+PROGRAM = {"kind": "stablehlo", "output": ""}
+COMMANDS = [  # the command line, and what of which `run` module it calls with what beside the config
+    ([QUICKSTART, "--workdir=w"], "train_and_evaluate", W | {"distributed": False}),
+    ([QUICKSTART, "--workdir=w", "--distributed"], "train_and_evaluate", W | {"distributed": True}),
+    ([QUICKSTART, "--workdir=w", "--mode=evaluate"], "evaluate", W),
+    (
+        [QUICKSTART, "--workdir=w", "--mode=predict", "--input=i", "--output=o", "--normals=n"],
+        "predict",
+        W | O | {"source": "i", "normals": "n"},
+    ),
+    ([QUICKSTART, "--mode=prepare", "--output=o"], "prepare", O),
+    ([QUICKSTART, "--mode=slices", "--output=o"], "slices", O),
+    (
+        [QUICKSTART, "--workdir=w", "--mode=compress", "--output=o", "--reduction=3"],
+        "compress",
+        W | O | {"reduction": 3},
+    ),
+    (
+        [QUICKSTART, "--workdir=w", "--mode=export", "--export=stablehlo"],
+        "export",
+        W | {"kind": "stablehlo", "output": ""},
+    ),
+    ([DISTILL, "--workdir=w", "--distributed"], "train_and_evaluate", W | {"distributed": True}),
+    ([DISTILL, "--workdir=w", "--mode=evaluate"], "evaluate", W),
+    ([DISTILL, "--mode=plan"], "plan", {"workdir": None}),
+    ([DISTILL, "--workdir=w", "--mode=plan"], "plan", W),
+    ([DISTILL, "--workdir=w", "--mode=export", "--export=onnx", "--output=o"], "export", W | O | {"kind": "onnx"}),
+]
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    """main.py as a module: its flags may be defined once only."""
+    spec = importlib.util.spec_from_file_location("main_of_the_test", ROOT / "main.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
+@pytest.mark.parametrize(("arguments", "command", "expected"), COMMANDS)
+def test_every_mode_calls_its_command_with_what_was_given(monkeypatch, program, arguments, command, expected):
+    called = {}
+    for module in (run, distill_run):
+        for name in {name for _, name, _ in COMMANDS} & set(vars(module)):
+            signature = inspect.signature(getattr(module, name))
+
+            def record(*args, name=name, signature=signature, module=module):
+                called[module.__name__, name] = signature.bind(*args).arguments
+
+            monkeypatch.setattr(module, name, record)
+    flags.FLAGS.unparse_flags()
+    program._parse_flags(["main.py", *arguments])
+    program.main(["main.py"])
+    flags.FLAGS.unparse_flags()
+    (((module, name), found),) = called.items()
+    config = found.pop("config")
+    assert (module, name, found) == (f"{config.system}.run", command, expected)
 
 
 @pytest.mark.parametrize(
