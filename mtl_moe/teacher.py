@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from scipy.cluster.vq import kmeans2
 
 from core.vit import patchify
@@ -63,6 +64,8 @@ def make_refresh_fn(config: ModelConfig, images: np.ndarray, num_clusters: int, 
         trunk = jax.device_get(ema_params["trunk"])
         tokens = np.concatenate([np.asarray(tokens_of(trunk, images[i : i + 64])) for i in range(0, len(images), 64)])
         centers = _fit(tokens.reshape(-1, config.width), num_clusters, seed)
+        if jax.process_count() > 1:  # each host had its own device's tokens, which may be rounded otherwise
+            centers = np.asarray(multihost_utils.broadcast_one_to_all(centers))
         return state | {"trunk": trunk, "token_centers": centers, "refreshed": np.ones((), np.bool_)}
 
     return refresh
