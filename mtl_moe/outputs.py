@@ -20,8 +20,9 @@ def write_predictions(
     evidence: Mapping[str, np.ndarray],
     skipped: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """CSV with columns name, label, score, p_value, one calibrated score an evidence, and error if any; label is empty if
-    unknown. The images of `skipped`, name -> why it could not be read, follow with nothing but that."""
+    """CSV with columns name, label, score, p_value, one calibrated score an evidence, and error where any image has
+    one; label is empty if unknown. The images of `skipped`, name -> why it could not be read, follow with that alone.
+    """
     temporary = path.with_suffix(".csv.tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -30,7 +31,8 @@ def write_predictions(
         for i, name in enumerate(split.names):
             label = int(split.labels[i])
             values = [scores[i], p_values[i], *(column[i] for column in evidence.values())]
-            writer.writerow([name, label if label >= 0 else "", *(f"{value:.6g}" for value in values), *("" for _ in error)])
+            numbers = [f"{value:.6g}" for value in values]
+            writer.writerow([name, label if label >= 0 else "", *numbers, *[""] * len(error)])
         writer.writerows([name, *[""] * (3 + len(evidence)), reason] for name, reason in skipped.items())
     temporary.replace(path)
 
