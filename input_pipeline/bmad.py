@@ -102,7 +102,7 @@ def index_bmad(
       root: the set's folder or its parent.
       calibration_fraction, seed: the training normals held out, see `index.calibration_rows`.
       require_train: False accepts the re-packed few-shot copies, which have no train folder (evaluation only).
-      groups: see `tree.groups_of`.
+      groups: see `groups.groups_of`.
 
     Returns:
       The index; counts that differ from the published table are in its `warnings`, not errors.

@@ -12,7 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from input_pipeline.decode import Resize
-from input_pipeline.index import DataError, check_groups
+from input_pipeline.groups import check_groups
+from input_pipeline.index import DataError
 from input_pipeline.segmentation import read_segmentation
 from input_pipeline.sources import ArraySource, LabelledSet, Sizes
 from input_pipeline.sources_arrays import read_digits, read_npz

@@ -20,9 +20,10 @@ from input_pipeline.cache import load_npz
 from input_pipeline.decode import largest_value, read_native_mask
 from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, Index, calibration_rows, check_groups, groups_in
+from input_pipeline.groups import check_groups, groups_in, groups_of
+from input_pipeline.index import DataError, Example, Index, calibration_rows
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
-from input_pipeline.tree import find_images, groups_of, left_out, no_image, refuse_masks
+from input_pipeline.tree import find_images, left_out, no_image, refuse_masks
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -66,7 +67,7 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
 
     Args:
       data: kind ('phantom', 'bmad', 'folder', 'npz'), name, root, image_size, mask_size, channels,
-        window, calibration_fraction, groups (see `tree.groups_of`), seed, skip_corrupt, memory_limit_gb, cache, and
+        window, calibration_fraction, groups (see `groups.groups_of`), seed, skip_corrupt, memory_limit_gb, cache, and
         phantom (arguments of `phantom.make_dataset`). With `cache`, or for kind 'npz' with `root`, pixels come from
         that file, and the calibration split is drawn anew, so that files and their cache give the same splits.
       min_size: smallest image side accepted, the model's patch size.

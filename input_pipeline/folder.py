@@ -25,7 +25,7 @@ def index_folder(
       name: of the data set; the folder's own name if empty.
       calibration_fraction, seed: the training normals held out, see `index.calibration_rows`.
       require_train: False to index a folder for evaluation only.
-      groups: see `tree.groups_of`.
+      groups: see `groups.groups_of`.
     """
     root = Path(root)
     return read_tree(root, name or root.resolve().name, calibration_fraction, seed, require_train, groups=groups)

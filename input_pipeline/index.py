@@ -7,26 +7,13 @@ import hashlib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 SPLITS = ("train", "calibration", "valid", "test")
-# `data.groups`: patients as headers and names tell, every image by itself, or a regular expression, see `groups_in`.
-GROUPS = ("auto", "image")
-
-# Where the patient (or the near-duplicate group) stands in names that carry one.
-_GROUP_PATTERNS = (
-    re.compile(r"^([^+]+)\+.+_slice\d+$"),  # PAT0+ST0-SE0-IM0001_slice045: of a tree of patients' folders, see nifti.py
-    re.compile(r"^(sub-[A-Za-z0-9]+)_"),  # sub-01_ses-2_T1w_slice045: BIDS
-    re.compile(r"^(.+)_slice\d+$"),  # BraTS-GLI-00005-000_slice045: slices of a volume, see nifti.py
-    re.compile(r"^((?:[A-Za-z]+\d*-)?IM-\d+)(?:-\d+)+$"),  # IM-0115-0001, NORMAL2-IM-0451-0001-0002: chest_xray
-    re.compile(r"^(person\d+)_"),  # person100_bacteria_475: chest_xray
-    re.compile(r"^((?:CNV|DME|DRUSEN|NORMAL)-\d+)-\d+$"),  # NORMAL-1001666-12: OCT2017
-    re.compile(r"^([A-Za-z]*\d+)_[A-Za-z]*\d+$"),  # 00003_60: BraTS patient_slice; n085_no0: group_image
-)
 
 
 class DataError(ValueError):
@@ -91,49 +78,11 @@ def printable(name: str | Path) -> str:
     return str(name).encode(errors="replace").decode()
 
 
-def check_groups(groups: str) -> str:
-    """`data.groups` as it was given; ValueError unless it is one of GROUPS or a regular expression with one group."""
-    try:
-        if groups in GROUPS or re.compile(groups).groups == 1:
-            return groups
-        reason = ""
-    except re.error as error:
-        reason = f" ({error})"
-    raise ValueError(
-        f"data.groups: expected {', '.join(GROUPS)} or a regular expression with one pair of parentheses around the "
-        f"patient, as '([^/]+)_[^/]*$' for smith_01.png, found '{groups}'{reason}"
-    )
-
-
-def groups_in(names: Iterable[str], expression: str) -> list[str]:
-    """The group of each image: what `expression`'s parentheses find in its name, a path relative to the data's root.
-
-    Raises:
-      DataError: for names in which nothing is found, so that no image of a patient is grouped otherwise unnoticed.
-    """
-    names, pattern = list(names), re.compile(expression)
-    found = [match[1] if (match := pattern.search(name)) else None for name in names]
-    if without := [name for name, group in zip(names, found, strict=True) if not group]:
-        raise DataError(
-            f"data.groups: '{expression}' finds no patient in {len(without)} of {len(names)} names, '{without[0]}' the "
-            "first: it must match the path of every image, relative to the data's root"
-        )
-    return found
-
-
 def stem_of(name: str) -> str:
     """File name without folders and suffix: `a/00003_60.png` -> `00003_60`, `x.nii.gz` -> `x`; `1.2.840` as it is."""
     base = PurePosixPath(name).name
     suffix = ".nii.gz" if base.lower().endswith(".nii.gz") else PurePosixPath(base).suffix
     return base if suffix[1:].isdigit() or not suffix else base[: -len(suffix)]
-
-
-def group_of(stem: str) -> str:
-    """Patient or near-duplicate group of a file stem (`00003_60` -> `00003`), the stem itself if it carries none."""
-    for pattern in _GROUP_PATTERNS:
-        if match := pattern.match(stem):
-            return match[1]
-    return stem
 
 
 def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def _write(index: Index, root: Path, number: int, every: int, min_body: float, w
 def _stem(example: Example) -> str:
     """What the slices of a volume are called: as it is, in front of that its folders where these say nothing else.
 
-    PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `index.group_of`.
+    PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `groups.group_of`.
     """
     *folders, _ = PurePosixPath(example.name).parts
     stem = stem_of(example.name)

@@ -8,7 +8,8 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from input_pipeline.dicom import patients_of
-from input_pipeline.index import DataError, Example, groups_in
+from input_pipeline.groups import groups_in
+from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
 from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree, refuse_masks
 
@@ -24,7 +25,7 @@ def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dic
 
     Args:
       groups: "auto": DICOM files of one patient are a group; all other images, and with "image" all images, are a group
-        each; or a regular expression on the name, see `groups_in`. Under "auto" names say nothing here:
+        each; or a regular expression on the name, see `groups.groups_in`. Under "auto" names say nothing here:
         n01440764_10026 and cat1_0002 would make a group of every class.
 
     Raises:

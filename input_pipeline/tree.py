@@ -14,7 +14,6 @@ flat folder does, unless a folder's name says otherwise (`yes`, `benign`, `test_
 Axis alphabet: H W C image, N images of a split.
 """
 
-import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -23,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from input_pipeline import dicom
+from input_pipeline.groups import groups_of
 from input_pipeline.index import (
     DataError,
     Example,
     Index,
-    group_of,
-    groups_in,
     printable,
     split_calibration,
     stem_of,
@@ -228,7 +226,7 @@ def read_tree(
       calibration_fraction, seed: see `index.calibration_rows`.
       require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
       suffixes: of the files that are images and masks.
-      groups: see `groups_of`.
+      groups: see `groups.groups_of`.
 
     Raises:
       DataError: an unknown folder, unlabelled or abnormal training images, a mask without image or the reverse, no
@@ -347,48 +345,3 @@ def _examples(
         mask = root / matched[name] if name in matched else None
         examples.append(Example(name, root / name, place.label or 0, mask, group[name]))
     return tuple(examples)
-
-
-def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder: bool = False) -> list[str]:
-    """The group of each image `root`/name: images of one group are never divided among splits.
-
-    Args:
-      groups: "auto": the patient of the DICOM header, else of the file name, else each image by itself; "image": each
-        image by itself, whatever header and name say; or a regular expression on the name, see `groups_in`.
-      by_folder: images whose header and name say nothing form one group with all of their first-level folder.
-    """
-    if groups == "image":
-        return list(names)
-    if groups != "auto":
-        return groups_in(names, groups)
-    patients = dicom.patients_of(root, names)
-    others = [name for name in names if name not in patients]
-    known = patients | _groups_of_names(root, others, by_folder)
-    return [known[name] for name in names]
-
-
-def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool) -> dict[str, str]:
-    found, folders = {}, defaultdict(set)
-    for name in names:
-        path, stem = PurePosixPath(name), stem_of(name)
-        group = group_of(stem)
-        # IM-0001-0002 in patients' folders is an export's series and image, the same in all of them.
-        if by_folder and len(path.parts) > 1 and (group == stem or group.startswith("IM-")):
-            found[name] = path.parts[0]
-        elif group == stem:
-            found[name] = (path.parent / stem).as_posix()  # equal stems of two folders are two groups
-        else:
-            found[name] = group
-            if len(path.parts) > 1 and not group.startswith("sub-"):  # BIDS: a subject in every folder
-                folders[group].add(path.parts[0])
-    crossing = [group for group, where in folders.items() if len(where) > 1]
-    if by_folder and crossing:
-        logging.warning(
-            "%s: names of files begin alike in several first-level folders (%s in %s), so that the folder is taken for "
-            "the patient; if the name says the patient, set --config.data.groups='([^/]+)_[^/]*$'",
-            root,
-            crossing[0],
-            ", ".join(sorted(folders[crossing[0]])[:3]),
-        )
-        found |= {name: PurePosixPath(name).parts[0] for name in names if "/" in name}
-    return found

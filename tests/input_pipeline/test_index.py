@@ -9,7 +9,8 @@ import pytest
 from trees import BRAIN, make_tree, picture, write
 
 from input_pipeline.folder import index_folder
-from input_pipeline.index import DataError, Example, calibration_rows, check_groups, group_of, split_calibration
+from input_pipeline.groups import check_groups, group_of
+from input_pipeline.index import DataError, Example, calibration_rows, split_calibration
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from PIL import Image
 from trees import data_config
 
 from input_pipeline.dataset import load_dataset
-from input_pipeline.index import DataError, group_of
+from input_pipeline.groups import group_of
+from input_pipeline.index import DataError
 from input_pipeline.nifti import AXES, display, write_slices
 
 SHAPE = (10, 12, 14)  # X Y Z
