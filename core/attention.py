@@ -22,10 +22,39 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> ja
     Operands of products are rounded to `dtype`, in the gradient too.
     """
     if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if _by_cudnn(query) else None)
+        if _by_cudnn(query):
+            return fused_attention(query, key, value)
+        return jax.nn.dot_product_attention(query, key, value, implementation="xla")
     batch, _, num_heads, _ = query.shape
     out = _attention(*(rearrange(x, "b n k d -> (b k) n d") for x in (query, key, value)), dtype)
     return rearrange(out, "(b k) n d -> b n k d", b=batch, k=num_heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, implementation: str = "cudnn") -> jax.Array:
+    """`jax.nn.dot_product_attention` by cuDNN, for any number of tokens.
+
+    JAX refuses its gradient for odd numbers, which any ViT with a cls token has: there one more token is masked out.
+    """
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+def _fused_attention_fwd(query, key, value, implementation):
+    return jax.vjp(functools.partial(_even_attention, implementation), query, key, value)
+
+
+fused_attention.defvjp(_fused_attention_fwd, lambda implementation, vjp, g: vjp(g))
+
+
+def _even_attention(implementation: str, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`fused_attention`, by one of an even number of tokens."""
+    batch, num_tokens = query.shape[:2]
+    if num_tokens % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
+    length = jnp.full((batch,), num_tokens, jnp.int32)
+    lengths = dict(query_seq_lengths=length, key_value_seq_lengths=length)
+    return jax.nn.dot_product_attention(*padded, **lengths, implementation=implementation)[:, :num_tokens]
 
 
 def _by_cudnn(query: jax.Array) -> bool:
@@ -44,10 +73,11 @@ def _cudnn_compiles(num_tokens: int, head_width: int, dtype: str) -> bool:
     x = jax.ShapeDtypeStruct((1, num_tokens, 1, head_width), dtype)
 
     def summed(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+        return fused_attention(query, key, value).astype(jnp.float32).sum()
 
     try:
-        jax.jit(jax.grad(summed, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        for tried in (summed, jax.grad(summed, argnums=(0, 1, 2))):
+            jax.jit(tried).lower(x, x, x).compile()
     except (RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         logging.warning("attention without cuDNN's kernel, which is slower: %s", reason)

@@ -134,20 +134,20 @@ def test_attention_on_a_gpu_asks_for_cudnn_where_it_serves(monkeypatch, caplog):
     """Without a GPU: what is asked for, and that a cuDNN which does not compile is done without."""
     asked = []
 
-    def recorded(*qkv, implementation=None):
+    def recorded(*qkv, implementation):
         asked.append(implementation)
-        return plain(*qkv, implementation=implementation if implementation is None or not pretend else None)
+        return plain(*qkv, implementation="xla" if pretend else implementation)
 
     plain, pretend = jax.nn.dot_product_attention, False
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    half, full = (jnp.ones((2, 5, 2, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    half, full = (jnp.ones((2, 6, 2, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32))
     attention._cudnn_compiles.cache_clear()
     attend(half, half, half, jnp.bfloat16)
-    assert asked == ["cudnn", None]  # the trial, and what it led to
+    assert asked == ["cudnn", "xla"]  # the trial, and what it led to
     assert "attention without cuDNN's kernel" in caplog.text
     attend(half, half, half, jnp.bfloat16)
-    assert asked == ["cudnn", None, None]  # tried once
+    assert asked == ["cudnn", "xla", "xla"]  # tried once
     asked.clear()
     pretend = True
     attention._cudnn_compiles.cache_clear()
@@ -156,7 +156,26 @@ def test_attention_on_a_gpu_asks_for_cudnn_where_it_serves(monkeypatch, caplog):
     with jax.default_matmul_precision("highest"):
         attend(half, half, half, jnp.bfloat16)
     attention._cudnn_compiles.cache_clear()
-    assert asked == ["cudnn", "cudnn", None, None]
+    assert asked == ["cudnn", "cudnn", "cudnn", "xla", "xla"]  # tried without and with its gradient
+
+
+def test_attention_of_an_odd_number_of_tokens_has_the_gradient_of_one_token_more_masked_out(monkeypatch):
+    """cuDNN's part, by XLA: with a gradient JAX takes even numbers for cuDNN only."""
+    shapes, plain = [], jax.nn.dot_product_attention
+
+    def recorded(*qkv, **options):
+        shapes.append(qkv[0].shape[1])
+        return plain(*qkv, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    *qkv, g = np.random.default_rng(0).normal(size=(4, 2, 5, 3, 8)).astype(np.float32)
+    out, pull = jax.vjp(lambda *x: attention.fused_attention(*x, "xla"), *qkv)
+    wanted, pull_plain = jax.vjp(plain, *qkv)
+    assert shapes == [6]
+    np.testing.assert_array_equal(attention.fused_attention(*qkv, "xla"), plain(*qkv))
+    assert shapes == [6, 5]  # without a gradient nothing is copied
+    for found, expected in zip((out, *pull(g)), (wanted, *pull_plain(g)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_attention_rejects_a_width_that_heads_do_not_divide():
