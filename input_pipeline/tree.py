@@ -14,10 +14,11 @@ flat folder does, unless a folder's name says otherwise (`yes`, `benign`, `test_
 Axis alphabet: H W C image, N images of a split.
 """
 
+import logging
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -109,10 +110,11 @@ def find_images(
     """Image file names by folder relative to `root`, and the suffixes of the files that are no images.
 
     DICOM files count as images without a suffix too, as scanners write them; not where other suffixes are asked for.
+    Links to folders are followed; a folder that is reached twice is read once, where it really lies if that is below
+    `root`, with a warning.
     """
     folders, others = {}, Counter()
-    for path, children, names in os.walk(root, followlinks=True):
-        children[:] = sorted(c for c in children if not c.startswith((".", "__MACOSX")))
+    for path, names in _walk(root):
         names = sorted(n for n in names if not n.startswith(".") and n != "Thumbs.db")
         bare = suffixes == IMAGE_SUFFIXES
         images = [n for n in names if n.lower().endswith(suffixes) or (bare and dicom.is_dicom(Path(path, n)))]
@@ -120,6 +122,24 @@ def find_images(
         if images:
             folders[PurePosixPath(Path(path).relative_to(root).as_posix())] = images
     return folders, others
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, file names) of every folder at or below `root`, each once; real folders come before links."""
+    seen: dict[tuple[int, int], str] = {}
+    starts = deque([str(root)])
+    while starts:
+        for path, children, names in os.walk(starts.popleft()):  # lists links to folders, but does not enter them
+            status = os.stat(path)
+            first = seen.setdefault((status.st_dev, status.st_ino), path)
+            if first != path:  # a link to it, or one that leads back to a folder above
+                logging.warning("%s: left out, it is the same folder as %s", path, first)
+                children.clear()
+                continue
+            children[:] = sorted(c for c in children if not c.startswith((".", "__MACOSX")))
+            links = (os.path.join(path, child) for child in children)
+            starts.extend(link for link in links if os.path.islink(link))
+            yield path, names
 
 
 def left_out(others: Counter[str]) -> str:
@@ -200,12 +220,11 @@ def _match_masks(
                 f"{root / missing[0]}: abnormal image without a mask ({len(missing)} such in {split}), though the set "
                 f"has masks; expected a mask of the same file name, or no mask folder at all"
             )
+    partners = {(split, p.label, p.defect, stem_of(image)) for split, found in images.items() for p, image in found}
     for key, name in masks.items():
-        split, label, defect, stem = key
-        stems = {stem, stem.removesuffix("_mask")}
-        partners = (p for p, image in images.get(split, []) if stem_of(image) in stems)
-        if key not in used and not any((p.label, p.defect) == (label, defect) for p in partners):
-            raise DataError(f"{root / name}: mask without an image; expected an image of the same name in {split}")
+        *place, stem = key
+        if key not in used and partners.isdisjoint((*place, s) for s in (stem, stem.removesuffix("_mask"))):
+            raise DataError(f"{root / name}: mask without an image; expected an image of the same name in {key[0]}")
     return matched
 
 

@@ -3,6 +3,7 @@
 import pytest
 from trees import BRAIN, TRAIN, make_tree, picture, write
 
+from input_pipeline import tree
 from input_pipeline.bmad import BMAD, index_bmad
 from input_pipeline.folder import index_folder
 from input_pipeline.index import DataError
@@ -305,3 +306,24 @@ def test_hidden_files_and_mac_leftovers_are_no_images(tmp_path):
     write(tmp_path / "train" / "._00000_60.png", picture(0))
     index = index_folder(tmp_path)
     assert len(index.splits["train"] + index.splits["calibration"]) == len(TRAIN)
+
+
+def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path, caplog):
+    root = make_tree(tmp_path / "scans", {"b": ["1.png"], "c": ["2.png"]})
+    make_tree(tmp_path / "elsewhere", {".": ["3.png"]})
+    (root / "a").mkdir()
+    for link, target in (("a/loop", ".."), ("a/latest", "../b"), ("linked", "../elsewhere"), ("z", "../elsewhere")):
+        (root / link).symlink_to(target, target_is_directory=True)
+    index = index_folder(root, calibration_fraction=0)
+    assert [e.name for e in index.splits["train"]] == ["b/1.png", "c/2.png", "linked/3.png"]
+    for link, first in (("a/loop", root), ("a/latest", root / "b"), ("z", root / "linked")):
+        assert f"{root / link}: left out, it is the same folder as {first}" in caplog.messages
+
+
+def test_masks_of_normals_are_not_compared_with_every_image(tmp_path, monkeypatch):
+    normals = [f"{k}.png" for k in range(30)]
+    make_tree(tmp_path, BRAIN | {"test/good/img": normals, "test/good/label": [f"{k}_mask.png" for k in range(30)]})
+    calls, stem_of = [], tree.stem_of
+    monkeypatch.setattr(tree, "stem_of", lambda name: (calls.append(name), stem_of(name))[1])
+    index_folder(tmp_path)
+    assert len(calls) < 500  # a few for each of the 77 files; 30 x 30 and more if each is compared with all
