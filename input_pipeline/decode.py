@@ -15,7 +15,7 @@ from input_pipeline.dicom import Window, dicom_size, is_dicom, read_dicom
 from input_pipeline.index import DataError, Example
 
 # What Pillow's readers raise on damaged files; anything else is a bug of ours and must surface.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _LOSSY = ("JPEG", "WEBP")
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -150,7 +150,10 @@ def _to_8_or_float(image: Image.Image, path: Path, channels: int) -> Image.Image
                 f"{path}: floating-point values in [{values.min():g}, {values.max():g}]; expected 0..1: scale it"
             )
         return Image.fromarray(values * np.float32(255))
-    return _opaque(image).convert("L" if channels == 1 else "RGB")
+    try:
+        return _opaque(image).convert("L" if channels == 1 else "RGB")
+    except ValueError as error:  # CIELab, which Pillow turns to RGB only
+        raise DataError(f"{path}: {error}; expected grey or RGB: save the image again as one of them") from error
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

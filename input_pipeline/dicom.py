@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ SUFFIXES = (".dcm", ".dicom", ".ima")
 # What pydicom and its decoders raise on files that are damaged, of another kind, or compressed in a way they lack.
 _UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError,
-    struct.error,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 _NOBODY = ("0", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none")  # patients of anonymisers
@@ -74,7 +75,7 @@ def read_dicom(path: Path, window: Window = ()) -> Image.Image:
         frames = int(dicom.get("NumberOfFrames") or 1)
         if frames > 1:
             raise DataError(f"{path}: {frames} frames in one DICOM; expected one image a file: split the series")
-        if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
+        if dicom.Rows * dicom.Columns > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses the other formats
             raise DataError(f"{path}: {dicom.Rows}x{dicom.Columns} pixels; tile the image or scale it down")
         stored = pydicom.pixels.pixel_array(dicom)  # YCbCr as RGB
         bits = dicom.BitsStored

@@ -151,6 +151,23 @@ def test_mask_resize_is_nearest_and_jpeg_masks_are_cut_at_half(tmp_path):
     assert read_native_mask(write(tmp_path / "m.jpg", block * 255))[..., 0].sum() == block.sum()
 
 
+def test_colours_that_do_not_become_grey_are_named(tmp_path):
+    Image.new("LAB", (9, 9)).save(tmp_path / "lab.tiff")
+    with pytest.raises(DataError, match=r"lab\.tiff: conversion from LAB .*; expected grey or RGB"):
+        read_image(tmp_path / "lab.tiff", 8, 1)
+
+
+def test_only_tiffs_are_turned_by_their_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn clockwise shows it upright
+    values = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
+    for name in ("x.tiff", "x.png"):
+        Image.fromarray(values).save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(read_native(tmp_path / "x.tiff", 1)[..., 0], np.rot90(values, -1))
+    np.testing.assert_array_equal(read_native(tmp_path / "x.png", 1)[..., 0], values)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # said by Pillow of the cut TIFF, before it fails
 def test_damaged_files_are_named(tmp_path):
     good = write(tmp_path / "good.png", picture(0, 64))
     jpeg = write(tmp_path / "good.jpg", picture(0, 64))
@@ -161,7 +178,10 @@ def test_damaged_files_are_named(tmp_path):
     flipped = bytearray(good.read_bytes())
     flipped[60:80] = bytes(20)
     (tmp_path / "flipped.png").write_bytes(flipped)
-    for name in ("cut.png", "cut.jpg", "text.png", "flipped.png"):
+    pages = [Image.fromarray(picture(k)) for k in range(2)]
+    pages[0].save(tmp_path / "whole.tiff", save_all=True, append_images=pages[1:])
+    (tmp_path / "cut.tiff").write_bytes((tmp_path / "whole.tiff").read_bytes()[:300])  # in the first of two pages
+    for name in ("cut.png", "cut.jpg", "text.png", "flipped.png", "cut.tiff"):
         with pytest.raises(DataError, match=rf"{name}: cannot be decoded .*skip_corrupt"):
             read_image(tmp_path / name, 8, 1)
     with pytest.raises(DataError, match=r"empty\.png: empty file"):

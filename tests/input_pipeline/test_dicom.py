@@ -11,9 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 from labelled import data as labelled_config
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from trees import data_config
 
 from input_pipeline.classification import load_labelled
@@ -176,7 +177,11 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.dcm").write_bytes(b"")
     whole = make_dicom(tmp_path / "whole.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[:-100])
-    for name in ("text", "empty", "cut"):
+    dicom = pydicom.dcmread(tmp_path / "whole.dcm")
+    dicom.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dicom.save_as(tmp_path / "deflated.dcm", enforce_file_format=True)
+    (tmp_path / "cut_deflated.dcm").write_bytes((tmp_path / "deflated.dcm").read_bytes()[:-50])
+    for name in ("text", "empty", "cut", "cut_deflated"):
         with pytest.raises(DataError, match=rf"{name}\.dcm: cannot be read as DICOM .*skip_corrupt"):
             read_image(tmp_path / f"{name}.dcm", 8, 1)
     with pytest.raises(DataError, match=r"absent\.dcm: no such file"):
@@ -187,6 +192,16 @@ def test_bad_files_are_named(tmp_path):
         read_image(sample("test-SR.dcm"), 8, 1)
     with pytest.raises(DataError, match="40000x40000 pixels; tile"):
         read_image(make_dicom(tmp_path / "huge.dcm", Rows=40000, Columns=40000), 8, 1)
+
+
+def test_pictures_may_be_as_large_as_those_of_other_formats(tmp_path, monkeypatch):
+    """Pillow warns above MAX_IMAGE_PIXELS and refuses above twice as many."""
+    file = make_dicom(tmp_path / "a.dcm")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", RAMP.size // 2)
+    assert read_dicom(file).size == (16, 16)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", RAMP.size // 2 - 1)
+    with pytest.raises(DataError, match="16x16 pixels; tile"):
+        read_dicom(file)
 
 
 def test_files_without_suffix_are_found_and_others_left_out(tmp_path):
