@@ -22,7 +22,7 @@ from input_pipeline.dicom import check_window
 from input_pipeline.folder import index_folder
 from input_pipeline.groups import check_groups, groups_in, groups_of
 from input_pipeline.index import DataError, Example, Index, calibration_rows
-from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split
+from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
 from input_pipeline.tree import find_images, left_out, no_image, refuse_masks
 
 KINDS = ("phantom", "bmad", "folder", "npz")
@@ -171,17 +171,14 @@ def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
         splits = {key: replace(split, groups=groups_in(split.names, data.groups)) for key, split in splits.items()}
     if "train" not in splits:
         raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
-    parts = [splits[key] for key in ("train", "calibration") if key in splits]
-    names, groups = ([x for part in parts for x in getattr(part, field)] for field in ("names", "groups"))
-    order = sorted(range(len(names)), key=names.__getitem__)
-    image = np.concatenate([part.images(np.arange(len(part))) for part in parts])
-    train = Split(names, groups, np.zeros(len(names), np.int32), False, ArrayPixels(image, None, dataset.mask_size))
-    held_out = calibration_rows([groups[row] for row in order], data.calibration_fraction, data.seed)
-    splits["train"] = train.take(np.asarray(order)[~held_out])
-    splits.pop("calibration", None)
+    parts = [splits.pop(key) for key in ("train", "calibration") if key in splits]
+    dataset.splits = {}
+    train = join(parts)
+    del parts  # nothing else holds the arrays as they were stored
+    held_out = calibration_rows(train.groups, data.calibration_fraction, data.seed)
+    dataset.splits = {"train": train.take(np.flatnonzero(~held_out)), **splits}
     if held_out.any():
-        splits["calibration"] = train.take(np.asarray(order)[held_out])
-    dataset.splits = splits
+        dataset.splits["calibration"] = train.take(np.flatnonzero(held_out))
     return dataset
 
 

@@ -73,7 +73,7 @@ def _open(path: Path, load: bool = True, window: Window = ()) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; was the data moved after it was indexed?") from error
     except _DAMAGED as error:
-        empty = path.stat().st_size == 0
+        empty = path.is_file() and path.stat().st_size == 0
         reason = "empty file (0 bytes)" if empty else f"cannot be decoded ({error})"
         raise DataError(
             f"{path}: {reason}; expected a whole PNG, JPEG, TIFF, BMP, WebP or DICOM: replace or remove it, or set "

@@ -68,9 +68,17 @@ class Index:
         """
         digest = hashlib.sha256()
         for example in sorted((e for split in self.splits.values() for e in split), key=lambda e: e.name):
-            mask = (example.mask.name, example.mask.stat().st_size) if example.mask else ("", 0)
-            digest.update(repr((example.name, example.image.stat().st_size, example.label, *mask)).encode())
+            mask = (example.mask.name, _size(example.mask)) if example.mask else ("", 0)
+            digest.update(repr((example.name, _size(example.image), example.label, *mask)).encode())
         return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """File size in bytes, -1 of a link to nothing: where the file is read it is named, or left out."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def printable(name: str | Path) -> str:

@@ -173,13 +173,19 @@ class Split:
 def join(parts: Sequence[Split]) -> Split:
     """Splits of normal images of one data set, all in memory or all on disk, as one without masks, sorted by name."""
     pixels = [part.pixels for part in parts]
-    if isinstance(pixels[0], ArrayPixels):
-        together = ArrayPixels(np.concatenate([part.image for part in pixels]), None, pixels[0].mask_size)
-    else:
-        together = replace(pixels[0], examples=tuple(example for part in pixels for example in part.examples))
     names, groups = ([value for part in parts for value in getattr(part, field)] for field in ("names", "groups"))
-    split = Split(names, groups, np.concatenate([part.labels for part in parts]), False, together)
-    return split.take(sorted(range(len(names)), key=names.__getitem__))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    if isinstance(pixels[0], ArrayPixels):
+        image = np.empty((len(names), *pixels[0].image.shape[1:]), np.uint8)
+        ends = np.cumsum([len(part) for part in pixels])[:-1]
+        for part, rows in zip(pixels, np.split(np.argsort(order), ends), strict=True):
+            image[rows] = part.image  # straight to its place: the pixels are in memory twice, not three times
+        together = ArrayPixels(image, None, pixels[0].mask_size)
+    else:
+        examples = [example for part in pixels for example in part.examples]
+        together = replace(pixels[0], examples=tuple(examples[row] for row in order))
+    labels = np.concatenate([part.labels for part in parts])[order]
+    return Split([names[row] for row in order], [groups[row] for row in order], labels, False, together)
 
 
 @dataclass

@@ -4,17 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
+from trees import BRAIN, TRAIN, data_config, equal_batches, make_tree, picture, write
 
 from input_pipeline import cache
 from input_pipeline.cache import load_npz, save_npz
 from input_pipeline.dataset import eval_batches, load_dataset
 from input_pipeline.index import DataError
 from input_pipeline.prepare import format_report, prepare
+from input_pipeline.split import ArrayPixels, Dataset, Split
 
 
 def test_cache_gives_the_splits_of_the_files_under_every_seed(tmp_path):
@@ -32,6 +34,36 @@ def test_cache_gives_the_splits_of_the_files_under_every_seed(tmp_path):
                 found = cached.splits[key]
                 assert (found.names, found.groups, found.has_masks) == (split.names, split.groups, split.has_masks)
                 equal_batches(eval_batches(found, 3), eval_batches(split, 3))
+
+
+def test_a_cache_is_never_three_times_in_memory(tmp_path):
+    rng, names = np.random.default_rng(0), [f"{k:03d}_0" for k in range(512)]
+    image = rng.integers(0, 256, (512, 64, 64, 1), dtype=np.uint8)
+    parts = {"train": slice(0, 400), "calibration": slice(400, 512)}
+    splits = {
+        key: Split(
+            names[rows], names[rows], np.zeros(len(names[rows]), np.int32), False, ArrayPixels(image[rows], None, 8)
+        )
+        for key, rows in parts.items()
+    }
+    save_npz(Dataset("noise", "", "", 1, 64, 8, splits), tmp_path / "noise.npz")
+    config = data_config(cache=str(tmp_path / "noise.npz"), image_size=64)
+    tracemalloc.start()
+    found = load_dataset(config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.3 * image.nbytes
+    for split in found.splits.values():
+        np.testing.assert_array_equal(split.images(np.arange(len(split))), image[[int(n[:3]) for n in split.names]])
+
+
+def test_a_link_to_nothing_is_a_corrupt_file(tmp_path):
+    root = make_tree(tmp_path / "set", BRAIN)
+    (root / "train/good/img/00009_1.png").symlink_to(tmp_path / "gone.png")
+    report = prepare(data_config(root))
+    assert list(report["corrupt"]) == ["train/good/img/00009_1.png"]
+    splits = load_dataset(data_config(root, skip_corrupt=True)).splits
+    assert len(splits["train"]) + len(splits["calibration"]) == len(TRAIN)
 
 
 def test_training_from_a_cache_needs_no_tensorflow(tmp_path):
