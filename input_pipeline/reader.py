@@ -45,8 +45,13 @@ def decode_in_order(
     return _by_tf_data(decode, rows) if reader == "tf" else _by_threads(decode, rows)
 
 
+def _num_cpus() -> int:
+    """CPUs that this process may use, which in a container or a batch job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _by_threads(decode: Callable[[int], Decoded], rows: Callable[[], Iterable[int]]) -> Iterator[Decoded]:
-    workers = os.cpu_count() or 1
+    workers = _num_cpus()
     pool = ThreadPoolExecutor(workers)  # Pillow decodes and resizes outside the GIL
     pending = deque()
     try:
@@ -76,7 +81,7 @@ def _by_tf_data(decode: Callable[[int], Decoded], rows: Callable[[], Iterable[in
     dataset = tf.data.Dataset.from_generator(lambda: iter(rows()), output_signature=tf.TensorSpec((), tf.int64))
     dataset = dataset.batch(TF_CHUNK).map(
         lambda chunk: tf.numpy_function(call, [chunk], [tf.uint8, tf.uint8, tf.string]),
-        num_parallel_calls=os.cpu_count() or 1,
+        num_parallel_calls=_num_cpus(),
         deterministic=True,
     )
     for images, masks, errors in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():

@@ -6,6 +6,7 @@ them, and a few-shot subset of a large set then costs what it holds.
 Axis alphabet: N images, H W C image.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -98,5 +99,6 @@ def _labels(source: Sequence, path: Path) -> np.ndarray:
     except OSError as error:  # a folder that others share, for example
         logging.warning("%s: cannot be kept (%s): every run reads the whole set for its labels", path, error)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk it is refused even though there is nothing to remove
+            temporary.unlink(missing_ok=True)
     return labels

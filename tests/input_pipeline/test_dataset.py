@@ -1,6 +1,7 @@
 """Loading into memory and from disk, batches, sharding, resuming, skipping corrupt files."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -80,6 +81,16 @@ def test_tf_data_and_threads_give_the_same_bytes(tmp_path):
             equal_batches(eval_batches(by_tf[key], 4), eval_batches(by_threads[key], 4))
         args = {"batch_size": 4, "seed": 0, "start_step": 1, "num_steps": 6}
         equal_batches(train_batches(by_tf["train"], **args), train_batches(by_threads["train"], **args))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux tells which CPUs a process may use")
+def test_as_many_threads_as_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert reader._num_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_a_few_images_of_a_large_split_are_read_by_threads(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Every source of labelled images on tiny copies of its layout, and what it says of a wrong one."""
 
+import errno
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from input_pipeline.sources import ArraySource
 from input_pipeline.sources_arrays import read_digits, read_npz
 from input_pipeline.sources_folder import read_bmad, read_folder
 from input_pipeline.sources_lists import FINDINGS, read_chestxray14, read_inat19
-from input_pipeline.sources_tfds import read_tfds
+from input_pipeline.sources_tfds import _labels, read_tfds
 
 
 @pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"digits", "tfds"}))
@@ -183,7 +185,7 @@ def test_arrays_are_decoded_side_by_side(monkeypatch):
             self.both.wait()
             return np.full((8, 8, 3), row, np.uint8)
 
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("input_pipeline.reader._num_cpus", lambda: 2)
     source = ArraySource(Waiting(), SIZES)
     assert source.images([3, 1])[:, 0, 0, 0].tolist() == [3, 1]
     found = [images[:, 0, 0, 0].tolist() for images, _ in source.batches(lambda: [[0, 1, 2], [3]], False)]
@@ -355,6 +357,16 @@ def test_tfds(tfds_folder):
         "validation/0000000",
         "validation/0000001",
     )
+
+
+def test_labels_of_a_read_only_folder_are_used_and_not_kept(tmp_path, monkeypatch, caplog):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert _labels([{"label": 1}, {"label": 0}], tmp_path / "labels.npy").tolist() == [1, 0]
+    assert "cannot be kept" in caplog.text
 
 
 def test_labels_of_tfds_are_read_once(tfds_folder):
