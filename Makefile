@@ -10,7 +10,7 @@ WORKERS ?= 2
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=python3.11 ..."'
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), f"Python 3.11 to 3.13 is needed (TensorFlow has no wheels for newer ones), found {sys.version.split()[0]}: make PYTHON=python3.11 ..."'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@

@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.5",  # reads and writes weight files without running code from them
     "huggingface-hub>=1.0",  # teachers by name: hf-hub:ORGANISATION/NAME
     "scikit-learn>=1.5",  # logistic regression and k-NN probes; its digits are the embedded data of the distiller
-    "scipy>=1.14",  # connected regions, generalised Pareto fit, k-means
+    "scipy>=1.15",  # connected regions, generalised Pareto fit; kmeans2(rng=...) came with 1.15
     "pillow>=11",  # reads every image format but DICOM and NIfTI (extra `medical`)
     "matplotlib>=3.9",  # figures of the report
     "jinja2>=3.1",  # the report page, with escaping
@@ -24,8 +24,8 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",  # progress bar
     # Needed by tf.data pipelines, TFDS sources and TensorBoard only: imported where they are used, so that a
     # decoded .npz cache can be trained from on a machine without them (see docs/data.md).
-    "tensorflow-cpu>=2.21; platform_machine != 'arm64'",
-    "tensorflow>=2.21; platform_machine == 'arm64'",  # macOS has no -cpu wheel
+    "tensorflow-cpu>=2.21; platform_machine in 'x86_64 AMD64'",
+    "tensorflow>=2.21; platform_machine not in 'x86_64 AMD64'",  # ARM (macOS arm64, Linux aarch64) has no -cpu wheel
     "tensorflow-datasets>=4.9.10",  # first release that works with numpy 2.4 and protobuf 7
     "importlib-resources>=6",  # tensorflow-datasets 4.9.10 imports it without naming it
     "clu>=0.0.12",  # TensorBoard writer
@@ -50,7 +50,7 @@ setup(
     version="0.1.0",
     description="Multi-task Mixture-of-Experts anomaly detection and few-shot ViT distillation in JAX",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",  # TensorFlow has no wheels for 3.14
     packages=find_packages(include=["mtl_moe*", "vit_distill*", "input_pipeline*", "core*", "configs*"]),
     package_data={"core": ["report_template.html"]},
     py_modules=["main"],
