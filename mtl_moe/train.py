@@ -46,10 +46,12 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((config.train.batch_size, size, size, config.data.channels), jnp.uint8)
     jax.eval_shape(step_fn, system.abstract_state(tx), {"image": image}, jax.random.key(0))
-    if not has_checkpoint(workdir) and jax.process_index() == 0:
+    learned, first_host = has_checkpoint(workdir), jax.process_index() == 0
+    if first_host and not learned:
         for name in (FILE, "config.json"):  # of a run that ended before it had learned anything
             (workdir / name).unlink(missing_ok=True)
-    bind_training_data(dataset, workdir)
+    if first_host or learned:  # another host might read what the first one is about to remove
+        bind_training_data(dataset, workdir)
     save_config(config, workdir)
 
     state = system.init_state(tx, dataset)

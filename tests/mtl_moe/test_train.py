@@ -60,6 +60,26 @@ def test_a_folder_in_which_nothing_was_learned_takes_another_config_and_other_im
         run.train_and_evaluate(config, tmp_path)
 
 
+def test_a_second_host_is_not_bound_by_what_the_first_will_remove(tiny_config, tmp_path, monkeypatch):
+    """An aborted run's images, which the first host has not removed yet."""
+    config = tiny_config()
+    config.tasks.names = ("masked",)
+    system, dataset = build_system(config), load_dataset(config.data)
+    stale = {"dataset": "other", "num_images": 1, "names_hash": "", "mean_grey": []}
+    (tmp_path / training_data.FILE).write_text(json.dumps(stale))
+
+    def stop(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(training, "save_config", stop)  # the next thing that is done
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(MemoryError):
+        train(system, dataset, tmp_path)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="learned from other images"):
+        train(system, dataset, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def short_run(tiny_config, tmp_path_factory):
     """Two updates of a run whose pseudo-labels were to come after the second, its experts over two devices."""
