@@ -20,11 +20,14 @@ MATRICES = {
 }
 
 
-def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
+def build_schedule(config: Any, num_steps: int, learning_rate: Any = None) -> optax.Schedule:
     """Learning rate by step: linear to `learning_rate` over `warmup_steps`, then cosine to 0 at `num_steps`.
 
     The first update already has a rate above 0 (the ramp starts at 1 / warmup_steps). The warm-up takes at most half
     of the run.
+
+    Args:
+      learning_rate: the peak as a scalar that may be traced, in place of the config's.
 
     Raises:
       ValueError: if `warmup_steps` is below 1.
@@ -34,13 +37,18 @@ def build_schedule(config: Any, num_steps: int) -> optax.Schedule:
     warmup = min(config.warmup_steps, max(num_steps // 2, 1))
 
     def schedule(step):
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps + 1)(step + 1)
+        peak = config.learning_rate if learning_rate is None else 1.0
+        value = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps + 1)(step + 1)
+        return value if learning_rate is None else learning_rate * value
 
     return schedule
 
 
-def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config.kind` names; without the field it is AdamW.
+
+    `update(grads, state, params, learning_rate=peak)` goes before `config.learning_rate`: as an argument of a compiled
+    function the rate is no constant of it, so that one program serves all rates.
 
     muon: Muon on the blocks' matrices and factors (Jordan et al. 2024), Adam on the rest. Muon's updates are scaled to
       the size that AdamW's have (Liu et al., arXiv 2502.16982), so one learning rate serves both; weight decay on the
@@ -50,9 +58,20 @@ def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation
     Raises:
       ValueError: for another kind.
     """
-    kind, schedule = getattr(config, "kind", "adamw"), build_schedule(config, num_steps)
+    kind = getattr(config, "kind", "adamw")
     if kind not in KINDS:
         raise ValueError(f"optim.kind: expected one of {KINDS}, found {kind!r}")
+
+    def with_schedule(learning_rate: Any = None) -> optax.GradientTransformation:
+        return _chain(config, kind, build_schedule(config, num_steps, learning_rate))
+
+    def update(grads: Any, state: Any, params: Any = None, *, learning_rate: Any = None) -> tuple[Any, Any]:
+        return with_schedule(learning_rate).update(grads, state, params)
+
+    return optax.GradientTransformationExtraArgs(with_schedule().init, update)
+
+
+def _chain(config: Any, kind: str, schedule: optax.Schedule) -> optax.GradientTransformation:
     if kind == "muon":
         optimizer = optax.contrib.muon(
             schedule,

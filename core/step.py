@@ -18,7 +18,8 @@ def make_train_step_fn(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Compiled update: (state, batch, run key, *frozen) -> (state, metrics). The state's buffers are donated.
 
-    What is passed as `frozen` reaches the loss function as it is: weights that neither train nor are saved.
+    What is passed as `frozen` reaches the loss function as it is: weights that neither train nor are saved. The update
+    also takes `learning_rate` (a scalar), the peak in place of the optimizer's own: other rates compile nothing anew.
 
     Args:
       loss_fn: mean loss over the batch it is given.
@@ -50,12 +51,14 @@ def make_train_step_fn(
         return jax.tree.map(lambda g: g / accumulation, grads), extra, jax.tree.map(lambda m: m.mean(0), metrics)
 
     def train_step(
-        state: TrainState, batch: Any, key: jax.Array, *frozen: Any
+        state: TrainState, batch: Any, key: jax.Array, *frozen: Any, learning_rate: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         compute = grads_of if accumulation == 1 else accumulated
         grads, extra, metrics = compute(state.params, state.extra, batch, key, state.step, *frozen)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        # Optimizers of optax alone take no rate.
+        given = {} if learning_rate is None else {"learning_rate": learning_rate}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **given)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))

@@ -277,6 +277,8 @@ def make_step_fn(
     update = make_update_fn(distiller, tx)
     views_fn, targets_fn = make_views_fn(distiller), make_targets_fn(distiller)
     base, teacher = (replicate(params, distiller.mesh) for params in frozen_params(distiller))
+    # An argument, not a constant: the runs of a table that differ in their rate share one compiled program.
+    learning_rate = np.float32(config.optim.learning_rate)
 
     def step(state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
         views = views_fn(batch, key, state.step)
@@ -284,6 +286,6 @@ def make_step_fn(
             targets = tuple(batch[name] for name in sorted(n for n in batch if n.startswith("target_")))
         else:
             targets = targets_fn(teacher, views)
-        return update(state, {"views": views, "targets": targets}, key, base)
+        return update(state, {"views": views, "targets": targets}, key, base, learning_rate=learning_rate)
 
     return step

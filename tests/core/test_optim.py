@@ -180,3 +180,23 @@ def test_another_optimizer_is_refused_and_none_means_adamw():
     np.testing.assert_array_equal(
         *(tx.update(params, tx.init(params), params)[0]["x"]["kernel"] for tx in (named, unnamed))
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_rate_given_to_the_update_is_that_of_the_config(kind):
+    rng = np.random.default_rng(0)
+    params = {"attn": {"out": {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}}, "bias": jnp.ones(3)}
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(4)]
+
+    def run(own: float, **given):
+        tx = build_optimizer(_config(kind=kind, learning_rate=own), NUM_STEPS)
+        update = jax.jit(tx.update)
+        now, state = params, tx.init(params)
+        for grad in grads:
+            updates, state = update(grad, state, now, **given)
+            now = optax.apply_updates(now, updates)
+        return now, state
+
+    expected, found = run(3e-3), run(0.1, learning_rate=np.float32(3e-3))
+    assert jax.tree.structure(expected) == jax.tree.structure(found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found, expected)

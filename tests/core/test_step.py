@@ -104,3 +104,16 @@ def test_average_ramps_up_and_metrics_and_extra_come_back(one_device, toy):
         assert float(metrics["grad_norm"]) == pytest.approx(1.0)
         assert float(metrics["loss"]) == pytest.approx(-0.1 * (t - 1), abs=1e-6)
         assert float(metrics["twice"]) == pytest.approx(-0.2 * (t - 1), abs=1e-6)
+
+
+def test_another_learning_rate_compiles_nothing(toy, one_device):
+    step_fn = make_train_step_fn(toy.loss_fn, toy.tx, ema_decay=0.9)
+    start = jax.device_get(init_state(toy.init_fn, jax.random.key(0), toy.tx, one_device))
+    batch = toy.make_batch(1, noise=0.0, rows=16)
+    moved = []
+    for rate in (1e-3, 2e-3):
+        state, _ = step_fn(start, batch, KEY, learning_rate=np.float32(rate))
+        moved.append(jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, start.params))
+    assert step_fn._cache_size() == 1
+    # Rounding of the parameters that the update was added to.
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(two, 2 * one, rtol=0, atol=1e-6), *moved)

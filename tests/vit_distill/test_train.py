@@ -30,6 +30,7 @@ from vit_distill.distill import (
     build_state,
     make_step_fn,
     make_targets_fn,
+    make_update_fn,
     make_views_fn,
     restore_target,
     start_fingerprint,
@@ -145,6 +146,25 @@ def test_start_weights_are_no_constants_of_a_program(method, config, teacher, mo
     monkeypatch.setattr("vit_distill.distill.init_state", num_constants)
     for start in (None, jax.device_get(state.params)):
         assert build_state(distiller, tx, start) <= 64
+
+
+def test_runs_that_differ_in_their_rate_share_one_program(config, teacher, images, monkeypatch):
+    """A table's runs; JAX's cache on disk goes by the program's text."""
+    texts, seen = [], []
+    for rate in (1e-3, 3e-3):
+        config.optim.learning_rate = rate
+        distiller, tx = build_distiller(config, teacher), build_optimizer(config.optim, 4)
+        views = jnp.zeros((8, 8, 8, 3))
+        batch = {"views": views, "targets": jax.eval_shape(make_targets_fn(distiller), teacher.params, views)}
+        update = make_update_fn(distiller, tx)
+        state = build_state(distiller, tx)
+        lowered = update.lower(state, batch, jax.random.key(0), distiller.base, learning_rate=np.float32(rate))
+        texts.append(lowered.as_text())
+        spy = lambda *args, learning_rate: seen.append(learning_rate)  # noqa: E731
+        monkeypatch.setattr("vit_distill.distill.make_update_fn", lambda *_, spy=spy: spy)
+        make_step_fn(distiller, tx)(state, {"image": images.images(np.arange(8))}, jax.random.key(5))
+    assert texts[0] == texts[1]
+    assert seen == [np.float32(1e-3), np.float32(3e-3)]
 
 
 def test_updates_with_a_teacher_in_bfloat16_are_close(config, teacher, images):
