@@ -60,7 +60,8 @@ class Reader:
       anchors: a name that every file of the format has, one a dialect; what stands before it is a prefix of all names.
       read: (tensors without prefix, what lies beside) -> Checkpoint.
       outside: patterns of names that belong to the model though they lack the prefix.
-      ignored, ignored_outside: patterns to leave out, with the reason; by names after and without the prefix.
+      ignored, ignored_outside: patterns to leave out, with the reason: of the names that have the prefix (it is taken
+        off; where it is empty, all names have it) and of those that lack it.
       unsupported: patterns that show another kind of model, with what to do.
     """
 

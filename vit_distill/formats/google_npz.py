@@ -82,16 +82,19 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     )
 
 
+# Beside a ViT, whether or not it has a prefix.
+_OTHER_PARTS = {
+    "opt/state/*": "optimiser state",
+    "params/txt/*": "text tower",
+    "params/t": "temperature",
+    "params/b": "temperature",
+    "extra/*": "training state",
+}
 READER = Reader(
     anchors=("embedding/kernel",),
     read=read,
-    ignored_outside={
-        "opt/state/*": "optimiser state",
-        "params/txt/*": "text tower",
-        "params/t": "temperature",
-        "params/b": "temperature",
-        "extra/*": "training state",
-    },
+    ignored=_OTHER_PARTS,
+    ignored_outside=_OTHER_PARTS,
     unsupported={
         "MAPHead_*": "attention pooling is not a plain ViT's: take a tok or gap model",
         "pre_logits/*": "the head sees a representation layer that a ViT here does not have: leave both out with "

@@ -79,6 +79,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+# Beside a ViT, whether or not it has a prefix.
+_DECODER = {"decoder.*": "the decoder of masked pre-training"}
 _IMAGENET_TYPES = ("vit_mae", "vit_msn", "deit")  # model_type of those that expect ImageNet's mean and std
 DEFAULT_HEADS = 12  # of the config classes of ViT, DINOv2 and CLIP alike, whatever the width
 
@@ -123,8 +125,9 @@ READER = Reader(
     ignored={
         "embeddings.mask_token": "used in masked pre-training only",
         "pooler.*": "a layer after the encoder that other tools do not have",
+        **_DECODER,
     },
-    ignored_outside={"decoder.*": "the decoder of masked pre-training"},
+    ignored_outside=_DECODER,
     unsupported={
         "embeddings.distillation_token": "a distilled DeiT has a second class token: take a ViT",
         "*relative_position*": "relative positions (BEiT) are not a plain ViT's",

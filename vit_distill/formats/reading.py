@@ -29,8 +29,7 @@ def read_format(tensors: Mapping[str, np.ndarray], beside: Beside) -> tuple[Chec
         short = name.removeprefix(prefix) if is_inside else name
         if refusal := _lookup(short, reader.unsupported):
             raise ValueError(f"tensor {name!r}: {refusal}")
-        tables = [reader.ignored] * is_inside + [reader.ignored_outside] * (not (is_inside and prefix))
-        if reason := next((found for table in tables if (found := _lookup(short, table))), None):
+        if reason := _lookup(short, reader.ignored if is_inside else reader.ignored_outside):
             ignored[name] = reason
         elif is_inside or canonical.matches(name, reader.outside):
             if short in inside:

@@ -40,6 +40,15 @@ _ORIGINAL = (
 _QUICK_GELU_TAGS = ("openai", "metaclip_400m", "metaclip_2pt5b")
 # What a config tells and tensors do not.
 _TOLD = ("num_heads", "norm_eps", "activation", "pool", "position_on_prefix")
+# Beside a ViT, whether or not it has a prefix.
+_OTHER_PARTS = {
+    "head.mlp.*": "DINO's projection head",
+    "head.last_layer*": "DINO's projection head",
+    "*dino_head.*": "DINO's projection head",
+    "*ibot_head.*": "iBOT's projection head",
+    "text.*": "CLIP's text tower",
+    "logit_*": "CLIP's temperature",
+}
 _QKV = re.compile(r"(blocks\.\d+\.attn)\.qkv\.(weight|bias)")
 _SPLIT = re.compile(r"(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)")
 
@@ -174,18 +183,8 @@ def _named_heads(name: str) -> int | None:
 READER = Reader(
     anchors=("patch_embed.proj.weight",),
     read=read,
-    ignored={
-        "mask_token": "used in masked pre-training only",
-        "decoder_*": "MAE's decoder",
-    },
-    ignored_outside={
-        "head.mlp.*": "DINO's projection head",
-        "head.last_layer*": "DINO's projection head",
-        "*dino_head.*": "DINO's projection head",
-        "*ibot_head.*": "iBOT's projection head",
-        "text.*": "CLIP's text tower",
-        "logit_*": "CLIP's temperature",
-    },
+    ignored={"mask_token": "used in masked pre-training only", "decoder_*": "MAE's decoder", **_OTHER_PARTS},
+    ignored_outside=_OTHER_PARTS,
     unsupported={
         "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
         "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
