@@ -4,6 +4,7 @@ Axes: B batch, H W C image.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ class Preprocessing:
     @property
     def resize_size(self) -> int:
         """Short side after resizing, in pixels (as timm: floor)."""
-        return int(self.image_size / self.crop_fraction)
+        # A hair more: 224 / (224 / 354) is 353.99999999999994.
+        return math.floor(self.image_size / self.crop_fraction + 1e-6)
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Float images [B, H, W, C] in [0, 1] -> what the model takes."""

@@ -280,6 +280,9 @@ def write_timm_folder(
     facts = dict(facts or {})
     tensors, (name, args) = to_timm(config, params), timm_model(config)
     channels, size = config.in_channels, config.image_size
+    crop_fraction = preprocessing.crop_fraction
+    if math.floor(preprocessing.image_size / crop_fraction) < preprocessing.resize_size:
+        crop_fraction = math.nextafter(crop_fraction, 0.0)  # timm's own division would lose a pixel
     content = {
         "architecture": name,
         "num_classes": config.num_classes,
@@ -292,7 +295,7 @@ def write_timm_folder(
             "input_size": [channels, size, size],
             "fixed_input_size": True,
             "interpolation": preprocessing.interpolation,
-            "crop_pct": preprocessing.crop_fraction,
+            "crop_pct": crop_fraction,
             "crop_mode": "center",
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),

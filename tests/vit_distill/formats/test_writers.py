@@ -1,6 +1,8 @@
 """Written folders against timm and transformers, and against our own readers."""
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,15 @@ def test_timm_folder(name: str, tmp_path: Path) -> None:
             close(model(to_torch(IMAGES)), expected.logits)
     data = timm.data.resolve_model_data_config(model)
     assert (tuple(data["mean"]), data["crop_pct"], data["input_size"]) == (PREPROCESSING.mean, 0.75, (3, 24, 24))
+
+
+def test_timm_resizes_to_the_same_size_where_its_own_division_would_lose_a_pixel(tmp_path: Path) -> None:
+    preprocessing = dataclasses.replace(PREPROCESSING, crop_fraction=24 / 59)
+    write_timm_folder(tmp_path, PLAIN, random_params(PLAIN), preprocessing)
+    written = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["crop_pct"]
+    assert math.floor(24 / preprocessing.crop_fraction) == 58
+    assert math.floor(24 / written) == preprocessing.resize_size == 59
+    assert load_teacher(str(tmp_path)).preprocessing == preprocessing
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
