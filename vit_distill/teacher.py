@@ -19,7 +19,7 @@ from vit_distill import positions
 from vit_distill.formats import architectures, canonical, hub
 from vit_distill.formats.checkpoint import Beside, Checkpoint
 from vit_distill.formats.reading import read_format
-from vit_distill.formats.tensors import SUFFIXES, read_config_json, read_tensors
+from vit_distill.formats.tensors import INDEX, SUFFIXES, read_config_json, read_tensors
 from vit_distill.preprocessing import Preprocessing
 
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(VitConfig))
@@ -35,7 +35,8 @@ class LoadReport:
       matched, missing: names in the file; the missing were allowed and have their initial value.
       unused: names left out, allowed or known to be no part of the encoder, each with the reason.
       reshaped: tensors that were changed to fit, with both sizes.
-      sha256: of the file; of the parameters for a random teacher.
+      sha256: of the file, or of the digests of several (`formats.tensors.TensorFile`); of the parameters for a random
+        teacher.
       format: for example "timm".
       notes: assumptions.
     """
@@ -93,8 +94,8 @@ def load_teacher(
     """Loads a pretrained ViT, strictly: every tensor has its counterpart or is allowed by name.
 
     Args:
-      checkpoint: a weight file (.safetensors, .npz, .pth), a folder with one and its config, "hf-hub:ORG/NAME", or
-        "random:ARCHITECTURE" (timm's name, seeded weights).
+      checkpoint: a weight file (.safetensors, .npz, .pth) or the index of several (.safetensors.index.json), a folder
+        with one and its config, "hf-hub:ORG/NAME", or "random:ARCHITECTURE" (timm's name, seeded weights).
       overrides: any of OVERRIDES; None keeps what the file says. `image_size` resizes the position embedding by the
         variant `position_resize` (vit_distill.positions).
       allow_missing: patterns (* and ?) of tensors that may keep their initial value.
@@ -124,15 +125,18 @@ def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weight_file(path: Path) -> Path:
-    """The weight file itself, or the one of a folder."""
+    """The weight file itself, or the one of a folder, or the index of several."""
     if path.is_file():
         return path
-    if (path / "model.safetensors").is_file():
-        return path / "model.safetensors"
+    for name in ("model.safetensors", f"model{INDEX}"):
+        if (path / name).is_file():
+            return path / name
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{path}: expected model.safetensors or a single weight file, found {names}: name the file")
+        raise ValueError(
+            f"{path}: expected model.safetensors, model{INDEX} or a single weight file, found {names}: name the file"
+        )
     return found[0]
 
 
@@ -167,7 +171,8 @@ def _load(
         "sha256": file.sha256,
         "licence": facts.get("licence") or _readme_licence(path.parent / "README.md") or "unknown",
     }
-    return Teacher(name or facts.get("name") or path.stem, config, params, preprocessing, source, report)
+    stem = path.name.removesuffix(INDEX) if path.name.endswith(INDEX) else path.stem
+    return Teacher(name or facts.get("name") or stem, config, params, preprocessing, source, report)
 
 
 def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitConfig, tuple[str, ...]]:

@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from core import tree
 from core.vit import VisionTransformer
@@ -141,6 +141,51 @@ def test_bad_files(state: dict, tmp_path: Path) -> None:
     (tmp_path / "weights.txt").write_text("")
     with pytest.raises(ValueError, match="ending in"):
         load(str(tmp_path / "weights.txt"))
+
+
+def write_shards(folder: Path, state: dict[str, Any], weight_map: dict[str, str] | None = None) -> Path:
+    """Two files and their index, as save_pretrained writes them; gives the index."""
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    parts = [dict(list(state.items())[i::2]) for i in (0, 1)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name)
+    file_of = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": file_of | (weight_map or {})}))
+    return index
+
+
+def test_weights_in_several_files(teacher: Teacher, state: dict, tmp_path: Path) -> None:
+    index = write_shards(tmp_path, state)
+    loaded, named = load(str(tmp_path)), load(str(index))
+    assert tree.fingerprint(loaded.params) == tree.fingerprint(teacher.params)
+    assert loaded.source == named.source
+    assert (loaded.name, loaded.source["file"]) == ("model", index.name)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({name: array + np.float32(1) for name, array in load_file(shard).items()}, shard)
+    assert load(str(tmp_path)).source["sha256"] != loaded.source["sha256"]
+    shard.rename(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"index\.json: 1 of its 2 files are missing: 'model-00002.*max_shard_size"):
+        load(str(tmp_path))
+    index.unlink()
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, model\.safetensors\.index\.json or a single"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"norm.bias": "../model-00001-of-00002.safetensors"}, r"beside it, found '\.\./model"),
+        ({"norm.bias": "/weights.safetensors"}, "beside it, found '/weights"),
+        ({"norm.bias": "weights.pth"}, r"beside it, found 'weights\.pth'"),
+        ({"norm.bias": 3}, "expected 'weight_map'"),
+        ({"gate": "model-00001-of-00002.safetensors"}, "00001.*: holds other tensors than .* says: 'gate'"),
+    ],
+)
+def test_bad_indices(state: dict, tmp_path: Path, weight_map: dict[str, Any], message: str) -> None:
+    write_shards(tmp_path, state, weight_map)
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path))
 
 
 def test_unknown_heads_and_statistics_are_asked_for(state: dict, tmp_path: Path) -> None:

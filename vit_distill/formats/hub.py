@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-_FILES = ("config.json", "preprocessor_config.json", "README.md", "model.safetensors", "*.npz")
+_FILES = (
+    "config.json", "preprocessor_config.json", "README.md", "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors", "*.npz",
+)  # fmt: skip
 
 
 def download(name: str) -> Path:
@@ -33,8 +36,8 @@ def download(name: str) -> Path:
         ) from error
     if not any(path.suffix in (".safetensors", ".npz") for path in folder.iterdir()):
         raise ValueError(
-            f"hf-hub:{name}: holds neither model.safetensors nor .npz; pickled weights (pytorch_model.bin) and files "
-            "in parts are not fetched: take another revision, or write a folder with timm.models.save_for_hf or "
-            "save_pretrained, both with safe_serialization=True, and give its path"
+            f"hf-hub:{name}: holds neither model.safetensors, whole or in parts, nor .npz; pickled weights "
+            "(pytorch_model.bin) are not fetched: take another revision, or write a folder with "
+            "timm.models.save_for_hf or save_pretrained, both with safe_serialization=True, and give its path"
         )
     return folder

@@ -14,6 +14,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from vit_distill.formats.canonical import shorten
+
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -27,6 +29,7 @@ _SAFETENSORS_DTYPES = {
 # Where torch files keep the weights: DeiT and MAE, lightning-like trainers, DINO's averaged network.
 _WRAPPERS = ("model", "state_dict", "teacher")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
+INDEX = ".safetensors.index.json"  # how the index of weights in several files ends, as Hugging Face writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +37,9 @@ class TensorFile:
     """What a weight file holds.
 
     Attributes:
-      path: the file.
+      path: the file, or the index of several.
       tensors: by name; floats of any width as float32, integers as they are.
-      sha256: of the file's bytes.
+      sha256: of the file's bytes; of several files: of their digests, one after the other in the order of their names.
       wrapper: key of a torch file that the tensors were under, "" if none.
       notes: decisions taken while reading, for the load report.
     """
@@ -49,16 +52,20 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Reads a .safetensors, .npz, .pth, .pt or .bin file.
+    """Reads a .safetensors, .npz, .pth, .pt or .bin file, or all files of a .safetensors.index.json.
 
     Raises:
-      ValueError: for another suffix, a broken file, pickled objects, a tensor with NaN or infinity, or a torch file
-        where torch is not installed.
+      ValueError: for another suffix, a broken or missing file, pickled objects, a tensor with NaN or infinity, or a
+        torch file where torch is not installed.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a weight file ending in one of {SUFFIXES}, found {path.suffix or 'no'!r}")
-    wrapper, notes = "", ()
-    if path.suffix == ".safetensors":
+    is_index = path.name.endswith(INDEX)
+    if path.suffix not in SUFFIXES and not is_index:
+        expected = (*SUFFIXES, INDEX)
+        raise ValueError(f"{path}: expected a weight file ending in one of {expected}, found {path.suffix or 'no'!r}")
+    wrapper, notes, files = "", (), [path]
+    if is_index:
+        tensors, files = _read_indexed(path)
+    elif path.suffix == ".safetensors":
         tensors = _read_safetensors(path)
     elif path.suffix == ".npz":
         tensors = _read_npz(path)
@@ -73,7 +80,9 @@ def read_tensors(path: Path) -> TensorFile:
             raise ValueError(
                 f"{path}: tensor {name!r} has {count} values that are NaN or infinite: the file is damaged"
             )
-    return TensorFile(path, tensors, file_sha256(path), wrapper, notes)
+    digests = [file_sha256(file) for file in files]
+    sha256 = hashlib.sha256("".join(digests).encode()).hexdigest() if is_index else digests[0]
+    return TensorFile(path, tensors, sha256, wrapper, notes)
 
 
 def file_sha256(path: Path) -> str:
@@ -102,6 +111,33 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
     return tensors
+
+
+def _read_indexed(path: Path) -> tuple[dict[str, np.ndarray], list[Path]]:
+    """(tensors of all files that an index names, the files)."""
+    file_of = (read_config_json(path) or {}).get("weight_map")
+    if not isinstance(file_of, Mapping) or not all(isinstance(file, str) for file in file_of.values()):
+        raise ValueError(f"{path}: expected 'weight_map', the file of every tensor: download or write it again")
+    names = sorted(set(file_of.values()))
+    # An index may come from anywhere: it reads files beside it and no others.
+    if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ValueError(f"{path}: expected names of .safetensors files beside it, found {shorten(odd)}")
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise ValueError(
+            f"{path}: {len(missing)} of its {len(names)} files are missing: {shorten(missing)}; put them beside it, or "
+            'save the model in one file: save_pretrained(FOLDER, max_shard_size="100GB")'
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        found = _read_safetensors(path.parent / name)
+        expected = {tensor for tensor, file in file_of.items() if file == name}
+        if other := sorted(expected ^ set(found)):
+            raise ValueError(
+                f"{path.parent / name}: holds other tensors than {path.name} says: {shorten(other)} are in one of them "
+                "alone; download or write both again"
+            )
+        tensors |= found
+    return tensors, [path.parent / name for name in names]
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from core import tree
 from core.files import write_json
+from vit_distill.formats import canonical
 from vit_distill.formats.architectures import architecture_config
 from vit_distill.formats.canonical import entries, expected_shapes
 from vit_distill.formats.hub import download
@@ -174,6 +175,8 @@ def test_hub(plain: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert same(found, plain)
     assert (asked["repo_id"], asked["revision"]) == ("timm/vit_tiny", "v1")
     assert (found.name, found.source["licence"]) == ("timm/vit_tiny@v1", "cc-by-nc-4.0")
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        assert canonical.matches(name, asked["allow_patterns"])
 
     (tmp_path / "model.safetensors").unlink()  # the repository has pytorch_model.bin alone
     with pytest.raises(ValueError, match=r"timm/vit_tiny: holds neither .*pickled weights .* are not fetched"):
