@@ -1,7 +1,8 @@
 """Adapters alone: a small file that gives the student together with its teacher, and refuses any other.
 
 adapters.safetensors holds the leaves by path ("block_00/attn/query/a"), adapters.json what they stand on: the teacher,
-the copied blocks, the adapters' config and the sha256 of the weight copy. Axes: L layers, R rank.
+the copied blocks, the adapters' config, the sha256 of the weight copy, the student's architecture and preprocessing
+(overrides may have changed the file's). Axes: L layers, R rank.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from core import tree
 from core.files import write_json
+from core.vit import VitConfig
 from vit_distill.lora import LoraConfig, merge
+from vit_distill.preprocessing import Preprocessing
 from vit_distill.student import Student
 from vit_distill.teacher import Teacher
 from vit_distill.weight_copy import copy_blocks
@@ -45,6 +48,8 @@ def write(student: Student, folder: Path) -> None:
         "base_fingerprint": tree.fingerprint(student.base),
         "blocks": student.blocks,
         "lora": dataclasses.asdict(student.lora),
+        "config": dataclasses.asdict(student.config),
+        "preprocessing": dataclasses.asdict(student.preprocessing),
         "teacher": student.facts.get("teacher", {}),
     }
     write_json(folder / DESCRIPTION, content)
@@ -66,7 +71,8 @@ def load_adapters(folder: str | Path, teacher: Teacher) -> Student:
     """The student: the teacher's blocks copied as `adapters.json` says, and the adapters merged into them.
 
     Raises:
-      ValueError: as `read`; the message names the teacher that is needed.
+      ValueError: as `read`, and for a teacher that computes something else with the same weights; the message names the
+        teacher and the overrides that are needed.
     """
     folder = Path(folder)
     content = _description(folder)
@@ -75,6 +81,7 @@ def load_adapters(folder: str | Path, teacher: Teacher) -> Student:
         raise ValueError(_other_base(folder, content, f"a model of only {teacher.config.depth} blocks"))
     config, base = copy_blocks(teacher.config, teacher.params, blocks)
     adapters, lora = _read(folder, content, base)
+    _check_function(folder, content, config, teacher.preprocessing)
     return Student(
         config=config,
         params=merge(base, adapters, lora),
@@ -110,6 +117,16 @@ def _read(folder: Path, content: Mapping[str, Any], base: Any) -> tuple[Any, Lor
         raise ValueError(f"{folder / WEIGHTS}: not a complete safetensors file ({error})") from error
     ranks = tuple((target, rank) for target, rank in content["lora"]["ranks"])
     return unflatten_dict(leaves, sep="/"), LoraConfig(**content["lora"] | {"ranks": ranks})
+
+
+def _check_function(folder: Path, content: Mapping[str, Any], config: VitConfig, preprocessing: Preprocessing) -> None:
+    """Raises ValueError unless config and preprocessing are the recorded ones: the sha256 tells the weights alone."""
+    # Through JSON, which knows lists alone; an older file records neither.
+    found = json.loads(json.dumps(dataclasses.asdict(config) | dataclasses.asdict(preprocessing)))
+    recorded = content.get("config", {}) | content.get("preprocessing", {})
+    if other := {name: value for name, value in recorded.items() if found.get(name) != value}:
+        differing = ", ".join(f"{name} {found.get(name)!r}" for name in other)
+        raise ValueError(f"{_other_base(folder, content, differing)}: load_teacher(..., overrides={other!r})")
 
 
 def _other_base(folder: Path, content: Mapping[str, Any], found: str) -> str:

@@ -1,5 +1,6 @@
 """Adapters alone: they give the student back on their own base and refuse every other."""
 
+import dataclasses
 import json
 
 import jax
@@ -50,6 +51,23 @@ def test_another_base_is_refused_and_the_right_one_named(student, make_teacher, 
         adapters.load_adapters(tmp_path, teacher)
     with pytest.raises(ValueError, match="a model of only 2 blocks"):
         adapters.load_adapters(tmp_path, make_teacher(depth=2))
+
+
+@pytest.mark.parametrize("change", [{"activation": "quick_gelu"}, {"mean": (0.5, 0.4, 0.31)}])
+def test_a_teacher_that_computes_something_else_is_refused(change, student, make_teacher, tmp_path):
+    adapters.write(student, tmp_path)
+    teacher, ((name, value),) = make_teacher(), change.items()
+    part = "config" if hasattr(teacher.config, name) else "preprocessing"
+    right = json.loads(json.dumps({name: getattr(getattr(teacher, part), name)}))
+    setattr(teacher, part, dataclasses.replace(getattr(teacher, part), **change))
+    with pytest.raises(ValueError, match=r"of teacher tiny .* with the same overrides: load_teacher") as error:
+        adapters.load_adapters(tmp_path, teacher)
+    assert f"found {name} {json.loads(json.dumps(value))!r}: load" in str(error.value)
+    assert str(error.value).endswith(f"overrides={right!r})")
+    path = tmp_path / adapters.DESCRIPTION
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in content if key not in ("config", "preprocessing")}))
+    assert adapters.load_adapters(tmp_path, teacher).blocks == (0, 2)  # written before these were recorded
 
 
 def test_a_student_without_adapters_is_refused(make_student, tmp_path):
