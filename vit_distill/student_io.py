@@ -74,7 +74,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
         "choice": [dict(row) for row in distiller.choice],
         "method": config.student.method,
         "lora": lora_facts(distiller),
-        "loss": {"kind": config.loss.kind, "target": config.loss.target, "cls_weight": config.loss.cls_weight},
+        "loss": config.loss.to_dict(),
         "few_shot": dict(manifest),
         "num_steps": int(config.train.num_steps) if config.student.method != "copy" else 0,
         "seed": int(config.seed),
@@ -86,7 +86,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
 def lora_facts(distiller: Distiller) -> dict[str, Any]:
     """The adapters of `student_facts`, empty without."""
     lora = distiller.lora
-    return {"ranks": dict(lora.ranks), "dora": lora.dora, "scaling": lora.scaling} if lora else {}
+    return dataclasses.asdict(lora) | {"ranks": dict(lora.ranks)} if lora else {}
 
 
 def build_student(distiller: Distiller, trainable: Any, facts: Mapping[str, Any]) -> Student:

@@ -82,11 +82,13 @@ def test_a_run_leaves_everything_that_is_promised(workdir: Path):
         report["metrics"]
     )
     assert len(report["blocks"]["before"]) == len(report["blocks"]["after"]) == 2
-    facts = report["student"]
+    facts, config = report["student"], json.loads((workdir / "config.json").read_text())
     assert facts["few_shot"]["num_images"] == 20
     assert (facts["updates"], facts["num_steps"]) == (2, 2)
     assert json.loads((workdir / "student.json").read_text())["updates"] == 2
     assert len(facts["blocks"]) == 2
+    assert facts["loss"] == config["loss"]
+    assert (facts["lora"]["scaling"], facts["lora"]["alpha"]) == (config["lora"]["scaling"], config["lora"]["alpha"])
     assert {row["rule"] for row in facts["choice"]} == {"removal", "first", "even", "last"}
     assert len(json.loads((workdir / "manifest.json").read_text())["names"]) == 20
 
