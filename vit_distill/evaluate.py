@@ -44,10 +44,17 @@ def blocks_in_batches(
         yield [block[start - first :] for block in blocks], pooled[start - first :]
 
 
-def run_blocks(config: VitConfig, params: Any, inputs: np.ndarray, *args: Any) -> tuple[list[np.ndarray], np.ndarray]:
+def run_blocks(
+    config: VitConfig,
+    params: Any,
+    inputs: np.ndarray,
+    batch_size: int,
+    keep: tuple[int, ...],
+    dtype: Any = jnp.float32,
+) -> tuple[list[np.ndarray], np.ndarray]:
     """All of `blocks_in_batches` at once, on the host: tokens [n, N, D] and pooled features [n, D]."""
     found, start = None, 0
-    for batch in blocks_in_batches(config, params, inputs, *args):
+    for batch in blocks_in_batches(config, params, inputs, batch_size, keep, dtype):
         # Filled in place: joining the batches at the end would hold the tokens of all blocks twice.
         found = found or jax.tree.map(lambda part: np.empty((len(inputs), *part.shape[1:]), part.dtype), batch)
         stop = start + len(batch[1])
