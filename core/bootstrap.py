@@ -3,6 +3,8 @@
 Axes: N images, H W map, G groups (patients), R resamples, U distinct score values, Q score bins.
 """
 
+import logging
+
 import numpy as np
 from scipy import ndimage
 
@@ -13,14 +15,42 @@ MAX_SAMPLE = 1_000_000  # pixels that say where the bins are
 NUM_BINS = 1024  # of the pixel scores; at quantiles, so the metrics move by less than 1e-3, far below any interval
 
 
+def possible_resamples(labels: np.ndarray, groups: np.ndarray, num_resamples: int) -> int:
+    """`num_resamples`, or 0 with a warning where the images of a class cannot be drawn in another way than they are.
+
+    A group that is alone in its stratum is in every resample once: intervals would leave out how its class varies, and
+    have no width at all where it is so with both classes.
+
+    Args:
+        labels: [N] of the images, both classes among them.
+        groups: [N] patient or group of each image.
+    """
+    labels, group = np.asarray(labels, bool), np.unique(np.asarray(groups), return_inverse=True)[1]
+    normal, anomalous, both = np.bincount(_strata(labels, group), minlength=3)
+    if not num_resamples or min(max(normal, both), max(anomalous, both)) > 1:
+        return num_resamples
+    logging.warning(
+        "no confidence intervals: they say how much depends on which patients or groups were drawn, and a class of "
+        "images has one only (groups of normal images %d, of anomalous ones %d, of both %d); add images of other "
+        "patients, or, if images of one group are of different patients, say so by data.groups",
+        *(normal, anomalous, both),
+    )
+    return 0
+
+
+def _strata(labels: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """[G]: 0 for groups of normal images only, 1 of anomalous ones only, 2 of both."""
+    has_normal = np.bincount(group, ~labels) > 0
+    return np.where(np.bincount(group, labels) > 0, 1 + has_normal, 0)
+
+
 def _resampled_counts(rng: np.random.Generator, labels: np.ndarray, group: np.ndarray, num: int) -> np.ndarray:
     """How often each image is drawn, [num, N]: groups with replacement within strata.
 
     Strata: groups of anomalous images only, of normal ones only, and mixed ones; each keeps its number of groups, so
     every resample holds both classes.
     """
-    has_normal = np.bincount(group, ~labels) > 0
-    stratum = np.where(np.bincount(group, labels) > 0, 1 + has_normal, 0)
+    stratum = _strata(labels, group)
     counts = np.empty((num, len(stratum)))
     for value in np.unique(stratum):
         members = np.flatnonzero(stratum == value)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import stats
 
-from core.bootstrap import bootstrap_difference
+from core.bootstrap import bootstrap_difference, possible_resamples
 from core.files import write_json
 from core.provenance import environment
 from mtl_moe.ablation_cell import Measured, Stored
@@ -106,6 +106,8 @@ def _mean_of(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _difference(outcomes: Sequence[Outcome], others: Sequence[Outcome], num_resamples: int) -> dict[str, Any]:
     """Mean over the common seeds of the difference in image AUROC, with its paired interval and deviation over seeds.
 
+    Without resamples there is no interval.
+
     Raises:
       ValueError: if the two were not scored on the same images.
     """
@@ -121,16 +123,13 @@ def _difference(outcomes: Sequence[Outcome], others: Sequence[Outcome], num_resa
                 "data have changed since; use another --workdir"
             )
     differences = [a.measured.test["image_auroc"] - b.measured.test["image_auroc"] for a, b in pairs]
-    interval = bootstrap_difference(
-        "auroc",
-        np.stack([a.measured.scores for a, _ in pairs]),
-        np.stack([b.measured.scores for _, b in pairs]),
-        reference.labels,
-        reference.groups,
-        num_resamples,
-    )
+    interval = None
+    if num_resamples:
+        scores = (np.stack([pair[side].measured.scores for pair in pairs]) for side in (0, 1))
+        labels, groups = reference.labels, reference.groups
+        interval = list(bootstrap_difference("auroc", *scores, labels, groups, num_resamples))
     std = statistics.stdev(differences) if len(differences) > 1 else None
-    return {"difference": statistics.fmean(differences), "interval": list(interval), "difference_std": std}
+    return {"difference": statistics.fmean(differences), "interval": interval, "difference_std": std}
 
 
 def choose(
@@ -172,8 +171,10 @@ def write_summary(
     Args:
       facts: what all rows share, for readers, its "data" the page's subtitle.
     """
-    table = summarise(rows, outcomes, config.score.bootstrap)
-    choice = choose(table, outcomes, config.score.bootstrap)
+    stored = next((outcome.stored for outcome in outcomes if outcome.stored is not None), None)
+    resamples = possible_resamples(stored.labels, stored.groups, config.score.bootstrap) if stored else 0
+    table = summarise(rows, outcomes, resamples)
+    choice = choose(table, outcomes, resamples)
     title = f"Ablation on {config.data.name}"
     temporary = workdir / "table.md.tmp"
     temporary.write_text(markdown(title, facts, table, choice), encoding="utf-8")

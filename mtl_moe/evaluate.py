@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from core.bootstrap import bootstrap_interval, pixel_intervals
+from core.bootstrap import bootstrap_interval, pixel_intervals, possible_resamples
 from core.files import write_json
 from core.logs import read_history
 from core.metrics import (
@@ -184,7 +184,7 @@ class Results:
         self.intervals: dict[str, tuple[float, float]] = {}
         self._prefix = f"test/{dataset}/"
         self._split = split
-        self._num_resamples = num_resamples
+        self._num_resamples = possible_resamples(split.labels, split.groups, num_resamples) if self.has_both else 0
         self._covariate: np.ndarray | None = None
         self._masks: np.ndarray | None = None
 
@@ -291,10 +291,10 @@ def gallery(
         return []
     indices = np.array([row for _, row in rows])
     images, masks = split.images(indices), split.masks(indices)
-    maps = scorer.images(images)["maps"]
-    size = images.shape[1]
-    fused_maps = np.asarray(make_map_fn(calibration, size, size)(maps))
-    by_evidence = evidence_maps(system, calibration, maps)
+    scored = scorer.images(images)
+    maps, body, size = scored["maps"], scored["body"], images.shape[1]
+    fused_maps = np.asarray(make_map_fn(calibration, size, size)(maps, body))
+    by_evidence = evidence_maps(system, calibration, maps, body)
     return [
         Case(
             section=title,

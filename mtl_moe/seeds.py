@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from core.bootstrap import bootstrap_interval
+from core.bootstrap import bootstrap_interval, possible_resamples
 from core.metrics import auroc, average_precision
 from input_pipeline.dataset import Split
 
@@ -38,7 +38,8 @@ def ensemble(name: str, split: Split, folders: Sequence[Path], num_resamples: in
       folders: work directories with predictions.csv.
 
     Returns:
-      {"metrics", "intervals"}, both empty without both classes; no intervals without resamples.
+      {"metrics", "intervals"}, both empty without both classes; no intervals without resamples, or where a class is
+      of one group.
 
     Raises:
       ValueError: for a predictions.csv of other images.
@@ -47,6 +48,7 @@ def ensemble(name: str, split: Split, folders: Sequence[Path], num_resamples: in
         return {"metrics": {}, "intervals": {}}
     scores = np.mean([read_scores(folder / "predictions.csv", split.names) for folder in folders], axis=0)
     prefix, groups = f"test/{name}/ensemble/", np.array(split.groups)
+    num_resamples = possible_resamples(split.labels, groups, num_resamples)
     metrics = {"image_auroc": auroc, "image_ap": average_precision}
     intervals = {"image_auroc": "auroc", "image_ap": "average_precision"}
     return {

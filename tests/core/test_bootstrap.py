@@ -44,6 +44,28 @@ def test_resamples_draw_whole_groups_within_strata():
     assert abs((per_group[:, 0] == 0).mean() - (2 / 3) ** 3) < 0.10
 
 
+@pytest.mark.parametrize(
+    ("groups", "possible"),
+    [
+        ([0, 0, 1, 2, 3, 3], True),  # two groups a class
+        ([0, 0, 0, 1, 1, 1], False),  # one of each: intervals of no width
+        ([0, 1, 2, 3, 3, 3], False),  # one patient has all anomalous images
+        ([0, 0, 0, 1, 2, 3], False),
+        ([0, 1, 2, 2, 3, 3], False),  # anomalous: one by itself, one mixed
+        ([0, 1, 2, 1, 2, 2], True),  # two mixed ones
+    ],
+)
+def test_classes_of_one_group_have_no_intervals(groups, possible, caplog):
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    assert bootstrap.possible_resamples(labels, groups, 500) == (500 if possible else 0)
+    assert len(caplog.messages) == (not possible)
+    if not possible:
+        assert "no confidence intervals" in caplog.text
+    counts = bootstrap._resampled_counts(np.random.default_rng(0), labels > 0, np.array(groups), 50)
+    assert possible == all((np.ptp(counts[:, labels == label], axis=0) > 0).any() for label in (0, 1))
+    assert bootstrap.possible_resamples(labels, groups, 0) == 0
+
+
 def test_bootstrap_interval_matches_the_sampling_distribution():
     rng = np.random.default_rng(0)
     draws = [np.concatenate([rng.normal(0, 1, 100), rng.normal(1, 1, 100)]) for _ in range(400)]

@@ -19,7 +19,7 @@ from mtl_moe.ablation import FREE_FIELDS, run_ablation
 from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, read_stored, uncorrected
 from mtl_moe.ablation_report import choice_in_words, markdown
 from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
-from mtl_moe.ablation_summary import Outcome, choose, summarise
+from mtl_moe.ablation_summary import Outcome, choose, summarise, write_summary
 from mtl_moe.calibration import evidence_names, fit_calibration, fused_names
 from mtl_moe.infer import Scored
 from mtl_moe.painted import KINDS
@@ -363,6 +363,16 @@ def test_the_interval_averages_runs_on_the_same_resamples():
     twice = bootstrap_difference("auroc", a[[0, 0]], b[0], stored.labels, stored.groups, 200)
     assert twice == bootstrap_difference("auroc", a[0], b[0], stored.labels, stored.groups, 200)
     assert twice != both
+
+
+def test_differences_on_one_patient_have_no_interval(config, tmp_path):
+    outcomes = [
+        dataclasses.replace(o, stored=dataclasses.replace(o.stored, groups=np.full(len(o.stored.groups), "patient")))
+        for o in OUTCOMES
+    ]
+    _, good, _ = write_summary(config, {"data": "x"}, ROWS, outcomes, tmp_path)
+    assert good["difference"] > 0
+    assert good["interval"] is None
 
 
 def test_seeds_that_only_one_of_the_two_has_are_not_compared():

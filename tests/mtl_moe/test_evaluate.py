@@ -169,6 +169,17 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     strict_json(small_run.workdir / "report.json")
 
 
+def test_abnormal_images_of_one_patient_give_no_intervals(small_run, caplog):
+    splits = small_run.dataset.splits
+    test = splits["test"]
+    groups = ["patient" if label else group for label, group in zip(test.labels, test.groups, strict=True)]
+    dataset = dataclasses.replace(small_run.dataset, splits=splits | {"test": dataclasses.replace(test, groups=groups)})
+    report = evaluate(changed(small_run, gallery=0, untrained=False).system, dataset, small_run.workdir)
+    assert report["intervals"] == {}
+    assert "test/phantom/image_auroc" in report["metrics"]
+    assert sum("no confidence intervals" in message for message in caplog.messages) == 1
+
+
 def test_cases_and_intervals_can_be_left_out(small_run, monkeypatch):
     report = evaluate(*changed(small_run, gallery=0, bootstrap=0))
     assert report["intervals"] == {}

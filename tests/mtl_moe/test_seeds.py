@@ -1,5 +1,7 @@
 """Mean, deviation and ensemble of several seeds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -52,6 +54,13 @@ def test_no_resamples_no_intervals(tmp_path, split):
     found = ensemble("lungs", split, [folder], num_resamples=0)
     assert found["intervals"] == {}
     assert "test/lungs/ensemble/image_auroc" in found["metrics"]
+
+
+def test_no_intervals_where_a_class_is_one_patient(tmp_path, split, caplog):
+    folder = write(tmp_path / "seed_0", split, np.arange(len(split.names), dtype=float))
+    one = dataclasses.replace(split, groups=split.names[:10] + ["patient"] * 10)
+    assert ensemble("lungs", one, [folder], num_resamples=10)["intervals"] == {}
+    assert [message[:23] for message in caplog.messages] == ["no confidence intervals"]
 
 
 def test_one_class_has_no_ensemble_metrics(tmp_path, split):
