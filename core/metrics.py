@@ -11,6 +11,7 @@ from scipy import ndimage
 
 AUPRO_FPR_LIMIT = 0.3  # Bergmann et al., MVTec AD, IJCV 2021
 BMAD_NUM_THRESHOLDS = 200
+PAIRS_AT_ONCE = 1_000_000  # of an anomalous and a normal image, in `matched_auroc`: some 10 MB
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 
 
@@ -214,7 +215,7 @@ def matched_auroc(scores: np.ndarray, labels: np.ndarray, covariate: np.ndarray,
     """AUROC over the (anomalous, normal) pairs whose covariate differs by less than `tolerance`.
 
     Shows what a score adds to a nuisance statistic that separates the classes by itself: the covariate-adjusted AUROC
-    by matching (Janes and Pepe 2008). scores, labels, covariate [N]; memory is one byte a pair.
+    by matching (Janes and Pepe 2008). scores, labels, covariate [N]; pairs are looked at PAIRS_AT_ONCE at a time.
 
     Returns:
         (AUROC with ties counted half, number of pairs); (nan, 0) when no pair is that close.
@@ -223,10 +224,14 @@ def matched_auroc(scores: np.ndarray, labels: np.ndarray, covariate: np.ndarray,
     covariate = np.asarray(covariate)
     if covariate.shape != scores.shape or not np.isfinite(covariate).all():
         raise ValueError(f"expected a finite covariate of shape {scores.shape}, found shape {covariate.shape}")
-    matched = np.abs(covariate[labels][:, None] - covariate[~labels][None, :]) < tolerance
-    num_pairs = int(matched.sum())
-    if not num_pairs:
-        return float("nan"), 0
-    positive, negative = scores[labels][:, None], scores[~labels][None, :]
-    wins = np.sum(matched & (positive > negative)) + np.sum(matched & (positive == negative)) / 2
-    return float(wins / num_pairs), num_pairs
+    positives, positive_covariate = scores[labels], covariate[labels]
+    negatives, negative_covariate = scores[~labels], covariate[~labels]
+    num_pairs, wins, ties = 0, 0, 0
+    rows = max(1, PAIRS_AT_ONCE // len(negatives))
+    for start in range(0, len(positives), rows):
+        some = slice(start, start + rows)
+        matched = np.abs(positive_covariate[some, None] - negative_covariate) < tolerance
+        num_pairs += int(matched.sum())
+        wins += int((matched & (positives[some, None] > negatives)).sum())
+        ties += int((matched & (positives[some, None] == negatives)).sum())
+    return ((wins + ties / 2) / num_pairs if num_pairs else float("nan")), num_pairs

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn, brute force and hand-written values. Tolerance 1e-12: float64 sums of < 1e4 terms."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -221,6 +223,18 @@ def test_matched_auroc_equals_a_loop_over_pairs(tolerance):
     )
     if tolerance == 100.0:
         assert wins / pairs == pytest.approx(metrics.auroc(scores, labels), abs=EXACT)
+
+
+def test_matched_auroc_of_many_pairs_takes_little_memory(monkeypatch):
+    scores, labels = _random_scores(8, num=6000)
+    covariate = np.random.default_rng(2).normal(size=len(scores))
+    tracemalloc.start()
+    found = metrics.matched_auroc(scores, labels, covariate, 0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # of 8 M pairs or more
+    monkeypatch.setattr(metrics, "PAIRS_AT_ONCE", 10**9)
+    assert metrics.matched_auroc(scores, labels, covariate, 0.5) == found
 
 
 def test_matched_auroc_without_pairs():
