@@ -25,7 +25,7 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 class Checkpointer:
-    """Saves and restores training states under `workdir/checkpoints/<step>`.
+    """Saves and restores training states under `workdir/checkpoints/<step>`; the first save makes the folder.
 
     Args:
       workdir: the run's folder.
@@ -34,7 +34,7 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, keep: int = 2):
         self._folder = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=None, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=None, create=False)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("model", "train", "spec"))
 
     def latest_step(self) -> int | None:
@@ -50,6 +50,7 @@ class Checkpointer:
         """
         model, train = _split(_one_copy(state))
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             started = self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
@@ -115,7 +116,7 @@ class Checkpointer:
     def _restore(self, expected: dict[str, Any]) -> dict[str, Any]:
         step = self.latest_step()
         if step is None:
-            found = sorted(path.name for path in self._folder.iterdir())
+            found = sorted(path.name for path in self._folder.glob("*"))  # none where there is no folder
             raise CheckpointError(
                 f"no complete checkpoint in {self._folder} (found: {found or 'nothing'}): train first, or check "
                 "--workdir"

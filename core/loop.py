@@ -75,7 +75,7 @@ def train_loop(
                     bad = sorted(name for name, value in values.items() if not all_finite({name: value}))
                     raise NonFiniteLossError(
                         f"step {step}: {', '.join(bad)} not finite. The newest checkpoint is from before it; "
-                        "lower optim.learning_rate or look at the images of this step."
+                        "lower optim.learning_rate in another --workdir, or look at the images of this step."
                     )
                 if due(step, log_every, num_steps):
                     if logger:

@@ -121,8 +121,9 @@ def test_no_checkpoint(make_state, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no complete checkpoint in .*checkpoints \(found: nothing\): train first"
     ):
-        _restore(tmp_path, make_state())
-    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+        _restore(tmp_path / "mistyped", make_state())
+    assert not list(tmp_path.iterdir())  # who only reads makes no folder
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "checkpoints" / "notes.txt").touch()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         _restore(tmp_path, make_state())

@@ -163,7 +163,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(toy, train, tmp_path
             batch = toy.make_batch(step)
             yield batch if step < 4 else batch | {"y": np.full_like(batch["y"], np.nan)}
 
-    with pytest.raises(NonFiniteLossError, match=r"step 4: grad_norm, loss not finite\. .*optim\.learning_rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 4: grad_norm, loss not finite\. .*optim\.learning_rate in another --workdir"
+    ):
         train(tmp_path, batches(), save_every=2, log_every=log_every)
     assert [record["step"] for record in read_history(tmp_path)] == ([1, 2, 3] if log_every == 1 else [])
     checkpointer = Checkpointer(tmp_path)

@@ -54,7 +54,7 @@ def test_a_folder_in_which_nothing_was_learned_takes_another_config_and_other_im
             run.train_and_evaluate(config, tmp_path)
         assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
         assert training_data.other_training_data(load_dataset(config.data), tmp_path) == ""
-    (tmp_path / "checkpoints" / "1").mkdir()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     config.train.accumulation = 2
     with pytest.raises(ValueError, match=r"another config.*\n.*train.accumulation: there 1, now 2"):
         run.train_and_evaluate(config, tmp_path)
