@@ -110,6 +110,11 @@ def detector(preset: str = "tiny") -> ConfigDict:
         save_every=1000,
         tensorboard=True,
     )
+    if preset != "tiny":  # a length for GPUs, a guess: not measured yet
+        config.optim.warmup_steps = 500
+        config.train.batch_size = 64
+        config.train.num_steps = 20_000
+        config.train.refresh_step = 5_000
     config.slices = dict(  # --mode=slices: volumes to images
         axis="axial",  # axial | coronal | sagittal
         every=1,  # one slice of so many

@@ -21,10 +21,4 @@ def get_config(arg=None):
     config.data.name = arg.name
     if arg.name == "camelyon16":
         config.data.channels = 3
-    if arg.preset != "tiny":
-        config.train.batch_size = 64
-        config.train.num_steps = 20_000
-        config.train.refresh_step = 5_000
-        config.train.save_every = 1_000
-        config.optim.warmup_steps = 500
     return config
