@@ -63,7 +63,7 @@ class Calibration:
       tail: [K, 3] threshold, scale and shape of the Pareto tail.
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
       fused: [n] fused scores of the calibration normals in their order, each by a fit without it.
-      fused_low, fused_scale: the same two numbers of the finished fused map, over the whole image.
+      fused_low, fused_scale: the same two numbers of the finished fused map, inside the body.
       source, manifest_hash, dtype: of which data set the normals are, the hash of that, and `score.dtype`; "" in files
         of before these were written down.
     """

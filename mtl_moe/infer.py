@@ -100,7 +100,7 @@ class Scorer:
         self,
         split: Split,
         description: str,
-        map_fn: Callable[[jax.Array], jax.Array] | None = None,
+        map_fn: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         keep: Sequence[int] = (),
         write: Callable[[Sequence[str], np.ndarray, np.ndarray], None] | None = None,
         keep_maps: bool = True,
@@ -120,7 +120,7 @@ class Scorer:
                 raw.append(np.asarray(result["raw"])[:count])
                 textures.append(log_mean_gradient(batch["image"][:count]))
                 if map_fn is not None:
-                    finished = np.asarray(map_fn(result["maps"]))[:count]
+                    finished = np.asarray(map_fn(result["maps"], result["body"]))[:count]
                     if write is not None:
                         write(split.names[start : start + count], batch["image"][:count], finished)
                     if keep_maps:
@@ -145,20 +145,23 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
         raise ValueError("the calibration split holds abnormal images: expected normals only")
     rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), MAX_CALIBRATION_MAPS)).round().astype(int))
     scored = scorer.split(split, "calibrate", keep=rows)
-    config, maps = system.config, scored.kept["maps"]
-    calibration = fit_calibration(
-        system.tasks, config.score.fusion, scored.raw, scored.texture, maps, scored.kept["body"]
-    )
+    config, maps, body = system.config, scored.kept["maps"], scored.kept["body"]
+    calibration = fit_calibration(system.tasks, config.score.fusion, scored.raw, scored.texture, maps, body)
     finish = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
     size = scorer.batch_size
-    finished = np.concatenate([np.asarray(finish(maps[i : i + size])) for i in range(0, len(rows), size)])
-    low, high = np.quantile(finished, (0.5, 0.95))
+    starts = range(0, len(rows), size)
+    finished = np.concatenate([np.asarray(finish(maps[i : i + size], body[i : i + size])) for i in starts])
+    inside = jax.image.resize(body, finished.shape, "nearest") > 0
+    low, high = np.quantile(finished[np.asarray(inside)], (0.5, 0.95))
     return dataclasses.replace(calibration, fused_low=float(low), fused_scale=float(max(high - low, 1e-6)))
 
 
-def evidence_maps(system: System, calibration: Calibration, maps: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Maps [n, S, H, W] -> for each image its maps by evidence in calibrated units (0: median, 1: 95th percentile)."""
-    scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None]
+def evidence_maps(
+    system: System, calibration: Calibration, maps: np.ndarray, body: np.ndarray
+) -> list[dict[str, np.ndarray]]:
+    """Maps [n, S, H, W] and body [n, H, W] -> for each image its maps by evidence in calibrated units (0: median, and
+    outside the body; 1: 95th percentile)."""
+    scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None] * body[:, None]
     return [dict(zip(evidence_names(system.tasks), image, strict=True)) for image in scaled]
 
 

@@ -1,7 +1,7 @@
 """From head outputs to raw scores on the device, and from maps to the fused map.
 
 `mtl_moe.calibration` makes the raw scores comparable and fuses them. The fused map is the mean over evidences of
-(map - median) / (95th percentile - median), one scale for the whole data set, smoothed.
+(map - median) / (95th percentile - median), one scale for the whole data set, and 0 outside the body, smoothed.
 Axes: B images, S evidences with a map (a task gives one or two), H W map, M side of the finished map.
 """
 
@@ -27,12 +27,12 @@ MAP_LIMIT = 10.0
 SMOOTHING = 4.0 / 224  # standard deviation of the map's Gaussian as a share of its side: BMAD's 4 at 224
 
 
-def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+def make_score_fn(system: System, precision: str = "high") -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
     """Compiled (params, extra, uint8 images [B, H, W, C]) -> {raw [B, S], maps [B, S, H, W], body [B, H, W]}.
 
     All views of all tasks go through one forward. An image's result does not depend on the other images. With
     score.dtype "float32" products are float32 on a CPU, as good as that on a TPU, and TF32 on a GPU (10 bits of each
-    operand), whose products of whole float32 are a seventh as fast.
+    operand), whose products of whole float32 are a seventh as fast: `precision` "highest" has these.
     """
     tasks, model = system.tasks, system.model.clone(dtype=DTYPES[system.config.score.dtype])
 
@@ -51,7 +51,7 @@ def make_score_fn(system: System) -> Callable[[Any, Any, jax.Array], dict[str, j
 
     def score_in_float32(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
         # By default a TPU rounds operands of float32 products to bfloat16: no calibration made elsewhere would hold.
-        with jax.default_matmul_precision("high"):
+        with jax.default_matmul_precision(precision):
             return score(params, extra, images)
 
     return jax.jit(score_in_float32 if model.dtype == jnp.float32 else score)
@@ -76,8 +76,11 @@ def _smoothing(rows: np.ndarray) -> np.ndarray:
     return ndimage.gaussian_filter1d(rows, SMOOTHING * len(rows), axis=0).astype(np.float32)
 
 
-def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[[jax.Array], jax.Array]:
-    """Compiled maps [B, S, H, W] -> finished fused maps [B, M, M] in calibrated units.
+def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Compiled (maps [B, S, H, W], body [B, H, W]) -> finished fused maps [B, M, M] in calibrated units.
+
+    Nothing is found outside the body: no scale was fitted there, and what a task answers about an empty surround says
+    nothing (tiles that are alike cannot be told apart).
 
     Bilinear resizing and Gaussian smoothing are both linear in rows and columns: one [M, H] matrix from each side.
     """
@@ -85,14 +88,20 @@ def make_map_fn(calibration: Calibration, size: int, map_size: int) -> Callable[
     smooth = jnp.asarray(_smoothing(bilinear))
     low, scale = (np.asarray(x, np.float32)[None, :, None, None] for x in (calibration.map_low, calibration.map_scale))
     fused_low, fused_scale = np.float32(calibration.fused_low), np.float32(calibration.fused_scale)
-    return lambda maps: _finish(maps, smooth, low, scale, fused_low, fused_scale)
+    return lambda maps, body: _finish(maps, body, smooth, low, scale, fused_low, fused_scale)
 
 
 @jax.jit
 def _finish(
-    maps: jax.Array, smooth: jax.Array, low: jax.Array, scale: jax.Array, fused_low: jax.Array, fused_scale: jax.Array
+    maps: jax.Array,
+    body: jax.Array,
+    smooth: jax.Array,
+    low: jax.Array,
+    scale: jax.Array,
+    fused_low: jax.Array,
+    fused_scale: jax.Array,
 ) -> jax.Array:
     """See `make_map_fn`; one program serves all calibrations."""
-    fused = jnp.minimum((maps - low) / scale, MAP_LIMIT).mean(1)
+    fused = jnp.minimum((maps - low) / scale, MAP_LIMIT).mean(1) * body
     finished = jnp.einsum("mh,bhw,nw->bmn", smooth, fused, smooth, precision="highest")
     return (finished - fused_low) / fused_scale

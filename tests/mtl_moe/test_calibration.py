@@ -308,7 +308,7 @@ def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
 def test_finished_map_is_mean_resized_and_smoothed(calibration, map_size):
     calibration = dataclasses.replace(calibration, fused_low=0.5, fused_scale=2.0)
     maps, _ = make_maps(3, seed=2)
-    finished = np.asarray(make_map_fn(calibration, SIDE, map_size)(maps))
+    finished = np.asarray(make_map_fn(calibration, SIDE, map_size)(maps, np.ones((3, SIDE, SIDE))))
     scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None]
     fused = np.minimum(scaled, MAP_LIMIT).mean(1).astype(np.float32)
     resized = np.asarray(jax.image.resize(fused, (3, map_size, map_size), "bilinear"))
@@ -320,14 +320,26 @@ def test_finished_map_is_mean_resized_and_smoothed(calibration, map_size):
 def test_one_evidence_cannot_outvote_the_others_in_the_map(calibration):
     maps = np.tile(calibration.map_low[:, None, None], (1, 1, SIDE, SIDE)).astype(np.float32)
     maps[:, 0] = 1e6
-    finished = np.asarray(make_map_fn(calibration, SIDE, SIDE)(maps))
+    finished = np.asarray(make_map_fn(calibration, SIDE, SIDE)(maps, np.ones((len(maps), SIDE, SIDE))))
     np.testing.assert_allclose(finished, MAP_LIMIT / len(NAMES), rtol=1e-4)
+
+
+def test_nothing_is_found_outside_the_body(calibration):
+    """No task can tell empty tiles apart: however wrong it is there, the finished map is the normals' median."""
+    maps = np.tile(calibration.map_low[:, None, None], (2, 1, SIDE, SIDE)).astype(np.float32)
+    body = np.ones((2, SIDE, SIDE), np.float32)
+    body[1, :, SIDE // 2 :] = 0
+    maps[..., SIDE // 2 :] += 5 * calibration.map_scale[:, None, None]
+    finished = np.asarray(make_map_fn(calibration, SIDE, SIDE)(maps, body))
+    assert finished[0, :, -1].min() > 4
+    np.testing.assert_allclose(finished[1], 0, atol=1e-5)
 
 
 def test_a_map_is_not_rescaled_by_its_own_range(calibration):
     """Twice as odd must look twice as hot, and batch mates must not matter."""
     maps, _ = make_maps(4, seed=3)
-    finish = make_map_fn(calibration, SIDE, SIDE)
+    map_fn = make_map_fn(calibration, SIDE, SIDE)
+    finish = lambda maps: map_fn(maps, np.ones((len(maps), SIDE, SIDE)))  # noqa: E731
     np.testing.assert_allclose(finish(maps)[1:2], finish(maps[1:2]), rtol=1e-5, atol=1e-6)
     low = calibration.map_low[:, None, None]
     away = np.clip(maps - low, 0, 4 * calibration.map_scale[:, None, None])
