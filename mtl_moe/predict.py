@@ -76,9 +76,10 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         "provenance": provenance(system, facts, workdir, trained.step, time.time() - start),
     }
     write_json(output / "report.json", report)
+    name = source.resolve().name  # of "." too
     data = ReportData(
-        dataset=source.name,
-        layout=f"{len(split)} images below {source.name}"
+        dataset=name,
+        layout=f"{len(split)} images below {name}"
         + (f", {len(skipped)} more could not be read: {', '.join(skipped)}" if skipped else ""),
         headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals "
         f"of {calibration.source or 'its last evaluation'}.{unfinished(system, trained.step)}",

@@ -107,6 +107,13 @@ def test_predictions_stay_apart_and_say_what_they_are_of(tiny_run, folders, tmp_
     assert sorted(path.name for path in (folder / "maps").glob("*.npy")) == [f"{i:02d}.png.npy" for i in range(5)]
 
 
+def test_the_page_names_the_folder_that_it_was_started_in(tiny_run, folders, tmp_path, monkeypatch):
+    normals, source = folders
+    monkeypatch.chdir(source)
+    predict(tiny_run.system, tiny_run.workdir, Path("."), tmp_path, normals)
+    assert "6 images below new" in (tmp_path / "report.html").read_text()
+
+
 def test_the_page_says_on_whose_normals_the_work_directory_was_calibrated(tiny_run, folders, tmp_path):
     _, source = folders
     system, dataset, _ = tiny_run
