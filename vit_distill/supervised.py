@@ -21,7 +21,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.logs import MetricLogger, progress_bar
 from core.loop import train_loop
-from core.mesh import make_mesh, replicate, shard_batch
+from core.mesh import check_batch_size, make_mesh, replicate, shard_batch
 from core.optim import build_optimizer
 from core.provenance import environment
 from core.state import TrainState, init_state
@@ -37,6 +37,7 @@ from vit_distill.supervised_augment import mixup, random_crop
 
 FREE_FIELDS = ("train.num_steps", "train.tensorboard", "data.root", "data.memory_limit_gb")
 STATISTICS_IMAGES = 5000  # mean and std of the channels are taken over so many training images at most
+STATISTICS_BATCH = 64  # images read at a time for them
 
 
 def run_teacher(config: Any, workdir: Path) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def run_teacher(config: Any, workdir: Path) -> dict[str, Any]:
     preprocessing, sets = load_sets(config)
     vit = build_vit_config(config.model, config.data.channels, len(sets["train"].classes))
     model, mesh = VisionTransformer(vit, dtype=jnp.dtype(config.train.dtype)), make_mesh()
+    check_batch_size(config.train.batch_size, config.train.accumulation, mesh)
     save_config(config, workdir)
     start = time.time()
     state = train(config, model, preprocessing, sets["train"], mesh, workdir)
@@ -130,8 +132,13 @@ def load_sets(config: Any) -> tuple[Preprocessing, dict[str, LabelledSet]]:
 def channel_statistics(found: LabelledSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel in [0, 1], rounded to 4 digits, over evenly spaced images."""
     rows = even_rows(len(found), STATISTICS_IMAGES)
-    pixels = found.images(rows).reshape(-1, found.images(rows[:1]).shape[-1]) / np.float32(255)
-    mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
+    counts = 0  # of each grey level in each channel: exact, and no copy of all images
+    for some in np.array_split(rows, -(-len(rows) // STATISTICS_BATCH)):
+        channels = np.moveaxis(found.images(some), -1, 0)
+        counts += np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+    values, share = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
     return tuple(np.round(mean, 4).tolist()), tuple(np.maximum(np.round(std, 4), 1e-3).tolist())
 
 

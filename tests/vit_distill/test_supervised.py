@@ -209,6 +209,31 @@ def test_accuracy_counts_each_image_once(data: Path):
     assert supervised.accuracy(flipped, {}, found, 8, make_mesh(), "test") == 0.0
 
 
+def test_channel_statistics_are_taken_a_few_images_at_a_time():
+    class Images:
+        pixels = np.random.default_rng(0).integers(0, 200, (301, SIDE, SIDE, 3), np.uint8) // np.uint8([1, 2, 4])
+        most = 0
+
+        def __len__(self) -> int:
+            return len(self.pixels)
+
+        def images(self, rows: np.ndarray) -> np.ndarray:
+            self.most = max(self.most, len(rows))
+            return self.pixels[rows]
+
+    found = Images()
+    mean, std = supervised.channel_statistics(found)
+    assert found.most <= 64
+    np.testing.assert_allclose(mean, (found.pixels / 255).mean((0, 1, 2)), atol=6e-5)  # rounded to 4 digits
+    np.testing.assert_allclose(std, (found.pixels / 255).std((0, 1, 2)), atol=6e-5)
+
+
+def test_a_batch_that_does_not_divide_leaves_no_folder(data: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"train\.batch_size=6 does not divide by the 8 devices"):
+        supervised.run_teacher(tiny_config(data, batch_size=6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_unlabelled_images_are_refused(data: Path, tmp_path: Path):
     with np.load(data) as stored:
         arrays = dict(stored)
