@@ -18,6 +18,7 @@ from vit_distill.report_data import ReportData
 TABLE_HEADER = (
     "Row", "Images", "r", "{metric}", "valid", "L1", "Trained", "Parameters", "GFLOPs", "Learning rate", "n",
 )  # fmt: skip
+EDGES = "* a learning rate, † a probe's hyper-parameter at the edge of its grid: a wider grid might give more"
 
 
 def write_page(path: str | Path, results: ReportData) -> None:
@@ -155,7 +156,7 @@ def _ablation(results: ReportData) -> Markup:
     header = [name.format(metric=results.metric) for name in TABLE_HEADER]
     caption = (
         "Mean ± standard deviation over n seeds; valid: mean on the validation images, by which the best of each ratio "
-        "and r is marked. A learning rate with * is at the edge of its grid."
+        f"and r is marked; {EDGES}."
     )
     table = page.table(header, table_cells(results.table), caption, strong=tuple(best.values()))
     parts = [page.key_values(results.shared), chart, table]
@@ -178,7 +179,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 row["title"],
                 "" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
                 str(row["reduction"]),
-                spread(row["accuracy"], row["accuracy_std"], 4),
+                spread(row["accuracy"], row["accuracy_std"], 4) + ("†" if row["probe_at_grid_edge"] else ""),
                 f"{row['valid_accuracy']:.4f}",
                 "" if row["l1"] is None else spread(row["l1"], row["l1_std"], 3),
                 f"{row['num_trained'] / 1e6:.2f} M" if row["num_trained"] else "",

@@ -14,7 +14,7 @@ from core.files import write_json
 from core.provenance import environment
 from vit_distill.report_data import ReportData
 from vit_distill.report_figures import cost_figure
-from vit_distill.report_page import TABLE_HEADER, table_cells, write_page
+from vit_distill.report_page import EDGES, TABLE_HEADER, table_cells, write_page
 from vit_distill.table_bench import Bench
 
 # The paper's ordering, and what truncation and DoRA are compared with.
@@ -43,7 +43,8 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Keys of a row: row, title, ratio (None: no images used), reduction, n; accuracy (test), valid_accuracy, l1, cls_l1,
     loss, seconds (means over seeds, None where not measured), each with "_std" (sample deviation, None for one seed);
-    params, gflops, num_trained, step_gflops, blocks, learning_rate, at_grid_edge, metric, num_test (test images).
+    params, gflops, num_trained, step_gflops, blocks, learning_rate, at_grid_edge (of the learning rate), metric,
+    num_test (test images); probe_at_grid_edge: whether any seed's probe might do better with a wider grid.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -64,6 +65,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "num_test",
         ):
             row[key] = members[0][key]
+        row["probe_at_grid_edge"] = any(member["probe"]["at_grid_edge"] for member in members)
         for key in ("accuracy", "valid_accuracy", "l1", "cls_l1", "loss", "seconds"):
             values = [member[key] for member in members if member[key] is not None]
             row[key] = statistics.fmean(values) if values else None
@@ -131,7 +133,7 @@ def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, A
     """The table, what is the same in all its rows (`facts`), and the verdicts, as Markdown."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += _table([name.format(metric=metric) for name in TABLE_HEADER], table_cells(rows))
-    lines += ["", "Mean ± standard deviation over n seeds; * a learning rate at the edge of its grid.", ""]
+    lines += ["", f"Mean ± standard deviation over n seeds; {EDGES}.", ""]
     judged = verdicts(rows)
     if judged:
         cells = [

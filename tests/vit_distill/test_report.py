@@ -30,7 +30,7 @@ def block_rows(values) -> list[dict]:
 def table_row(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int = 2, **fields) -> dict:
     defaults = dict(
         title=row, accuracy_std=0.01, l1=1.5, l1_std=0.1, params=1_000_000, gflops=0.5 / reduction, num_trained=50_000,
-        learning_rate=0.01, at_grid_edge=False, n=3,
+        learning_rate=0.01, at_grid_edge=False, probe_at_grid_edge=False, n=3,
     )  # fmt: skip
     return (
         dict(row=row, ratio=ratio, reduction=reduction, accuracy=accuracy, valid_accuracy=accuracy) | defaults | fields

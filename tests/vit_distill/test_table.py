@@ -48,6 +48,7 @@ def cell(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int =
     defaults = dict(
         title=f"<{row}>", l1=2.0, cls_l1=None, loss=2.0, seconds=1.0, params=1e6, gflops=0.1, num_trained=1e5,
         step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False, metric="top1", num_test=1_000_000,
+        probe={"at_grid_edge": 0.0},
     )  # fmt: skip
     defaults["valid_accuracy"] = accuracy
     return dict(row=row, accuracy=accuracy, ratio=ratio, reduction=reduction, seed=seed) | defaults | fields
@@ -145,7 +146,7 @@ class Fakes:
 
     def probe(self, bench, config, params):
         self.probed += 1
-        return {"top1": 0.5, "valid_top1": 0.4}
+        return {"top1": 0.5, "valid_top1": 0.4, "at_grid_edge": 1.0}
 
 
 def test_what_is_run_and_what_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +178,11 @@ def test_a_wider_grid_replaces_the_cells_of_its_edge(tmp_path: Path, monkeypatch
     (row,) = table.run_table(config, tmp_path)
     assert (row["learning_rate"], row["at_grid_edge"]) == (0.1, True)
     assert "at the edge of table.learning_rates" in capsys.readouterr().out
-    assert "0.1*" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "0.1*" in text
+    assert "| 0.5000† |" in text
+    assert "† a probe's hyper-parameter at the edge of its grid" in text
+    assert "0.5000†" in (tmp_path / "report.html").read_text()
     fakes.trained.clear()
     config.table.learning_rates = (0.001, 0.01, 0.1, 1.0, 10.0)
     (row,) = table.run_table(config, tmp_path)
@@ -290,6 +295,9 @@ def test_means_and_deviations():
     assert full["accuracy_std"] == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
     assert full["cls_l1"] is None
     assert full["title"] == "<full>"
+    for edge in (0.0, 1.0):  # of one seed's probe
+        (row,) = summarise([cell("full", 0.4), cell("full", 0.4, seed=1, probe={"at_grid_edge": edge})])
+        assert row["probe_at_grid_edge"] is (edge == 1.0)
 
 
 def test_verdicts_on_the_papers_ordering():
@@ -442,4 +450,3 @@ def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "digits" in (tmp_path / "table.md").read_text()
     html = (tmp_path / "report.html").read_text()
     assert "copy + enhanced LoRA" in html
-    assert table_summary.TIE == 0.01
