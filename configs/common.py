@@ -197,7 +197,7 @@ def distiller() -> ConfigDict:
         rank=128,
         ranks=dict(query=0, key=0, value=0, out=0, fc1=0, fc2=0),  # 0: rank
         scaling="one",  # one | alpha (alpha / rank) | rank_stabilised (alpha / sqrt(rank))
-        alpha=1.0,
+        alpha=1.0,  # stays 1 with scaling one
         dora=False,
         train_norms=False,
         train_biases=False,

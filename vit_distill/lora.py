@@ -74,7 +74,8 @@ def build_lora_config(config: Any) -> LoraConfig:
     """From config.lora: `targets` goes before `preset`, a rank in `ranks` above 0 before `rank`.
 
     Raises:
-      ValueError: for an unknown preset or target, and for a rank of a target that is not adapted.
+      ValueError: for an unknown preset or target, a rank of a target that is not adapted, and an alpha that the scaling
+        does not use.
     """
     if config.preset not in PRESETS:
         raise ValueError(f"lora.preset: expected one of {tuple(PRESETS)}, found {config.preset!r}")
@@ -82,6 +83,11 @@ def build_lora_config(config: Any) -> LoraConfig:
     ranks = {target: rank for target, rank in config.ranks.items() if rank}
     if unused := sorted(set(ranks) - set(targets)):
         raise ValueError(f"lora.ranks: {unused} are not adapted (targets are {targets}): leave their ranks at 0")
+    if config.scaling == "one" and config.alpha != 1:
+        raise ValueError(
+            f'lora.alpha: expected 1 with lora.scaling="one", which does not use it, found {config.alpha}: set '
+            "lora.scaling to alpha or rank_stabilised"
+        )
     return LoraConfig(
         ranks=tuple((target, ranks.get(target, config.rank)) for target in targets),
         scaling=config.scaling,

@@ -259,6 +259,7 @@ def test_configs_become_ranks():
         (dict(preset="plain", ranks={"fc1": 3}), r"lora.ranks: \['fc1'\] are not adapted"),
         (dict(rank=0), "rank of query: expected at least 1, found 0"),
         (dict(scaling="sqrt"), "lora.scaling.*'sqrt'"),
+        (dict(alpha=16.0), "lora.alpha: expected 1 .* found 16.0"),
     ],
 )
 def test_bad_configs_are_named(fields, match):
