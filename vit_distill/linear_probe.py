@@ -94,8 +94,9 @@ def train_linear(
 
 def _optimizer(peak: jax.Array | float, warmup: int, total: int) -> optax.GradientTransformation:
     unit = build_schedule(SimpleNamespace(learning_rate=1.0, warmup_steps=warmup), total)
-    # Decay is 0; the trust ratio is for matrices only, as in MAE's LARS.
-    return optax.lars(lambda step: peak * unit(step), momentum=0.9, trust_ratio_mask={"kernel": True, "bias": False})
+    # As MAE's LARS (optax.lars has the rate inside the momentum): decay is 0, the trust ratio is for matrices only.
+    trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), {"kernel": True, "bias": False})
+    return optax.chain(trust, optax.trace(0.9), optax.scale_by_learning_rate(lambda step: peak * unit(step)))
 
 
 def _init(key: jax.Array, num_heads: int, width: int, num_classes: int) -> _State:

@@ -33,7 +33,7 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
-    """Budgets and grids; the grids are ascending, so that of equals the more regular classifier is chosen.
+    """Budgets and grids; the grids are ascending. Of equals the more regular classifier is chosen.
 
     Attributes:
       epochs, warmup_epochs, batch_size: of the linear probe.
@@ -107,7 +107,7 @@ def choose(on_valid: Mapping[float, float]) -> tuple[float, bool]:
     """The value with the highest score, of equals the first; and whether a wider grid might hold a better one.
 
     Args:
-      on_valid: score of each value, in the order of the grid.
+      on_valid: score of each value, in the order of the grid, the most regular first.
     """
     grid, scores = list(on_valid), list(on_valid.values())
     best = int(np.argmax(scores))
@@ -247,7 +247,8 @@ def _fit_knn(
         parts = (features[i : i + chunk] for i in range(0, len(features), chunk))
         return np.concatenate([np.asarray(_votes(jnp.asarray(part), bank, labels, k, num_classes)) for part in parts])
 
-    sizes = sorted({min(k, len(train.features)) for k in options.neighbours})
+    # Descending: of equals the first is chosen, and more neighbours are the more regular classifier.
+    sizes = sorted({min(k, len(train.features)) for k in options.neighbours}, reverse=True)
     return {float(k): [functools.partial(predict, k=k)] for k in sizes}
 
 

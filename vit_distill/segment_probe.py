@@ -191,13 +191,21 @@ def _optimizer(options: SegmentOptions) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnames=("module", "options"), donate_argnames=("params", "state"))
 def _update(
-    module: TokenHead, options: SegmentOptions, params: Any, state: Any, x: jax.Array, masks: jax.Array, rate: float
+    module: TokenHead,
+    options: SegmentOptions,
+    params: Any,
+    state: Any,
+    tokens: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+    masks: jax.Array,
+    rate: float,
 ) -> tuple[Any, Any]:
-    """One update on standardised tokens [B, P, D] and masks uint8 [B, M, M]."""
+    """One update on tokens [B, P, D], standardised here, and masks uint8 [B, M, M]."""
 
     def loss_fn(params: Any) -> jax.Array:
         kept = masks != IGNORED
-        logits = module.apply({"params": params}, x)
+        logits = module.apply({"params": params}, (tokens - mean) / std)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(kept, masks, 0).astype(jnp.int32))
         return (losses * kept).sum() / jnp.maximum(kept.sum(), 1)
 
@@ -223,16 +231,16 @@ def _train(
     state = _optimizer(options).init(params)
     with progress_bar(options.num_steps, scale=options.batch_size, description=f"head, rate {rate:g}") as bar:
         for rows in order:
-            x = (data.tokens[rows] - mean) / std
-            params, state = _update(module, options, params, state, x, data.masks[rows], rate)
+            batch = data.tokens[rows], mean, std, data.masks[rows]
+            params, state = _update(module, options, params, state, *batch, rate)
             bar.update()
     return params
 
 
 @functools.partial(jax.jit, static_argnames=("module",))
-def _classes(module: TokenHead, params: Any, x: jax.Array) -> jax.Array:
-    """Standardised tokens [B, P, D] -> class ids uint8 [B, M, M]."""
-    return module.apply({"params": params}, x).argmax(-1).astype(jnp.uint8)
+def _classes(module: TokenHead, params: Any, tokens: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Tokens [B, P, D] -> class ids uint8 [B, M, M]."""
+    return module.apply({"params": params}, (tokens - mean) / std).argmax(-1).astype(jnp.uint8)
 
 
 def _predict(
@@ -242,5 +250,5 @@ def _predict(
     found = []
     for start in range(0, len(tokens), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(tokens) - 1)
-        found.append(np.asarray(_classes(module, params, (tokens[rows] - mean) / std)))
+        found.append(np.asarray(_classes(module, params, tokens[rows], mean, std)))
     return np.concatenate(found)[: len(tokens)]

@@ -36,7 +36,10 @@ SETS = make_set(120, 0), make_set(60, 1), make_set(90, 2)
 
 
 def reference_lars(data: Labelled, kernel: np.ndarray, orders: list[np.ndarray], peak: float, schedule: Any) -> tuple:
-    """MAE's linear probe in float64: batch norm, gradient by hand, LARS; (kernel, bias, mean, variance)."""
+    """MAE's linear probe in float64: batch norm, gradient by hand, LARS with the rate outside the momentum.
+
+    Returns kernel, bias, mean and variance.
+    """
     x, y = data.features.astype(np.float64), data.labels
     target = y if y.ndim == 2 else np.eye(kernel.shape[1])[y]
     kernel, bias = kernel.astype(np.float64), np.zeros(kernel.shape[1])
@@ -52,9 +55,9 @@ def reference_lars(data: Labelled, kernel: np.ndarray, orders: list[np.ndarray],
             error = (weights / weights.sum(1, keepdims=True) - target[rows]) / len(rows)
         grad = normed.T @ error
         rate = peak * schedule(step)
-        speed_kernel = 0.9 * speed_kernel + rate * 0.001 * np.linalg.norm(kernel) / np.linalg.norm(grad) * grad
-        speed_bias = 0.9 * speed_bias + rate * error.sum(0)
-        kernel, bias = kernel - speed_kernel, bias - speed_bias
+        speed_kernel = 0.9 * speed_kernel + 0.001 * np.linalg.norm(kernel) / np.linalg.norm(grad) * grad
+        speed_bias = 0.9 * speed_bias + error.sum(0)
+        kernel, bias = kernel - rate * speed_kernel, bias - rate * speed_bias
     return kernel, bias, x.mean(0), x.var(0)
 
 
@@ -118,11 +121,17 @@ def test_knn_equals_scikit_learn_and_its_votes_are_weighted():
     assert found["valid_top1"] == pytest.approx(model.score(*valid))
     assert found["at_grid_edge"] == 0.0  # a fixed value is no edge
     fit = module._fit_knn(train, CLASSES, ProbeOptions(neighbours=(5, 500)), ())
-    assert list(fit) == [5.0, 60.0]  # no more neighbours than images
+    assert list(fit) == [60.0, 5.0]  # no more neighbours than images
     votes = fit[5.0][0](test.features)
     np.testing.assert_allclose(
         votes / votes.sum(1, keepdims=True), model.predict_proba(test.features), rtol=1e-3, atol=1e-5
     )
+
+
+def test_of_equal_numbers_of_neighbours_the_larger_is_chosen():
+    train, valid, test = (make_set(n, s, noise=0.01) for n, s in ((60, 0), (30, 1), (30, 2)))
+    found = probe(train, valid, test, "knn", options=ProbeOptions(neighbours=(1, 5)))
+    assert (found["valid_top1"], found["neighbours"], found["at_grid_edge"]) == (1.0, 5.0, 0.0)
 
 
 def test_valid_chooses_and_test_is_scored_once(monkeypatch: pytest.MonkeyPatch):

@@ -112,6 +112,15 @@ def test_two_layers_learn_what_one_cannot():
     assert accuracy["linear"] < 0.6 < 0.7 < accuracy["mlp"]
 
 
+def test_tokens_are_standardised_where_the_head_is_run():
+    """On the device, not by the host for every batch."""
+    tokens, (mean, std) = SETS[1].tokens, module._statistics(SETS[0].tokens)
+    head = TokenHead(CLASSES, 0, SIDE)
+    params = head.init(jax.random.key(0), tokens)["params"]
+    expected = head.apply({"params": params}, (tokens - mean) / std).argmax(-1)
+    np.testing.assert_array_equal(module._classes(head, params, tokens, mean, std), expected)
+
+
 def test_ignored_pixels_have_no_influence():
     """What lies under them changes neither the training nor the score."""
     train = SETS[0]
