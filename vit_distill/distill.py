@@ -25,14 +25,13 @@ from core.state import TrainState, abstract_state, init_state
 from core.step import make_train_step_fn
 from core.vit import VisionTransformer, VitConfig, VitOutput
 from vit_distill.augment import fixed_view, random_resized_crop
-from vit_distill.forward import make_forward, micro_batches
+from vit_distill.forward import DTYPES, make_forward, micro_batches
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
 from vit_distill.teacher import Teacher
 from vit_distill.weight_copy import aligned_targets, calibrated_blocks, choose_blocks, copy_blocks
 
 METHODS = ("lora", "full", "scratch", "copy")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +69,13 @@ class Distiller:
     def merged(self, trainable: Any) -> Any:
         """The student's weights with what was trained.
 
-        The head is the teacher's: no loss reaches it, so weight decay alone has changed it in `trainable`.
+        What no loss reaches is the teacher's: the head, which weight decay alone has changed in `trainable`, and with
+        the target before it the final norm, which a student from scratch has as it was drawn.
         """
         if self.lora:
             return merge(self.base, trainable, self.lora)
-        return dict(trainable) | ({"head": self.teacher.params["head"]} if "head" in self.base else {})
+        unreached = ("head", "norm") if self.loss.target == "pre_norm" else ("head",)
+        return dict(trainable) | {name: self.teacher.params[name] for name in unreached if name in self.base}
 
 
 def build_distiller(
@@ -196,14 +197,15 @@ def make_views_fn(distiller: Distiller) -> Callable[[Mapping[str, jax.Array], ja
 
 def make_targets_fn(distiller: Distiller) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
     """Compiled (teacher parameters, views [B, H, W, C]) -> the teacher's tokens to reproduce, float32 [B, N, D]s."""
-    config = distiller.teacher.config
+    config, own = distiller.teacher.config, distiller.config
+    dtype, parts = DTYPES[own.teacher.dtype], own.train.accumulation
 
     def targets(params: Any, views: jax.Array) -> tuple[jax.Array, ...]:
         def read(output: VitOutput) -> tuple[jax.Array, ...]:
             found = teacher_targets(config, params, output, distiller.loss, distiller.pairs)
             return tuple(target.astype(jnp.float32) for target in found)
 
-        return make_forward(config, DTYPES[distiller.config.teacher.dtype], read, distiller.mesh.size)(params, views)
+        return make_forward(config, dtype, read, distiller.mesh.size, parts)(params, views)
 
     return jax.jit(targets)
 

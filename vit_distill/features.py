@@ -17,11 +17,10 @@ from core import tree
 from core.logs import progress_bar
 from core.mesh import replicate, shard_batch
 from core.vit import VitConfig, VitOutput
-from vit_distill.forward import make_forward
+from vit_distill.forward import DTYPES, make_forward
 from vit_distill.preprocessing import Preprocessing
 
 OUTPUTS = ("pooled", "patches")
-DTYPES = ("float32", "bfloat16")
 FeatureFn = Callable[[np.ndarray], jax.Array]
 
 
@@ -50,7 +49,8 @@ def make_feature_fn(
     """Compiled: uint8 images [B, S, S, C] -> float32 features; B must divide by the mesh's data axis.
 
     Args:
-      output: "pooled": [B, D], what the model's own head sees; "patches": [B, P, D], patch tokens after the final norm.
+      output: "pooled": [B, D], what the model's own head sees; "patches": [B, P, D], patch tokens after the final norm
+        (of a model that normalises after pooling, final_norm="pooled": before it).
       dtype: of the computation, one of DTYPES.
 
     Raises:
@@ -59,7 +59,7 @@ def make_feature_fn(
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {OUTPUTS}, found {output!r}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype of the features: expected one of {DTYPES}, found {dtype!r}")
+        raise ValueError(f"dtype of the features: expected one of {tuple(DTYPES)}, found {dtype!r}")
     params = replicate(params, mesh)
 
     def read(out: VitOutput) -> jax.Array:
@@ -113,18 +113,15 @@ def cached_features(
     """
     key = hashlib.sha256(f"{name} {model_hash} {labelled.manifest_hash()}".encode()).hexdigest()
     path = folder / f"{name}_{key[:24]}.npz"
-    digest = hashlib.sha256()
     if path.exists():
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 features, pixels, found = stored[name], str(stored["pixels"]), str(stored["key"])
         except Exception as error:  # numpy and zipfile raise half a dozen kinds on a damaged file
             raise ValueError(f"{path} is no cache of features that can be read: delete it ({error})") from error
-        for _ in _hashed(_batches(labelled, batch_size), digest):
-            pass
-        if found == key and pixels == digest.hexdigest():
+        if found == key and pixels == pixels_hash(labelled, batch_size):
             return {name: features}
-        digest = hashlib.sha256()
+    digest = hashlib.sha256()
     features = _extract(apply, _hashed(_batches(labelled, batch_size), digest), len(labelled), batch_size, description)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -132,6 +129,14 @@ def cached_features(
         np.savez(file, **{name: features, "key": key, "pixels": digest.hexdigest()})
     temporary.replace(path)
     return {name: features}
+
+
+def pixels_hash(labelled: ImageSet, batch_size: int) -> str:
+    """sha256 over every image's shape and pixels, read batch by batch."""
+    digest = hashlib.sha256()
+    for _ in _hashed(_batches(labelled, batch_size), digest):
+        pass
+    return digest.hexdigest()
 
 
 def _batches(labelled: ImageSet, batch_size: int) -> Iterator[np.ndarray]:

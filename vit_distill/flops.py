@@ -214,7 +214,7 @@ def model_size(config: VitConfig) -> dict[str, int | float]:
 def train_memory(
     student: VitConfig,
     teacher: VitConfig,
-    batch: int,
+    teacher_batch: int,
     micro_batch: int,
     method: str,
     num_trained: int,
@@ -227,14 +227,15 @@ def train_memory(
     """Estimated bytes of training by what they hold, and their "total"; an estimate: XLA fuses and reuses buffers.
 
     Args:
-      batch, micro_batch: images that the teacher and the student's gradient take at once.
+      teacher_batch, micro_batch: images that the teacher and the student's gradient take at once.
       num_trained: trained scalars (`core.tree.num_params`), float32: value, average, two moments and gradient.
       compute_bytes, teacher_bytes: bytes a number of the student's computation and of the teacher.
       ranks: of the adapters; the adapted kernels exist once more merged.
       cached: no teacher in memory.
 
     Activations kept for the gradient: 8 D + 2 M + K N numbers a token and block (Korthikanti et al., arXiv 2205.05198,
-    without dropout).
+    without dropout). K N, the attention weights, are counted always, though fused attention never writes them: there
+    the estimate is too high.
     """
     student_size, teacher_size = (num_params(abstract_params(config)) for config in (student, teacher))
     memory = {
@@ -243,7 +244,7 @@ def train_memory(
         "training state": 5 * 4 * num_trained,
         "merged kernels": 0,
         "activations": compute_bytes * micro_batch * student.depth * _kept_per_block(student),
-        "teacher activations": 0 if cached else teacher_bytes * batch * _kept_per_block(teacher),
+        "teacher activations": 0 if cached else teacher_bytes * teacher_batch * _kept_per_block(teacher),
     }
     if method == "lora":
         shapes = dense_shapes(student)

@@ -21,7 +21,7 @@ from core.provenance import environment
 from core.tree import num_params
 from core.vit import VitConfig
 from vit_distill import flops
-from vit_distill.forward import make_forward, micro_batches
+from vit_distill.forward import forward_parts, make_forward, micro_batches
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
 from vit_distill.student_io import load_teacher_of
 from vit_distill.weight_copy import choose_blocks
@@ -70,10 +70,11 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
     cost = flops.step_cost(student, teacher, train.batch_size, method, lora, accumulation=accumulation, cached=cached)
     dtype = jnp.dtype(train.dtype)
     batch = -(-train.batch_size // devices)
+    teacher_parts = forward_parts(teacher, train.batch_size, devices, train.accumulation)
     memory = flops.train_memory(
         student,
         teacher,
-        batch,
+        -(-batch // teacher_parts),
         -(-batch // accumulation),
         method,
         num_trained,

@@ -17,6 +17,9 @@ import numpy as np
 from core.logs import progress_bar
 from core.mesh import make_mesh, replicate, shard_batch
 from vit_distill.distill import Distiller, make_targets_fn, make_views_fn
+from vit_distill.features import pixels_hash
+
+HASHED = 256  # images that are read at once for their hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
 
     Args:
       images: rows -> uint8 [B, S, S, C] with a length n (a split's `pixels`).
-      manifest_hash: of the images' names and labels; part of the key.
+      manifest_hash: of the images' names and labels; with their pixels part of the key.
       folder: where the features go; None keeps them in memory.
     """
     config = distiller.config
@@ -77,6 +80,7 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
         "teacher": distiller.teacher.report.sha256,
         "preprocessing": dataclasses.asdict(distiller.teacher.preprocessing),
         "images": manifest_hash,
+        "pixels": pixels_hash(images, HASHED),
         "views": num_views,
         "seed": int(config.seed),
         "augment": config.augment.to_dict(),

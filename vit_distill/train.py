@@ -17,7 +17,6 @@ from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from vit_distill.distill import (
-    DTYPES,
     Distiller,
     base_fingerprint,
     build_state,
@@ -27,7 +26,7 @@ from vit_distill.distill import (
     trace_update,
 )
 from vit_distill.evaluate import run_blocks
-from vit_distill.forward import part_size
+from vit_distill.forward import DTYPES, part_size
 from vit_distill.sampling import even_rows
 from vit_distill.teacher_cache import build_cache, cached_batches
 from vit_distill.warm_start import check_targets, warm_start

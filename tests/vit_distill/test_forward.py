@@ -7,7 +7,7 @@ import pytest
 
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import forward as module
-from vit_distill.forward import make_forward, micro_batches, part_size
+from vit_distill.forward import forward_parts, make_forward, micro_batches, part_size
 
 CONFIG = VitConfig(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
 VIT_B = VitConfig(depth=12, width=768, num_heads=12, mlp_dim=3072, patch_size=16, image_size=224)
@@ -40,6 +40,17 @@ def test_several_devices_take_the_batch_whole(params, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", BYTES)
     lowered = jax.jit(make_forward(CONFIG, jnp.float32, read, num_devices=2)).lower(params, np.zeros((4, 16, 16, 3)))
     assert "while" not in lowered.as_text()
+
+
+def test_parts_that_are_asked_for_give_what_the_batch_gives(params):
+    """Strided ones; on one CPU its own rule stands, and a batch that they do not divide stays whole."""
+    images = np.random.default_rng(0).normal(size=(12, 16, 16, 3)).astype(np.float32)
+    whole, parts = (jax.jit(make_forward(CONFIG, jnp.float32, read, 2, parts)) for parts in (1, 3))
+    assert "while" in parts.lower(params, images).as_text()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), parts(params, images), whole(params, images)
+    )
+    assert [forward_parts(CONFIG, 12, devices, 3) for devices in (1, 2, 4, 8)] == [1, 3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def test_what_the_run_would_refuse_the_plan_refuses(change, message: str):
         plan.make_plan(config, TEACHER, rate=RATE)
 
 
+def test_accumulation_cuts_the_teachers_activations_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    config = tiny_config()
+    whole = plan.make_plan(config, TEACHER, rate=RATE)["memory_bytes"]
+    config.train.accumulation = 4
+    parts = plan.make_plan(config, TEACHER, rate=RATE)["memory_bytes"]
+    for name in ("activations", "teacher activations"):
+        assert whole[name] == 4 * parts[name] > 0
+
+
 def test_too_little_memory_is_said():
     found = plan.make_plan(tiny_config(), TEACHER, rate=RATE)
     assert not any("WARNING" in line for line in plan.plan_lines(found))

@@ -310,6 +310,17 @@ def test_one_device_and_eight_give_the_same_update(config, teacher, images):
         np.testing.assert_allclose(leaf, paths(single)[path], atol=2e-5, err_msg=path)
 
 
+def test_the_teacher_takes_a_batch_in_the_parts_of_the_update(config, teacher):
+    """Off one CPU; there the caches say how many."""
+    config.train.accumulation = 2
+    one = build_distiller(config, teacher)
+    two = dataclasses.replace(one, mesh=make_mesh(devices=jax.devices()[:2]))
+    views = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
+    assert "while" in make_targets_fn(two).lower(teacher.params, views).as_text()
+    (found,), (expected,) = (make_targets_fn(it)(teacher.params, views) for it in (two, one))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "targets"), [("last", 1), ("aligned", 2)])
 def test_cached_features_are_those_of_the_teacher_on_the_same_views(kind, targets, config, teacher, images):
     config.loss.blocks, config.train.cached_views, config.train.batch_size = kind, 2, 8
@@ -335,10 +346,14 @@ def test_cached_features_are_reused_for_the_same_run_alone(config, teacher, imag
     again = build_cache(distiller, images.pixels, "hash", tmp_path)
     assert np.array_equal(first.features, again.features)
     monkeypatch.undo()
+    edited = images.pixels.images(np.arange(12))
+    edited[7, 0, 0] ^= 255  # of the same name
+    build_cache(distiller, ArrayPixels(edited, None, STORED), "hash", tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
     config.seed = 1  # other crops
     other = build_cache(build_distiller(config, teacher), images.pixels, "hash", tmp_path)
     assert not np.allclose(first.features, other.features)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert len(list(tmp_path.glob("*.npy"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -401,6 +416,16 @@ def test_training_all_weights_keeps_the_teachers_head(method, config, teacher, i
     trained, _ = run_one(distiller, {"image": images.images(np.arange(8))}, steps=2)
     assert leaves_equal(distiller.merged(trained)["head"], params["head"])
     assert not leaves_equal(distiller.merged(trained)["block_00"], distiller.base["block_00"])
+
+
+@pytest.mark.parametrize("target", ["pre_norm", "post_norm"])
+def test_a_student_from_scratch_has_the_teachers_norm_where_no_loss_reaches_it(target, config, teacher, images):
+    config.student.method, config.loss.target = "scratch", target
+    distiller = build_distiller(config, teacher)
+    trained, _ = run_one(distiller, {"image": images.images(np.arange(8))})
+    expected = teacher.params if target == "pre_norm" else trained
+    assert leaves_equal(distiller.merged(trained)["norm"], expected["norm"])
+    assert not leaves_equal(distiller.base["norm"], teacher.params["norm"])
 
 
 def test_comparing_in_batches_changes_nothing(config, teacher, images, monkeypatch):
