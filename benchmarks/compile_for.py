@@ -5,14 +5,17 @@
 
 Nothing is run: a row says that a program compiles for the device, what memory of a chip it takes (arguments, results
 that do not reuse them, intermediates, code) and what the chips exchange. Neither speed nor results follow from it.
-Without the device XLA cannot try kernels: on a GPU it may choose others there. Writes
-benchmarks/results/compile_<target>.json; with --programs nothing is written.
+Without the device XLA cannot try kernels: on a GPU it may choose others there. Writes each row as it comes to
+benchmarks/results/compile_<target>.json, whose rows of other programs stay. Programs that split experts over more chips
+than the target has are left out.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
+import json
 import os
 import re
 import time
@@ -26,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.record import write_record
+from benchmarks.record import RESULTS, write_record
 from configs import common
 from configs.mtl_moe import bmad
 from core import attention
@@ -85,7 +88,7 @@ def on(backend: str, devices: list[jax.Device]) -> Iterator[None]:
 
 def placed(shapes: Any, mesh: Mesh, axis: str | None = None) -> Any:
     """Arrays or shapes as ShapeDtypeStructs, their first axis split over `axis`; replicated without."""
-    sharding = NamedSharding(mesh, P(axis))
+    sharding = NamedSharding(mesh, P(axis) if axis else P())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
@@ -183,7 +186,8 @@ def compiled_row(name: str) -> dict[str, Any]:
     traced = time.perf_counter()
     compiled = lowered.compile()
     seconds = {"trace_seconds": traced - start, "compile_seconds": time.perf_counter() - traced}
-    return {"program": name, **options, **{k: round(v, 1) for k, v in seconds.items()}, **facts(compiled)}
+    row = {"program": name, "date": datetime.date.today().isoformat(), **options}
+    return row | {name: round(value, 1) for name, value in seconds.items()} | facts(compiled)
 
 
 def main() -> None:
@@ -197,7 +201,8 @@ def main() -> None:
         parser.error(f"--programs: expected some of {', '.join(PROGRAMS)}, found {', '.join(unknown)}")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it counts the GPUs of this machine
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the same of TPUs
-    target, rows = TARGETS[args.target], []
+    target, path = TARGETS[args.target], RESULTS / f"compile_{args.target}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     try:
         devices = target.devices()
     except (NotImplementedError, RuntimeError) as error:
@@ -205,11 +210,13 @@ def main() -> None:
         raise SystemExit(f"no compiler for {args.target}: pip install 'jax[{extra}]' ({error})") from error
     with on(target.backend, devices):
         for name in names:
-            rows.append(compiled_row(name))
-            print(", ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    if not args.programs:
-        command = f"python -m benchmarks.compile_for --target={args.target}"
-        write_record(f"compile_{args.target}", command, rows, ("jax", "jaxlib", "flax", "optax"))
+            if PROGRAMS[name][1].get("expert", 1) > len(devices):
+                continue
+            row = compiled_row(name)
+            print(", ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            rows = [other for other in rows if other["program"] != name] + [row]
+            command = f"python -m benchmarks.compile_for --target={args.target}"
+            write_record(path.stem, command, rows, ("jax", "jaxlib", "flax", "optax"))
 
 
 if __name__ == "__main__":
