@@ -44,15 +44,15 @@ def export(system: System, trained: Trained, images: np.ndarray, folder: Path) -
     # One device, whatever was trained on.
     single = dataclasses.replace(system, model=system.model.clone(mesh=None))
     params, extra = jax.device_get((trained.params, trained.extra))
-    score_fn = make_score_fn(single)
+    # The precision becomes part of the program: in float32 it gives the same scores on every machine.
+    score_fn = make_score_fn(single, precision="highest")
     batch = images[np.arange(system.config.score.batch_size) % len(images)]
 
     def outputs(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
         texture = grey_log_mean_gradient(to_float(images).mean(axis=-1))
         return score_fn(params, extra, images) | {"texture": texture}
 
-    # The precision becomes part of the program: it gives the same scores on every machine.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # float32 products of a bfloat16 detector too
         expected = jax.device_get(jax.jit(outputs)(params, extra, batch))
         program = jax.export.export(jax.jit(lambda images: outputs(params, extra, images)), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct(batch.shape, jnp.uint8)

@@ -1,6 +1,7 @@
 """The exported program alone gives the detector's raw scores and maps."""
 
 import json
+import re
 
 import jax
 import jax.export
@@ -39,6 +40,9 @@ def test_the_file_scores_as_the_detector_does(small_run):
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["texture"], log_mean_gradient(images), rtol=1e-5)
+    products = re.findall(r"stablehlo\.dot_general.*", program.mlir_module())
+    assert any("f32>" in line for line in products)
+    assert all("[HIGHEST, HIGHEST]" in line for line in products), "other machines may round the operands"
 
 
 def test_a_program_that_differs_is_not_written(small_run, tmp_path, monkeypatch):
