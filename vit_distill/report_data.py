@@ -10,6 +10,7 @@ _BLOCK_KEYS = {"block", "teacher_block", "l1", "cosine", "cka"}
 _ROW_KEYS = {
     "row", "title", "ratio", "reduction", "n", "accuracy", "accuracy_std", "valid_accuracy", "l1", "l1_std", "params",
     "gflops", "num_trained", "learning_rate", "at_grid_edge",
+    "probe_at_grid_edge",
 }  # fmt: skip
 
 
