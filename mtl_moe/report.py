@@ -203,8 +203,8 @@ def _thresholds(results: ReportData) -> Markup:
 
 
 def _cases(results: ReportData) -> Markup:
-    ramp = figures.map_colors(np.linspace(0, figures.MAP_LIMIT, 256))
-    limit = int(figures.MAP_LIMIT)
+    ramp = figures.map_colors(np.linspace(0, figures.COLOR_LIMIT, 256))
+    limit = int(figures.COLOR_LIMIT)
     ticks = ["0", *(str(i) for i in range(1, limit)), f"≥{limit}"]
     bar = page.color_bar(ramp, ticks, "0: median of the calibration normals · 1: their 95th percentile")
     intro = (

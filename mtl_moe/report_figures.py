@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from core.report import COLORS, new_axes
 
-MAP_LIMIT = 3.0  # upper end of every map's colour scale, in calibrated units
+COLOR_LIMIT = 3.0  # upper end of every map's colour scale, in calibrated units
 OVERLAY_OPACITY = (
     0.65  # of the overlay where the map is 1 or more; it fades to none at 0, so normal tissue stays as it is
 )
@@ -24,8 +24,8 @@ TASK_MAP_SIDE = 88
 
 
 def map_colors(values: np.ndarray) -> np.ndarray:
-    """Map values of any shape S in calibrated units -> uint8 [*S, 3], on the fixed scale 0..MAP_LIMIT, clipped."""
-    return colormaps["inferno"](np.clip(values / MAP_LIMIT, 0, 1), bytes=True)[..., :3]
+    """Map values of any shape S in calibrated units -> uint8 [*S, 3], on the fixed scale 0..COLOR_LIMIT, clipped."""
+    return colormaps["inferno"](np.clip(values / COLOR_LIMIT, 0, 1), bytes=True)[..., :3]
 
 
 def resize(pixels: np.ndarray, side: int, resample: Image.Resampling) -> np.ndarray:
