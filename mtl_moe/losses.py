@@ -32,7 +32,7 @@ def make_corrupt_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Call
     Images are float32 [B, H, W, C] in [0, 1]; inputs are the model's, one view a task [1, B, H, W, C + 1]; targets are
     what `Task.loss` takes. Both are dicts by task name.
     """
-    augments = [config.tasks.get(task.name, {}).get("augment", "none") for task in tasks]
+    augments = [config.tasks[task.name].augment for task in tasks]
 
     def corrupt(extra: Any, images: jax.Array, key_augment: jax.Array, key_tasks: jax.Array) -> Any:
         # One augmented copy for all tasks that ask for the same kind: pseudo-labels are computed once for it.
@@ -62,7 +62,7 @@ def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callabl
         raise ValueError(
             f"train.scale_steps={config.train.scale_steps}: expected at least 1 update to measure scales on"
         )
-    weights = jnp.array([config.tasks.get(task.name, {}).get("weight", 1.0) for task in tasks], jnp.float32)
+    weights = jnp.array([config.tasks[task.name].weight for task in tasks], jnp.float32)
     corrupt = make_corrupt_fn(model, config, tasks)
 
     def loss_fn(params: Any, extra: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:

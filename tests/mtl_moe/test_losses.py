@@ -131,6 +131,14 @@ def test_augmentation_is_a_tasks_own(config, batch):
         call(make(config)[0], params(), extra, batch, 0)
 
 
+@pytest.mark.parametrize("field", ["weight", "augment"])
+def test_a_task_without_a_field_of_the_loss_is_an_error(config, field):
+    with config.unlocked():
+        del config.tasks.denoise[field]
+    with pytest.raises(AttributeError, match=field):
+        make(config)
+
+
 def test_corruption_is_a_function_of_the_key(config, batch):
     loss_fn, model, extra = make(config)
     views = []
