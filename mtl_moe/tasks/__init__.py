@@ -1,6 +1,7 @@
 """Proxy tasks, one file each. A new one is a file here and a line in TASKS (see docs/extending.md)."""
 
 import dataclasses
+import logging
 from typing import Any
 
 from mtl_moe.tasks.base import Geometry, Head, Task, Teacher
@@ -24,6 +25,8 @@ TASKS = {
     "self_distill": SelfDistill,
 }
 
+SCORED_RATIO = 0.5  # of the patches, hidden in each of the two views of `base.hidden_views`
+
 __all__ = ["TASKS", "Geometry", "Head", "Task", "Teacher", "build_tasks"]
 
 
@@ -45,4 +48,10 @@ def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:
         if set(options) - known:
             raise ValueError(f"tasks.{name}: unknown options {sorted(set(options) - known)}, known: {sorted(known)}")
         built.append(TASKS[name](geometry=geometry, **options))
+        if (ratio := getattr(built[-1], "ratio", SCORED_RATIO)) != SCORED_RATIO:
+            logging.warning(
+                "tasks.%s.ratio=%g: images are always scored with %g of their patches hidden, a share that the network "
+                "is then not trained on",
+                *(name, ratio, SCORED_RATIO),
+            )
     return tuple(built)

@@ -447,3 +447,12 @@ def test_impossible_options_are_errors():
             make_task("synthetic", families=families)
     with pytest.raises(ValueError, match="unknown options"):
         build_tasks(tasks_config(["masked"], masked={"radius": 1}), GEOMETRY)
+
+
+@pytest.mark.parametrize("name", ["masked", "cluster", "self_distill"])
+def test_another_share_of_hidden_patches_than_is_scored_is_warned_of(name, caplog):
+    build_tasks(tasks_config([name, "denoise"], **{name: {"ratio": 0.5}}), GEOMETRY)
+    assert not caplog.records
+    (task,) = build_tasks(tasks_config([name], **{name: {"ratio": 0.75}}), GEOMETRY)
+    assert f"tasks.{name}.ratio=0.75: images are always scored with 0.5 of their patches hidden" in caplog.text
+    assert task.views(make_images())[..., -1].mean() == 0.5
