@@ -168,7 +168,7 @@ def _texture(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Arr
     key_coarse, key_fine, key_mix, key_amplitude = jax.random.split(key, 4)
     batch, size = images.shape[:2]
     mix = jax.random.uniform(key_mix, (batch, 1, 1, 1))
-    coarse = base.coarse_noise(key_coarse, batch, size, max(size // 8, 4))
+    coarse = base.coarse_noise(key_coarse, batch, size, 8)
     fine = base.coarse_noise(key_fine, batch, size, max(size // 3, 4))
     return images + _amplitude(key_amplitude, batch, 0.05, 0.25) * (mix * coarse + (1 - mix) * fine)
 
@@ -192,7 +192,8 @@ def _deform(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Arra
 def _haze(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array, radius: jax.Array) -> jax.Array:
     """Structure smoothed away and veiled: consolidation, oedema, loss of texture."""
     key_level, key_veil = jax.random.split(key)
-    smooth = base.box_filter(base.box_filter(images, 7), 7)
+    window = max(3, images.shape[1] // 9 | 1)  # 7 of 64 pixels
+    smooth = base.box_filter(base.box_filter(images, window), window)
     level = _mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.0, 0.3)
     veil = jax.random.uniform(key_veil, (images.shape[0], 1, 1, 1), minval=0.1, maxval=0.8)
     return smooth + veil * (level - smooth)

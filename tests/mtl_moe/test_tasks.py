@@ -417,6 +417,17 @@ def test_body_mask_covers_an_image_without_surround_whole():
     assert np.all(np.asarray(base.body_mask(jnp.zeros((1, SIZE, SIZE, 1)))) == 1)
 
 
+def test_body_mask_holds_what_is_dark_within_and_keeps_to_a_small_organ():
+    row, column = np.indices((64, 64)) - 32
+    radius = np.hypot(row, column)
+    ring = np.where((radius > 12) & (radius < 24), 0.5, 0.0)  # air or fluid within
+    body = np.asarray(base.body_mask(jnp.asarray(ring, jnp.float32)[None, ..., None]))[0, ..., 0]
+    assert np.all(body[radius < 22] == 1)
+    assert np.all(body[radius > 28] == 0)
+    small = np.asarray(base.body_mask(jnp.asarray(radius < 5, jnp.float32)[None, ..., None]))
+    assert 0.01 < small.mean() < 0.06  # not everything: it is more than nothing
+
+
 def test_box_filter_is_scipys():
     images = make_images()
     wanted = ndimage.uniform_filter(np.asarray(images), (0, 5, 5, 0), mode="nearest")
