@@ -22,11 +22,11 @@ from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
 from core.workdir import check_config
 from input_pipeline.dataset import Dataset, Split
-from mtl_moe.calibration import Calibration, fit_calibration, fit_scores
+from mtl_moe.calibration import Calibration, fit_calibration, fit_folds, fit_scores
 from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
-from mtl_moe.painted import by_kind, criteria, painted_auroc
+from mtl_moe.painted import KINDS, by_kind, criteria, painted_auroc
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
@@ -160,24 +160,43 @@ class Measured:
 
 def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] = ()) -> Measured:
     """Measures scores under a calibration of the stored normals, without the named evidences."""
-    corrected = {name: calibration.corrected(scored.raw, scored.texture) for name, scored in stored.scored.items()}
+    normals, images, test = (stored.scored[part] for part in ("calibration", "painted", "test"))
     keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
+    evidences = calibration.names[:-1], calibration.kinds[:-1], calibration.slope != 0
+    _, folds = fit_folds(*evidences, calibration.fusion, normals.raw, normals.texture)
 
-    fused = {name: calibration.fuse(scores, leave_out) for name, scores in corrected.items()}
-    # The fit that a normal is part of finds it more normal than it finds a new image.
-    normals = _refitted(stored, calibration, calibration.slope != 0, leave_out).fused
+    def unseen(scored: Scored, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corrected [N, K] and fused [N] scores of images that were made of the normals `sources` [N]."""
+        # The fit that a normal is part of finds it, painted or not, more normal than it finds a new image.
+        corrected, fused = np.empty((len(sources), len(calibration.names))), np.empty(len(sources))
+        for fold, others in folds:
+            rows = np.isin(sources, fold)
+            corrected[rows] = others.corrected(scored.raw[rows], scored.texture[rows])
+            fused[rows] = others.fuse(corrected[rows], leave_out)
+        return corrected, fused
+
+    _, clean = unseen(normals, np.arange(len(normals.raw)))
+    corrected, fused = unseen(images, _sources(len(normals.raw), len(images.raw)))
+    painted = {FUSED: fused} | {name: corrected[:, i] for name, i in keep.items()}
+    corrected = calibration.corrected(test.raw, test.texture)
+    scores = calibration.fuse(corrected, leave_out)
     return Measured(
         test={
-            "image_auroc": auroc(fused["test"], stored.labels),
-            "image_ap": average_precision(fused["test"], stored.labels),
-            "normal_vs_calibration": auroc_between(normals, fused["test"][stored.labels == 0]),
-            "abnormal_vs_calibration": auroc_between(normals, fused["test"][stored.labels == 1]),
+            "image_auroc": auroc(scores, stored.labels),
+            "image_ap": average_precision(scores, stored.labels),
+            "normal_vs_calibration": auroc_between(clean, scores[stored.labels == 0]),
+            "abnormal_vs_calibration": auroc_between(clean, scores[stored.labels == 1]),
         },
-        evidences={name: auroc(corrected["test"][:, i], stored.labels) for name, i in keep.items()},
-        painted={FUSED: painted_auroc(by_kind(fused["painted"]))}
-        | {name: painted_auroc(by_kind(corrected["painted"][:, i])) for name, i in keep.items()},
-        scores=fused["test"],
+        evidences={name: auroc(corrected[:, i], stored.labels) for name, i in keep.items()},
+        painted={name: painted_auroc(by_kind(values)) for name, values in painted.items()},
+        scores=scores,
     )
+
+
+def _sources(num_normals: int, num_painted: int) -> np.ndarray:
+    """Which of the calibration normals each row of `mtl_moe.painted.painted_normals` was made of, int [num_painted]."""
+    each = np.linspace(0, num_normals - 1, num_painted // len(KINDS)).round().astype(int)
+    return np.tile(each, len(KINDS))
 
 
 def load_trained(folder: Path, tasks: Sequence[Task], fusion: str) -> tuple[Stored, Calibration]:
@@ -215,16 +234,5 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
 
     For image scores only.
     """
-    return _refitted(stored, calibration, np.zeros(len(calibration.slope), bool))
-
-
-def _refitted(
-    stored: Stored, calibration: Calibration, corrected: np.ndarray, leave_out: Sequence[str] = ()
-) -> Calibration:
-    """The calibration fitted anew on the same normals.
-
-    Args:
-      corrected: which of the S evidences lose their fit on texture.
-    """
     names, kinds, normals = calibration.names[:-1], calibration.kinds[:-1], stored.scored["calibration"]
-    return fit_scores(names, kinds, corrected, calibration.fusion, normals.raw, normals.texture, leave_out)
+    return fit_scores(names, kinds, np.zeros(len(names), bool), calibration.fusion, normals.raw, normals.texture)

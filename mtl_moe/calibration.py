@@ -226,7 +226,6 @@ def fit_scores(
     fusion: str,
     raw: np.ndarray,
     texture: np.ndarray,
-    leave_out: Sequence[str] = (),
 ) -> Calibration:
     """The calibration of image scores; maps keep their scale.
 
@@ -234,7 +233,23 @@ def fit_scores(
       names, kinds: of the S evidences with a map.
       top: which of them lose their fit on texture.
       raw, texture: [n, S] and [n].
-      leave_out: names of evidences that are not in the calibration normals' fused scores.
+    """
+    whole, folds = fit_folds(names, kinds, top, fusion, raw, texture)
+    fused = [others.fuse(others.corrected(raw[fold], texture[fold])) for fold, others in folds]
+    return dataclasses.replace(whole, fused=np.concatenate(fused))
+
+
+def fit_folds(
+    names: Sequence[str],
+    kinds: Sequence[str],
+    top: Sequence[bool],
+    fusion: str,
+    raw: np.ndarray,
+    texture: np.ndarray,
+) -> tuple[Calibration, list[tuple[np.ndarray, Calibration]]]:
+    """Arguments as of `fit_scores` -> the fit on all normals, and for each fold its rows [m] and the fit on the others.
+
+    None of these has the calibration normals' fused scores.
     """
     raw, texture = raw.astype(np.float64), texture.astype(np.float64)
     plain = _plain(texture)
@@ -262,11 +277,8 @@ def fit_scores(
         return dataclasses.replace(calibration, reference=reference, tail=tail)
 
     rows = np.arange(len(raw))
-    fused = []
-    for fold in np.array_split(rows, min(len(rows), FOLDS)):
-        others = fit(np.setdiff1d(rows, fold))
-        fused.append(others.fuse(others.corrected(raw[fold], texture[fold]), leave_out))
-    return dataclasses.replace(fit(rows), fused=np.concatenate(fused))
+    folds = np.array_split(rows, min(len(rows), FOLDS))
+    return fit(rows), [(fold, fit(np.setdiff1d(rows, fold))) for fold in folds]
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

@@ -205,6 +205,13 @@ def make_tasks(names: tuple[str, ...] = TASKS) -> Any:
     return build_tasks(config.tasks, build_system(config).tasks[0].geometry)
 
 
+def fit_without(stored: Stored, fusion: str, row: int) -> Any:
+    """The calibration by the normals that are not in the fold of `row`: of 40 normals each fold has two."""
+    normals, fold = stored.scored["calibration"], [row // 2 * 2, row // 2 * 2 + 1]
+    raw, texture = (np.delete(part, fold, 0) for part in (normals.raw, normals.texture))
+    return fit_calibration(make_tasks(), fusion, raw, texture)
+
+
 def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     stored, calibration = make_stored(1.0)
     stored.save(tmp_path / "scores.npz")
@@ -220,12 +227,16 @@ def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
     assert found.test["image_auroc"] == pytest.approx(roc_auc_score(stored.labels, found.scores))
     names = fused_names(make_tasks())
     assert found.evidences[names[1]] == pytest.approx(roc_auc_score(stored.labels, corrected[:, 1]))
+    # Clean and painted rows are scored by the fit without the normal they were made of.
     painted = stored.scored["painted"]
-    rows = calibration.corrected(painted.raw, painted.texture)
-    for name, column in ((FUSED, calibration.fuse(rows)), (names[2], rows[:, 2])):
-        clean, mass = column[:10], column[10 * KINDS.index("mass") : 10 * KINDS.index("mass") + 10]
-        expected = roc_auc_score(np.repeat([0, 1], 10), np.concatenate([clean, mass]))
-        assert found.painted[name]["mass"] == pytest.approx(expected)
+    fits = [fit_without(stored, "tail", row) for row in np.linspace(0, 39, 10).round().astype(int)] * len(KINDS)
+    rows = np.concatenate([fit.corrected(painted.raw[[i]], painted.texture[[i]]) for i, fit in enumerate(fits)])
+    fused = np.concatenate([fit.fuse(rows[[i]]) for i, fit in enumerate(fits)])
+    for name, column in ((FUSED, fused), (names[2], rows[:, 2])):
+        clean, *others = np.split(column, len(KINDS))
+        for family, scores in zip(KINDS[1:], others, strict=True):
+            expected = roc_auc_score(np.repeat([0, 1], 10), np.concatenate([clean, scores]))
+            assert found.painted[name][family] == pytest.approx(expected)
 
     less = measure(read, loaded, leave_out=names[:1])
     np.testing.assert_array_equal(less.scores, calibration.fuse(corrected, leave_out=names[:1]))
@@ -240,14 +251,30 @@ def test_calibration_normals_are_compared_as_new_images_are(fusion, leave_out):
     calibration = dataclasses.replace(calibration, fusion=fusion)
     names = [calibration.names[i] for i in leave_out]
     normals, fused = stored.scored["calibration"], []
-    for start in range(0, 40, 2):  # twenty folds
-        raw, texture = (np.delete(part, [start, start + 1], 0) for part in (normals.raw, normals.texture))
-        others, fold = fit_calibration(make_tasks(), fusion, raw, texture), slice(start, start + 2)
+    for start in range(0, 40, 2):
+        others, fold = fit_without(stored, fusion, start), slice(start, start + 2)
         fused.append(others.fuse(others.corrected(normals.raw[fold], normals.texture[fold]), names))
     found = measure(stored, calibration, names)
     for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
         wanted = auroc_between(np.concatenate(fused), found.scores[stored.labels == label])
         assert found.test[name] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_defects_that_do_nothing_are_not_noticed():
+    """Normals painted with nothing but other noise are as odd as they were, on average over seeds."""
+    found = []
+    for seed in range(40):
+        stored, _ = make_stored(0.0, seed)
+        rng = np.random.default_rng((seed, 2))
+        texture = rng.normal(size=20 * len(KINDS))
+        raw = rng.normal(size=(len(texture), 3)) + texture[:, None]
+        clean = Scored(raw[:20], texture[:20])
+        stored = dataclasses.replace(
+            stored, scored={**stored.scored, "calibration": clean, "painted": Scored(raw, texture)}
+        )
+        measured = measure(stored, fit_calibration(make_tasks(), "tail", clean.raw, clean.texture))
+        found.append(np.mean([*measured.painted[FUSED].values()]))
+    assert np.mean(found) == pytest.approx(0.5, abs=0.03), "0.55 by a fit that the clean rows are part of"
 
 
 def test_uncorrected_scores_keep_their_texture():
@@ -437,7 +464,13 @@ def test_end_to_end_and_finished_cells_are_not_run_again(config, tmp_path, monke
     assert "top_1" in page
     assert (workdir / "table.png").stat().st_size > 10_000
     cell = workdir / "cells" / "base_seed0"
-    assert read_stored(cell / "scores.npz").scored["painted"].raw.shape == (5 * len(KINDS), 3)
+    scored = read_stored(cell / "scores.npz").scored
+    assert scored["painted"].raw.shape == (5 * len(KINDS), 3)
+    sources = ablation_cell._sources(len(scored["calibration"].raw), 5 * len(KINDS))
+    assert len(scored["calibration"].raw) == 6
+    normals = scored["calibration"].texture[sources[:5]]  # the clean rows' images, found again without being stored
+    np.testing.assert_allclose(scored["painted"].texture[:5], normals, rtol=1e-6)
+    assert len(np.unique(normals)) == 5
     check_config(cell_config(config, Row("base", {}), 0), cell, ())
 
     def fail(*args: Any) -> None:
