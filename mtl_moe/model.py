@@ -121,21 +121,23 @@ class Detector(nn.Module):
             else:
                 x, _ = block(x)
 
-        x = rearrange(x, "(b v) n d -> v b n d", b=batch)
+        x = rearrange(x, "(b v) n d -> b v n d", b=batch)
         outputs, start = {}, 0
         for (_, task), count in zip(tasks, counts, strict=True):
-            outputs[task.name] = self._head(task, x[start : start + count], inputs[task.name])
+            views = inputs[task.name].swapaxes(0, 1)
+            outputs[task.name] = self._head(task, x[:, start : start + count], views).swapaxes(0, 1)
             start += count
         return outputs, aux
 
     def _head(self, task: Task, x: jax.Array, views: jax.Array) -> jax.Array:
-        """Tokens [V, B, N, D] and the views they were made from to the output: layer norm and one linear layer.
+        """Tokens [B, V, N, D] and the views they were made from [B, V, H, W, C + 1] to the output [B, V, ...]: layer
+        norm and one linear layer.
 
         Heads of pixels have a hidden layer that also reads the patch's own pixels, as the skip connections of a U-Net
         do: tokens need not carry every detail, and an error is a change the model wants, not what it could not store.
         Hidden pixels are grey there as in the view.
         """
-        num_views, batch, tokens, width = x.shape
+        batch, num_views, tokens, width = x.shape
         patch = self.config.patch_size
         pixels = task.head.kind == "pixels"
         dim = task.head.dim * (patch**2 if pixels else 1)
@@ -146,12 +148,12 @@ class Detector(nn.Module):
             flat = jnp.concatenate([flat, detail.reshape(flat.shape[0], -1)], axis=-1)
             flat = jax.nn.gelu(Dense((2 * width,), dtype=self.dtype, name=f"detail_{task.name}")(flat))
         out = Dense((dim,), dtype=self.dtype, name=f"head_{task.name}")(flat)
-        out = out.reshape(num_views * batch, tokens, dim).astype(jnp.float32)
+        out = out.reshape(batch * num_views, tokens, dim).astype(jnp.float32)
         if pixels:
             out = unpatchify(out, patch, self.image_size)
         else:
             out = rearrange(out, "r (h w) d -> r h w d", h=self.image_size // patch)
-        return out.reshape(num_views, batch, *out.shape[1:])
+        return out.reshape(batch, num_views, *out.shape[1:])
 
 
 def _expert_mlp(
