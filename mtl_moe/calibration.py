@@ -27,6 +27,7 @@ from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import EPS
 
 FUSIONS = ("tail", "robust_z", "max", "mean")
+SCORING = 2  # raised where raw scores or maps become others: normals scored before say nothing about images scored now
 TEXTURE = "texture"  # name of the evidence that no task gives
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 FOLDS = 20  # of the calibration normals, each scored by a fit on the others; consecutive rows, so mostly whole patients
@@ -123,7 +124,7 @@ class Calibration:
         """Writes all fields and the checkpoint's step as .npz, beside and renamed."""
         fields = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
         temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, step=step, **fields)
+        np.savez(temporary, step=step, scoring=SCORING, **fields)
         temporary.replace(path)
 
 
@@ -141,6 +142,8 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values = {name: stored[name] for name in stored.files}
+        if (scoring := int(values.pop("scoring", 1))) != SCORING:
+            raise ValueError(f"scores of kind {scoring}, now they are of kind {SCORING}")
         found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
         calibration = Calibration(
             **values

@@ -293,12 +293,12 @@ def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
             load_calibration(path, ALL_NAMES, 7)
     path.write_bytes(whole)
     with np.load(path) as file:
-        older = {name: file[name] for name in file.files if name != "kinds"}
-    np.savez(path, **older)
-    with pytest.raises(
-        ValueError, match=r"calibration.npz is damaged or of an earlier version .*--mode=evaluate again"
-    ):
-        load_calibration(path, ALL_NAMES, 7)
+        stored = dict(file)
+    for name, reason in (("kinds", "kinds"), ("scoring", "scores of kind 1, now they are of kind 2")):
+        np.savez(path, **{key: value for key, value in stored.items() if key != name})
+        again = rf"calibration.npz is damaged or of an earlier version .*{reason}.*--mode=evaluate again"
+        with pytest.raises(ValueError, match=again):
+            load_calibration(path, ALL_NAMES, 7)
     np.savez(path, names=np.array(ALL_NAMES), step=7)
     with pytest.raises(ValueError, match=r"calibration.npz is damaged .*run --mode=evaluate again"):
         load_calibration(path, ALL_NAMES, 7)
