@@ -92,28 +92,6 @@ def training_step(config: Any, dispatch: str = "auto") -> tuple[Callable[[], Any
     return step, system, parameters
 
 
-def train_gflop(system: Any) -> float:
-    """GFLOPs of matrix products for one training image: one view a task forward and backward, pseudo-labels forward.
-
-    2 FLOPs a multiplication and addition; the backward pass counts twice the forward. An expert block counts the
-    experts that a token is sent to and the shared one, whatever a dispatch computes beyond that.
-    """
-    config, geometry, tasks = system.model.config, system.tasks[0].geometry, system.tasks
-    tokens, width = geometry.grid**2, config.width
-    patch = config.patch_size**2 * (geometry.channels + 1)
-    attention = 4 * width**2 + 2 * tokens * width
-    trunk = patch * width + config.num_dense_layers * (attention + 2 * width * config.mlp_dim)
-    active = (config.top_k + config.shared_expert) * 2 * width * config.expert_dim
-    row = trunk + (config.num_moe_layers + config.num_neck_layers) * (attention + active + width * config.num_experts)
-    total = 3 * len(tasks) * row
-    for task in tasks:
-        pixels = task.head.kind == "pixels"
-        hidden = (width + patch) * 2 * width + 2 * width * task.head.dim * config.patch_size**2
-        total += 3 * (hidden if pixels else width * task.head.dim)
-    total += trunk if any(task.needs_teacher for task in tasks) else 0
-    return 2 * tokens * total / 1e9
-
-
 def matched_width(side: str, parameters: int, image_size: int) -> int:
     """The width with which a peer has the number of parameters nearest to `parameters`."""
     import torch

@@ -223,8 +223,10 @@ def detector(dispatch: str, batches: Sequence[int], smoke: bool) -> Iterator[Row
 
     A row is there before a larger batch is tried, which may take all memory or be ended by its time.
     """
-    from benchmarks.detector import smoke_config, train_gflop, training_step
+    from benchmarks.detector import smoke_config, training_step
     from configs import common
+    from mtl_moe.cost import train_macs
+    from mtl_moe.model import build_geometry
 
     for batch in [2] if smoke else batches:
 
@@ -234,7 +236,8 @@ def detector(dispatch: str, batches: Sequence[int], smoke: bool) -> Iterator[Row
             step, system, parameters = training_step(config, dispatch)
             row = _jax_timed(step, smoke)
             row |= {"images_per_second": round(batch / row["ms"] * 1e3, 1), "parameters": parameters}
-            return row | {"tasks": len(system.tasks), "gflop_per_image": round(train_gflop(system), 2)}
+            gflop = 2e-9 * train_macs(system.model.config, system.tasks, build_geometry(config))
+            return row | {"tasks": len(system.tasks), "gflop_per_image": round(gflop, 2)}
 
         row = attempt({"side": dispatch, "batch": batch}, measure)
         yield row

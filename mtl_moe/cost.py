@@ -1,4 +1,4 @@
-"""What scoring an image costs: multiply-adds of the matrix products, counted from sizes alone.
+"""What an image costs in scoring and in training: multiply-adds of the matrix products, counted from sizes alone.
 
 Norms, softmax, the router's choice, the corruptions and the reductions are left out. Axes: N tokens, D width, V views
 of a task, E experts, T tasks.
@@ -17,14 +17,28 @@ from mtl_moe.teacher import needs_teacher
 
 def score_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -> int:
     """Multiply-adds of all inference views of one image, heads and pseudo-label teacher included."""
+    image = jnp.zeros((1, geometry.image_size, geometry.image_size, geometry.channels))
+    counts = [jax.eval_shape(task.views, image).shape[0] for task in tasks]
+    return _views_macs(config, tasks, geometry, counts)
+
+
+def train_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -> int:
+    """Multiply-adds of one training image: a view a task forward and backward, pseudo-labels forward.
+
+    The backward pass counts twice the forward. An expert block counts the experts that a token is sent to and the
+    shared one, whatever a dispatch computes beyond that.
+    """
+    return _views_macs(config, tasks, geometry, [3] * len(tasks))
+
+
+def _views_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry, counts: Sequence[int]) -> int:
+    """Multiply-adds of `counts` forward passes of a view of each task, and of the pseudo-label teacher's one."""
     tokens, width = geometry.grid**2, config.width
     embed = tokens * geometry.patch_size**2 * (geometry.channels + 1) * width
     attention = 4 * tokens * width**2 + 2 * tokens**2 * width
     trunk = embed + config.num_dense_layers * (attention + 2 * tokens * width * config.mlp_dim)
     expert = attention + _expert_mlp_macs(config, tokens, len(tasks))
     view = trunk + (config.num_moe_layers + config.num_neck_layers) * expert
-    image = jnp.zeros((1, geometry.image_size, geometry.image_size, geometry.channels))
-    counts = [jax.eval_shape(task.views, image).shape[0] for task in tasks]
     total = sum(count * (view + _head_macs(task, geometry)) for count, task in zip(counts, tasks, strict=True))
     return total + (trunk if needs_teacher(tasks) else 0)
 

@@ -12,10 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import gpu, gpu_jobs, stand_in
-from benchmarks.detector import detector_state, smoke_config, train_gflop
+from benchmarks.detector import detector_state, smoke_config
 from benchmarks.gpu_jobs import JOBS, attempt, timed
 from configs import common
 from core.tree import paths
+from mtl_moe.cost import train_macs
+from mtl_moe.model import build_geometry
+from mtl_moe.system import build_system
 from vit_distill.flops import FLOPS_PER_MAC, step_cost
 from vit_distill.formats.architectures import architecture_config
 from vit_distill.lora import TARGETS, LoraConfig
@@ -75,11 +78,17 @@ def test_constants_agree_with_the_cost_model(model: str):
     assert gpu.GFLOP_PER_IMAGE[model] == pytest.approx(gflop, rel=0.06)
 
 
-def test_gflops_of_a_detector_update_are_those_of_its_kernels():
-    system, state, _ = detector_state(smoke_config())
+@pytest.mark.parametrize(
+    "control", [{}, {"mlp": "dense_params"}, {"router": "per_task"}, {"router": "fixed", "top_k": 1}]
+)
+def test_multiply_adds_of_a_detector_update_are_those_of_its_kernels(control: dict[str, Any]):
+    options = smoke_config()
+    options.model.update(control)
+    system = build_system(options)
+    params = jax.eval_shape(system.init_params, jax.random.key(0))
     config, tokens, tasks = system.model.config, system.tasks[0].geometry.grid ** 2, system.tasks
     macs = {"trunk": 0.0, "experts": 0.0, "heads": 0.0}
-    for path, leaf in paths(state.params).items():
+    for path, leaf in paths(params).items():
         part = "trunk" if path.startswith("trunk/") else "heads" if "head_" in path or "detail_" in path else "experts"
         share = config.top_k / config.num_experts if path.endswith(("w1", "w2")) else 1.0
         macs[part] += tokens * leaf.size * share * path.endswith(("/kernel", "w1", "w2"))
@@ -87,7 +96,7 @@ def test_gflops_of_a_detector_update_are_those_of_its_kernels():
     macs["trunk"] += config.num_dense_layers * attention
     macs["experts"] += (config.num_moe_layers + config.num_neck_layers) * attention
     expected = 3 * (len(tasks) * (macs["trunk"] + macs["experts"]) + macs["heads"]) + macs["trunk"]
-    assert train_gflop(system) == pytest.approx(2 * expected / 1e9, rel=1e-6)
+    assert train_macs(config, tasks, build_geometry(options)) == expected
 
 
 def test_the_dispatch_reaches_the_layer():
@@ -172,10 +181,10 @@ def test_the_detector_grows_until_it_no_longer_fits(monkeypatch: pytest.MonkeyPa
     def step_of(config: ConfigDict, dispatch: str) -> tuple:
         if config.train.batch_size > 32:
             raise RuntimeError("no memory")
-        return None, SimpleNamespace(tasks=()), 1
+        return None, SimpleNamespace(tasks=(), model=SimpleNamespace(config=None)), 1
 
     monkeypatch.setattr("benchmarks.detector.training_step", step_of)
-    monkeypatch.setattr("benchmarks.detector.train_gflop", lambda system: 1.0)
+    monkeypatch.setattr("mtl_moe.cost.train_macs", lambda config, tasks, geometry: 10**9)
     monkeypatch.setattr(gpu_jobs, "_jax_timed", lambda step, smoke: {"ms": 1.0})
     rows = list(gpu_jobs.detector("batched", (16, 32, 64, 128), smoke=False))
     assert [(row["batch"], "failed" in row) for row in rows] == [(16, False), (32, False), (64, True)]
