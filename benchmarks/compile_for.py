@@ -115,7 +115,7 @@ def detector_update(preset: str, batch: int, accumulation: int, expert: int = 1)
     tx = build_optimizer(config.optim, config.train.num_steps)
     loss_fn = make_loss_fn(system.model, config, system.tasks)
     step = make_train_step_fn(loss_fn, tx, ema_decay=config.train.ema_decay, accumulation=accumulation)
-    state = system.placed_shapes(system.abstract_state(tx))
+    state = system.abstract_state(tx)
     return step.lower(state, {"image": _uint8_images(system, batch)}, run_key(system.mesh))
 
 
@@ -123,7 +123,6 @@ def detector_scores(preset: str, batch: int) -> jax.stages.Lowered:
     """All views of all tasks of a batch."""
     system = _detector(preset)
     state = system.abstract_state(build_optimizer(system.config.optim, system.config.train.num_steps))
-    state = system.placed_shapes(state)
     return make_score_fn(system).lower(state.ema_params, state.extra, _uint8_images(system, batch))
 
 

@@ -57,7 +57,6 @@ def restore(system: System, workdir: Path) -> Trained:
       CheckpointError: if there is none, it is damaged, or of another architecture.
     """
     state = system.abstract_state(build_optimizer(system.config.optim, system.config.train.num_steps))
-    state = system.placed_shapes(state)
     checkpointer = Checkpointer(workdir)
     try:
         return Trained(*checkpointer.restore_model(state.ema_params, state.extra))

@@ -1,4 +1,4 @@
-"""What training, evaluation and prediction all build first from a config: data set, tasks, network, mesh."""
+"""What training, evaluation and prediction all build first from a config: tasks, network, mesh."""
 
 import dataclasses
 import logging
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from core.mesh import make_mesh, replicate, shardings
-from core.state import TrainState, init_state
+from core.mesh import make_mesh, replicate
+from core.state import TrainState, abstract_state, init_state
 from input_pipeline.dataset import Dataset
 from mtl_moe.losses import init_extra
 from mtl_moe.model import Detector, build_geometry, build_model_config
@@ -62,23 +62,10 @@ class System:
         return fit_patch_centers(images, self.config.model.patch_size, self.num_clusters, self.config.seed)
 
     def abstract_state(self, tx: Any) -> TrainState:
-        """Shapes of the training state, without data."""
+        """Shapes and shardings of the training state, without data."""
         patch = self.config.model.patch_size**2 * self.config.data.channels
         centers = jnp.zeros((self.num_clusters, patch)) if needs_teacher(self.tasks) else None
-
-        def build(key: jax.Array) -> TrainState:
-            params, extra = self.init_fn(centers)(key)
-            return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params), extra)
-
-        return jax.eval_shape(build, jax.random.key(0))
-
-    def placed_shapes(self, abstract: Any) -> Any:
-        """The same shapes with the shardings they have on this system's mesh."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings(abstract, self.mesh),
-        )
+        return abstract_state(self.init_fn(centers), jax.random.key(0), tx, self.mesh)
 
     def init_state(self, tx: Any, dataset: Dataset) -> TrainState:
         """The placed state before the first update, a function of `config.seed`."""

@@ -125,7 +125,7 @@ def report_of(workdir: Path) -> dict[str, Any]:
 def fingerprint_of(config: ConfigDict, workdir: Path) -> str:
     """Hash over every byte of the newest checkpoint: both parameter sets, optimizer, teacher, step."""
     system = build_system(config)
-    state = system.placed_shapes(system.abstract_state(build_optimizer(config.optim, config.train.num_steps)))
+    state = system.abstract_state(build_optimizer(config.optim, config.train.num_steps))
     checkpointer = Checkpointer(workdir)
     try:
         assert checkpointer.latest_step() == NUM_STEPS

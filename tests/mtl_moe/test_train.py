@@ -108,7 +108,7 @@ def test_pseudo_labels_come_when_a_short_run_goes_on(short_run):
         if step == 4:
             train(system, dataset, workdir)
         checkpointer = Checkpointer(workdir)
-        state = system.placed_shapes(system.abstract_state(build_optimizer(longer.optim, 4)))
+        state = system.abstract_state(build_optimizer(longer.optim, 4))
         _, extra, found = checkpointer.restore_model(state.ema_params, state.extra)
         checkpointer.close()
         assert found == step
