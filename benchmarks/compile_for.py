@@ -34,10 +34,9 @@ from configs import common
 from configs.mtl_moe import bmad
 from core import attention
 from core.optim import build_optimizer
-from core.step import make_train_step_fn
-from mtl_moe.losses import make_loss_fn
 from mtl_moe.scoring import make_score_fn
 from mtl_moe.system import System, build_system
+from mtl_moe.train import make_update_fn as make_detector_update_fn
 from vit_distill.distill import build_distiller, frozen_params, make_targets_fn, make_update_fn, restore_target
 from vit_distill.teacher import load_teacher
 
@@ -113,10 +112,9 @@ def detector_update(preset: str, batch: int, accumulation: int, expert: int = 1)
     system = _detector(preset, expert)
     config = system.config
     tx = build_optimizer(config.optim, config.train.num_steps)
-    loss_fn = make_loss_fn(system.model, config, system.tasks)
-    step = make_train_step_fn(loss_fn, tx, ema_decay=config.train.ema_decay, accumulation=accumulation)
-    state = system.abstract_state(tx)
-    return step.lower(state, {"image": _uint8_images(system, batch)}, run_key(system.mesh))
+    config.train.accumulation = accumulation
+    step, images = make_detector_update_fn(system, tx), _uint8_images(system, batch)
+    return step.lower(system.abstract_state(tx), {"image": images}, run_key(system.mesh))
 
 
 def detector_scores(preset: str, batch: int) -> jax.stages.Lowered:

@@ -74,12 +74,11 @@ def training_step(config: Any, dispatch: str = "auto") -> tuple[Callable[[], Any
     import jax
 
     from core.mesh import shard_batch
-    from core.step import make_train_step_fn
     from core.tree import num_params
-    from mtl_moe.losses import make_loss_fn
+    from mtl_moe.train import make_update_fn
 
     system, state, tx = detector_state(config, dispatch)
-    update = make_train_step_fn(make_loss_fn(system.model, config, system.tasks), tx, ema_decay=config.train.ema_decay)
+    update = make_update_fn(system, tx)
     shape = (config.train.batch_size, config.data.image_size, config.data.image_size, config.data.channels)
     batch = shard_batch({"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8)}, system.mesh)
     key, parameters = jax.random.key(1), num_params(state.params)

@@ -32,11 +32,10 @@ from configs.mtl_moe import folder as recipe
 from core.loop import train_loop
 from core.mesh import make_mesh, shard_batch
 from core.optim import build_optimizer
-from core.step import make_train_step_fn
 from input_pipeline.cache import load_npz, save_npz
 from input_pipeline.dataset import eval_batches, load_dataset, train_batches
-from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import build_system
+from mtl_moe.train import make_update_fn
 
 SIZE, BATCH = 224, 32
 WARM_UP = 3  # updates before the clock starts: compilation, filling of read-ahead queues
@@ -176,7 +175,7 @@ def measure_training(root: Path, steps: int, changes: dict[str, Any]) -> list[di
     config.update_from_flattened_dict(changes)
     config.train.num_steps = WARM_UP + steps
     system, tx = build_system(config), build_optimizer(config.optim, config.train.num_steps)
-    step_fn = make_train_step_fn(make_loss_fn(system.model, config, system.tasks), tx, ema_decay=config.train.ema_decay)
+    step_fn = make_update_fn(system, tx)
     size, batch_size, total = config.data.image_size, config.train.batch_size, config.train.num_steps
     memory, files = (load_dataset(data_config(root, 1, size, memory=kept)) for kept in (True, False))
     batches = lambda data: train_batches(data.splits["train"], batch_size, 0, 0, total)  # noqa: E731

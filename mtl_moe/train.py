@@ -1,11 +1,13 @@
 """Trains the detector: config and data in, checkpoints and metrics.jsonl out. Run the same command again to resume."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from core.checkpoint import Checkpointer, has_checkpoint
 from core.logs import MetricLogger
@@ -37,12 +39,7 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     config = system.config
     check_batch_size(config.train.batch_size, config.train.accumulation, system.mesh)
     tx = build_optimizer(config.optim, config.train.num_steps)
-    step_fn = make_train_step_fn(
-        make_loss_fn(system.model, config, system.tasks),
-        tx,
-        ema_decay=config.train.ema_decay,
-        accumulation=config.train.accumulation,
-    )
+    step_fn = make_update_fn(system, tx)
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((config.train.batch_size, size, size, config.data.channels), jnp.uint8)
     jax.eval_shape(step_fn, system.abstract_state(tx), {"image": image}, jax.random.key(0))
@@ -92,6 +89,12 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
             )
     finally:
         checkpointer.close()
+
+
+def make_update_fn(system: System, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Compiled update as `core.step.make_train_step_fn` gives it, of the training loss and with its micro-batches."""
+    train, loss_fn = system.config.train, make_loss_fn(system.model, system.config, system.tasks)
+    return make_train_step_fn(loss_fn, tx, ema_decay=train.ema_decay, accumulation=train.accumulation)
 
 
 def _refresh_event(system: System, dataset: Dataset) -> Any:

@@ -16,12 +16,11 @@ from configs import common, workdir
 from configs.mtl_moe import ablation, bmad, folder, quickstart
 from core.files import write_json
 from core.optim import build_optimizer
-from core.step import make_train_step_fn
 from core.tree import num_params, spec
 from core.workdir import check_config
 from mtl_moe import ablation_cell, compress, run
-from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import build_system
+from mtl_moe.train import make_update_fn
 
 CONFIGS = {
     "brain": lambda: bmad.get_config("brain"),
@@ -37,16 +36,10 @@ def abstract_step(config: ConfigDict) -> tuple[Any, Any, dict[str, jax.ShapeDtyp
     """(state before, state after, metrics) of one update, as shapes."""
     system = build_system(config)
     tx = build_optimizer(config.optim, config.train.num_steps)
-    step_fn = make_train_step_fn(
-        make_loss_fn(system.model, config, system.tasks),
-        tx,
-        ema_decay=config.train.ema_decay,
-        accumulation=config.train.accumulation,
-    )
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((config.train.batch_size, size, size, config.data.channels), jnp.uint8)
     before = system.abstract_state(tx)
-    after, metrics = jax.eval_shape(step_fn, before, {"image": image}, jax.random.key(0))
+    after, metrics = jax.eval_shape(make_update_fn(system, tx), before, {"image": image}, jax.random.key(0))
     return before, after, metrics
 
 

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import gpu, gpu_jobs, stand_in
-from benchmarks.detector import detector_state, smoke_config
+from benchmarks.detector import detector_state, smoke_config, training_step
 from benchmarks.gpu_jobs import JOBS, attempt, timed
 from configs import common
 from core.tree import paths
@@ -102,6 +102,14 @@ def test_multiply_adds_of_a_detector_update_are_those_of_its_kernels(control: di
 def test_the_dispatch_reaches_the_layer():
     with pytest.raises(ValueError, match="dispatch='nonsense'"):
         detector_state(smoke_config(), "nonsense")
+
+
+def test_a_timed_update_has_the_micro_batches_of_training():
+    config = smoke_config()
+    config.train.update(batch_size=8, accumulation=3)
+    step, _, _ = training_step(config)
+    with pytest.raises(ValueError, match=r"batch size 8 does not divide by train\.accumulation 3"):
+        step()
 
 
 @pytest.fixture

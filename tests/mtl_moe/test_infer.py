@@ -15,14 +15,13 @@ from scipy import ndimage
 from core.checkpoint import CheckpointError
 from core.mesh import shard_batch
 from core.optim import build_optimizer
-from core.step import make_train_step_fn
 from input_pipeline.dataset import load_dataset
 from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
-from mtl_moe.losses import make_loss_fn
 from mtl_moe.scoring import SMOOTHING, TOP_SHARE, make_map_fn, make_score_fn
 from mtl_moe.system import build_system
+from mtl_moe.train import make_update_fn
 
 # Float32 sums in another order: rows of an image lie in other tiles of the expert matmul in another batch.
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)
@@ -216,7 +215,7 @@ def updates(tiny_config, on_one_device):
     for name, system in {"eight": eight, "one": one, "bfloat16": half}.items():
         tx = build_optimizer(config.optim, config.train.num_steps)
         state = system.init_state(tx, dataset)
-        step_fn = make_train_step_fn(make_loss_fn(system.model, config, system.tasks), tx, ema_decay=0.9)
+        step_fn = make_update_fn(system, tx)
         results, placed = [], shard_batch(batch, system.mesh)
         for _ in range(2):
             state, metrics = step_fn(state, placed, jax.random.key(1))
