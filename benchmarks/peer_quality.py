@@ -25,8 +25,8 @@ from configs import common
 from core.bootstrap import bootstrap_interval, pixel_intervals
 from core.metrics import auroc, average_precision, matched_auroc, pixel_metrics
 from input_pipeline.dataset import Dataset, Split, load_dataset
-from mtl_moe.evaluate import MATCHED_TOLERANCE
 from mtl_moe.floors import log_mean_gradient
+from mtl_moe.results import MATCHED_TOLERANCE
 
 COLUMNS = ("image_auroc", "matched_auroc", "image_ap", "pixel_auroc", "aupro")
 
@@ -53,7 +53,7 @@ def finished(maps: np.ndarray, side: int) -> np.ndarray:
 
 
 def accuracy(split: Split, scores: np.ndarray, maps: np.ndarray, mask_size: int, resamples: int) -> dict[str, Any]:
-    """Metrics of a test split and their intervals (name + "_95"), as mtl_moe/evaluate.py computes them.
+    """Metrics of a test split and their intervals (name + "_95"), as mtl_moe/results.py computes them.
 
     Args:
       scores, maps: [N] and [N, H, W], higher is odder.

@@ -16,7 +16,7 @@ from configs.workdir import get_config
 from core.metrics import auroc, matched_auroc
 from mtl_moe.ablation_cell import Stored, load_trained
 from mtl_moe.calibration import Calibration, fit_calibration
-from mtl_moe.evaluate import MATCHED_TOLERANCE
+from mtl_moe.results import MATCHED_TOLERANCE
 from mtl_moe.system import build_system
 
 RATE, HALVES = 0.1, 10

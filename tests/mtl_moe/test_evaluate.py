@@ -17,9 +17,9 @@ from core.metrics import auroc, pixel_metrics
 from input_pipeline.batches import image_batches
 from input_pipeline.index import calibration_rows
 from input_pipeline.split import ArrayPixels, Split, join
-from mtl_moe import evaluate as evaluation
+from mtl_moe import results
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
-from mtl_moe.evaluate import FLOORS, check_score, evaluate
+from mtl_moe.evaluate import check_score, evaluate
 from mtl_moe.infer import Scorer, Trained, calibrate
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.training_data import FILE, bind_training_data
@@ -89,7 +89,7 @@ def test_report_holds_the_documented_keys(tiny_run, report):
     expected |= {f"test/phantom/floor/{name}/image_auroc" for name in ("mean_intensity", "pca_error")}
     assert expected <= set(found)
     floors = {key.split("/")[3] for key in found if key.startswith("test/phantom/floor/")}
-    assert floors <= set(FLOORS), "a floor without a description in the report"
+    assert floors <= set(results.FLOORS), "a floor without a description in the report"
     singles = [found[f"test/phantom/task/{name}/image_auroc"] for name in evidence_names(tiny_run.system.tasks)]
     assert found["test/phantom/best_single/image_auroc"] == max(singles)
     for key, interval in stored["intervals"].items():
@@ -184,11 +184,19 @@ def test_cases_and_intervals_can_be_left_out(small_run, monkeypatch):
     report = evaluate(*changed(small_run, gallery=0, bootstrap=0))
     assert report["intervals"] == {}
     assert "test/phantom/image_auroc" in report["metrics"]
-    monkeypatch.setattr(evaluation, "image_batches", functools.partial(image_batches, batch_size=3))
-    monkeypatch.setattr(evaluation, "MASK_BATCH", 3)
+    monkeypatch.setattr(results, "image_batches", functools.partial(image_batches, batch_size=3))
+    monkeypatch.setattr(results, "MASK_BATCH", 3)
     in_parts = evaluate(*changed(small_run, gallery=0, bootstrap=0))  # a split is never in memory as a whole
     assert in_parts["metrics"] == pytest.approx(report["metrics"], rel=1e-6)
     assert "Best hits" not in (small_run.workdir / "report.html").read_text()
+
+
+def test_floors_are_measured_without_a_detector(small_run):
+    split = small_run.dataset.splits["test"]
+    found = results.Results("phantom", split, np.zeros(len(split)), 0)
+    found.add_floors(small_run.dataset)
+    floor = "test/phantom/floor/pca_error/"
+    assert found.metrics[floor + "matched_auroc"] == pytest.approx(found.metrics[floor + "image_auroc"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Metrics of one test split: the detector's, its parts', and those of floors that learn next to nothing.
+
+Axes: N test images, K evidences, H W C image, M side of the finished maps.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from core.bootstrap import bootstrap_interval, pixel_intervals, possible_resamples
+from core.metrics import auroc, auroc_between, average_precision, matched_auroc, pixel_metrics
+from input_pipeline.batches import eval_batches, image_batches
+from input_pipeline.dataset import Dataset, Split
+from mtl_moe import floors
+from mtl_moe.calibration import Calibration, evidence_names, task_evidences
+from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.scoring import make_map_fn
+from mtl_moe.system import System
+
+# Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
+MATCHED_TOLERANCE = 0.07
+MASK_BATCH = 256  # masks read at a time
+BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
+FLOORS = {
+    "mean_intensity": "how bright the image is",
+    "intensity_distance": "how far its brightness is from the normals'",
+    "low_gradient": "how smooth the image is",
+    "gradient_distance": "how far its smoothness is from the normals'",
+    **{f"band_{i}_low": f"how little texture it has, sigma {s} pixels" for i, s in enumerate(BANDS)},
+    **{f"band_{i}_distance": f"how unusual its texture is, sigma {s} pixels" for i, s in enumerate(BANDS)},
+    "histogram_distance": "distance of its grey-level histogram to the normals'",
+    "pca_error": "error after 40 principal components at 32 x 32",
+    "nearest_neighbour": "distance to the nearest training image at 32 x 32",
+    "smoothed_intensity": "blurred brightness as a map",
+    "untrained": "the same network before training",
+}
+
+
+class Results:
+    """Metrics of one test split under their flat keys, with intervals; `texture` [N]: log mean gradients."""
+
+    def __init__(self, dataset: str, split: Split, texture: np.ndarray, num_resamples: int):
+        self.metrics: dict[str, float] = {}
+        self.intervals: dict[str, tuple[float, float]] = {}
+        self._prefix = f"test/{dataset}/"
+        self._split = split
+        self._num_resamples = possible_resamples(split.labels, split.groups, num_resamples) if self.has_both else 0
+        self._texture = texture
+        self._masks: np.ndarray | None = None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are normal and abnormal images."""
+        return len(np.unique(self._split.labels)) == 2
+
+    def add_detector(
+        self,
+        system: System,
+        calibration: Calibration,
+        corrected: np.ndarray,
+        fused: np.ndarray,
+        maps: np.ndarray | None,
+    ) -> None:
+        """Fused scores [N] with intervals, each evidence of `corrected` [N, K], the best single one, each task left
+        out; finished maps [N, M, M] where the split has masks."""
+        self._image("", fused, interval=True)
+        for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
+            against = auroc_between(calibration.fused, fused[self._split.labels == label])
+            self.metrics[self._prefix + name] = against
+        if self._split.has_masks:
+            self._pixel("", maps, interval=True)
+        for name, scores in zip(calibration.names, corrected.T, strict=True):
+            self._image(f"task/{name}/", scores, interval=True)
+        # Named best with the test labels in sight: a comparison, never a choice.
+        singles = [self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in evidence_names(system.tasks)]
+        self.metrics[self._prefix + "best_single/image_auroc"] = max(singles)
+        for task, names in task_evidences(system.tasks).items():
+            self._image(f"leave_out/{task}/", calibration.fuse(corrected, leave_out=names))
+
+    def add_floors(self, dataset: Dataset) -> None:
+        """Scores and maps that learn next to nothing, fitted on the same training normals."""
+        fit = floors.statistics(_some_images(dataset.splits["train"]))
+        for name, scores in floors.floor_scores(fit, floors.statistics(image_batches(self._split))).items():
+            self._image(f"floor/{name}/", scores)
+        if self._split.has_masks:
+            map_fn, size, parts = floors.make_floor_map_fn(fit), dataset.mask_size, []
+            for images in image_batches(self._split):
+                resized = {
+                    name: np.asarray(jax.image.resize(maps, (len(maps), size, size), "bilinear"))
+                    for name, maps in map_fn(images).items()
+                }
+                parts.append(resized)
+            for name in list(parts[0]):
+                self._pixel(f"floor/{name}/", np.concatenate([part.pop(name) for part in parts]))
+
+    def add_untrained(self, system: System, scorer: Scorer, dataset: Dataset) -> None:
+        """The same network before its first update, calibrated and fused in the same way."""
+        init = jax.jit(system.init_fn(system.patch_centers(dataset)))
+        params, extra = init(jax.random.key(system.config.seed))
+        scorer = scorer.trained_as(Trained(system.place(params), system.place(extra), 0))
+        calibration = calibrate(system, scorer, dataset.splits["calibration"])
+        size, mask_size = dataset.image_size, dataset.mask_size
+        map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None
+        scored = scorer.split(self._split, "untrained", map_fn)
+        self._image("floor/untrained/", calibration.fuse(calibration.corrected(scored.raw, scored.texture)))
+        if scored.maps is not None:
+            self._pixel("floor/untrained/", scored.maps)
+
+    def _image(self, key: str, scores: np.ndarray, interval: bool = False) -> None:
+        labels = self._split.labels
+        key = self._prefix + key
+        self.metrics[key + "image_auroc"] = auroc(scores, labels)
+        self.metrics[key + "image_ap"] = average_precision(scores, labels)
+        matched, pairs = matched_auroc(scores, labels, self._texture, MATCHED_TOLERANCE)
+        if pairs:
+            self.metrics[key + "matched_auroc"] = matched
+        if interval and self._num_resamples:
+            groups = np.array(self._split.groups)
+            for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
+                self.intervals[key + name] = bootstrap_interval(metric, scores, labels, groups, self._num_resamples)
+
+    def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
+        if self._masks is None:
+            batches = eval_batches(self._split, MASK_BATCH)
+            self._masks = np.concatenate([batch["mask"][batch["valid"]][..., 0] > 0 for batch in batches])
+        if interval and self._num_resamples:
+            groups = np.array(self._split.groups)
+            found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
+            self.intervals |= {self._prefix + key + name: value for name, value in found.items()}
+        values = pixel_metrics(maps, self._masks)
+        self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def _some_images(split: Split, most: int = 5000) -> Iterator[np.ndarray]:
+    """At most `most` images, evenly spaced, in batches: floors need no more."""
+    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).round().astype(int))
+    return image_batches(split if len(rows) == len(split) else split.take(rows))
