@@ -26,7 +26,7 @@ from mtl_moe.calibration import Calibration, fit_calibration, fit_folds, fit_sco
 from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
-from mtl_moe.painted import KINDS, by_kind, criteria, painted_auroc
+from mtl_moe.painted import KINDS, by_kind, criteria, painted_auroc, sources
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
@@ -165,18 +165,19 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
     evidences = calibration.names[:-1], calibration.kinds[:-1], calibration.slope != 0
     _, folds = fit_folds(*evidences, calibration.fusion, normals.raw, normals.texture)
 
-    def unseen(scored: Scored, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected [N, K] and fused [N] scores of images that were made of the normals `sources` [N]."""
+    def unseen(scored: Scored, made_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corrected [N, K] and fused [N] scores of images that were made of the normals `made_of` [N]."""
         # The fit that a normal is part of finds it, painted or not, more normal than it finds a new image.
-        corrected, fused = np.empty((len(sources), len(calibration.names))), np.empty(len(sources))
+        corrected, fused = np.empty((len(made_of), len(calibration.names))), np.empty(len(made_of))
         for fold, others in folds:
-            rows = np.isin(sources, fold)
+            rows = np.isin(made_of, fold)
             corrected[rows] = others.corrected(scored.raw[rows], scored.texture[rows])
             fused[rows] = others.fuse(corrected[rows], leave_out)
         return corrected, fused
 
     _, clean = unseen(normals, np.arange(len(normals.raw)))
-    corrected, fused = unseen(images, _sources(len(normals.raw), len(images.raw)))
+    made_of = np.tile(sources(len(normals.raw), len(images.raw) // len(KINDS)), len(KINDS))
+    corrected, fused = unseen(images, made_of)
     painted = {FUSED: fused} | {name: corrected[:, i] for name, i in keep.items()}
     corrected = calibration.corrected(test.raw, test.texture)
     scores = calibration.fuse(corrected, leave_out)
@@ -191,12 +192,6 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
         painted={name: painted_auroc(by_kind(values)) for name, values in painted.items()},
         scores=scores,
     )
-
-
-def _sources(num_normals: int, num_painted: int) -> np.ndarray:
-    """Which of the calibration normals each row of `mtl_moe.painted.painted_normals` was made of, int [num_painted]."""
-    each = np.linspace(0, num_normals - 1, num_painted // len(KINDS)).round().astype(int)
-    return np.tile(each, len(KINDS))
 
 
 def load_trained(folder: Path, tasks: Sequence[Task], fusion: str) -> tuple[Stored, Calibration]:

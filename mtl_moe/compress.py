@@ -33,6 +33,7 @@ from mtl_moe.cost import score_macs
 from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
+from mtl_moe.sampling import even_rows
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
@@ -212,8 +213,8 @@ def _measure(
     """Size, multiply-adds and speed of both detectors; token errors of the copied and of the distilled parameters."""
     macs = [score_macs(s.model.config, s.tasks, build_geometry(s.config)) for s in (full, small)]
     held_out = dataset.splits["calibration"]
-    rows = np.unique(np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_HELD_OUT)).round().astype(int))
-    images, scorers = held_out.images(rows), (Scorer(full, trained), Scorer(small, distilled))
+    images = held_out.images(even_rows(len(held_out), MAX_HELD_OUT))
+    scorers = (Scorer(full, trained), Scorer(small, distilled))
     errors = _token_errors(full, small, trained.params, (copied, distilled.params), images, scorers[0].batch_size)
     times = _time_in_turn(scorers, images)
     return {

@@ -19,6 +19,7 @@ from core.optim import build_optimizer
 from input_pipeline.dataset import Split, eval_batches
 from mtl_moe.calibration import Calibration, evidence_names, fit_calibration
 from mtl_moe.floors import log_mean_gradient
+from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.system import System
 
@@ -142,7 +143,7 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     """
     if split.labels.any():
         raise ValueError("the calibration split holds abnormal images: expected normals only")
-    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), MAX_CALIBRATION_MAPS)).round().astype(int))
+    rows = even_rows(len(split), MAX_CALIBRATION_MAPS)
     scored = scorer.split(split, "calibrate", keep=rows)
     config, maps, body = system.config, scored.kept["maps"], scored.kept["body"]
     calibration = fit_calibration(system.tasks, config.score.fusion, scored.raw, scored.texture, maps, body)

@@ -14,6 +14,7 @@ import numpy as np
 
 from core.metrics import auroc_between
 from input_pipeline.split import ArrayPixels, Split
+from mtl_moe.sampling import even_rows
 from mtl_moe.tasks import base
 from mtl_moe.tasks.synthetic import FAMILIES, Synthetic
 
@@ -42,10 +43,15 @@ def paint(images: np.ndarray, family: str, seed: int) -> np.ndarray:
     return np.asarray(jnp.round(painted * 255.0)).astype(np.uint8)
 
 
+def sources(num_normals: int, most: int) -> np.ndarray:
+    """Which normals `painted_normals` paints, int [n]: its rows of each of KINDS are made of these, in their order."""
+    return even_rows(num_normals, most)
+
+
 def painted_normals(normals: Split, most: int, seed: int = 0) -> Split:
     """At most `most` of the normals, evenly spaced, once for each of KINDS in that order: n rows as they are, then n
     rows with a defect of the first family, and so on."""
-    chosen = normals.take(np.unique(np.linspace(0, len(normals) - 1, min(len(normals), most)).round().astype(int)))
+    chosen = normals.take(sources(len(normals), most))
     images = chosen.images(np.arange(len(chosen)))
     kinds = np.concatenate([images if kind == CLEAN else paint(images, kind, seed) for kind in KINDS])
     names = [f"{kind}/{name}" for kind in KINDS for name in chosen.names]

@@ -16,6 +16,7 @@ from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
 from mtl_moe.calibration import Calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 
@@ -135,5 +136,5 @@ class Results:
 
 def _some_images(split: Split, most: int = 5000) -> Iterator[np.ndarray]:
     """At most `most` images, evenly spaced, in batches: floors need no more."""
-    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).round().astype(int))
+    rows = even_rows(len(split), most)
     return image_batches(split if len(rows) == len(split) else split.take(rows))

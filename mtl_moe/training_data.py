@@ -19,6 +19,7 @@ from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from input_pipeline.split import join
 from mtl_moe.calibration import MIN_NORMALS
+from mtl_moe.sampling import even_rows
 
 FILE = "training_data.json"
 NUM_SAMPLES = 16
@@ -33,7 +34,7 @@ def training_data(dataset: Dataset) -> dict[str, Any]:
     parts = [dataset.splits[name] for name in ("train", "calibration") if name in dataset.splits]
     names = sorted(name for part in parts for name in part.names)
     train = dataset.splits["train"]
-    rows = np.unique(np.linspace(0, len(train) - 1, NUM_SAMPLES).round().astype(int))
+    rows = even_rows(len(train), NUM_SAMPLES)
     return {
         "dataset": dataset.name,
         "num_images": len(names),

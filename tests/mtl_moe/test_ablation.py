@@ -22,7 +22,7 @@ from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
 from mtl_moe.ablation_summary import Outcome, choose, summarise, write_summary
 from mtl_moe.calibration import evidence_names, fit_calibration, fused_names
 from mtl_moe.infer import Scored
-from mtl_moe.painted import KINDS
+from mtl_moe.painted import KINDS, sources
 from mtl_moe.system import build_system
 from mtl_moe.tasks import build_tasks
 
@@ -466,9 +466,8 @@ def test_end_to_end_and_finished_cells_are_not_run_again(config, tmp_path, monke
     cell = workdir / "cells" / "base_seed0"
     scored = read_stored(cell / "scores.npz").scored
     assert scored["painted"].raw.shape == (5 * len(KINDS), 3)
-    sources = ablation_cell._sources(len(scored["calibration"].raw), 5 * len(KINDS))
     assert len(scored["calibration"].raw) == 6
-    normals = scored["calibration"].texture[sources[:5]]  # the clean rows' images, found again without being stored
+    normals = scored["calibration"].texture[sources(6, 5)]  # the clean rows' images, found again without being stored
     np.testing.assert_allclose(scored["painted"].texture[:5], normals, rtol=1e-6)
     assert len(np.unique(normals)) == 5
     check_config(cell_config(config, Row("base", {}), 0), cell, ())
