@@ -44,7 +44,7 @@ def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:
     for name in names:
         # weight and augment are read by the training loss, not by the task.
         options = {key: value for key, value in config.get(name, {}).items() if key not in ("weight", "augment")}
-        known = {field.name for field in dataclasses.fields(TASKS[name])}
+        known = {field.name for field in dataclasses.fields(TASKS[name])} - {"geometry"}
         if set(options) - known:
             raise ValueError(f"tasks.{name}: unknown options {sorted(set(options) - known)}, known: {sorted(known)}")
         built.append(TASKS[name](geometry=geometry, **options))

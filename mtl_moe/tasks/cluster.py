@@ -7,7 +7,7 @@ encoder's tokens. Learns cross-entropy on hidden patches; at inference two compl
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ class Cluster:
     geometry: base.Geometry
     num_clusters: int = 32
     ratio: float = 0.5
-    name: str = "cluster"
-    use_position: bool = True
-    needs_teacher: bool = True
+    name: ClassVar[str] = "cluster"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
 
     @property
     def head(self) -> base.Head:

@@ -7,7 +7,7 @@ unsupervised anomaly detection in brain MRI", MIDL 2022.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class Denoise:
     noise_min: float = 0.05
     noise_max: float = 0.3
     cells: int = 8  # noise values along a side: one for 8 pixels of 64, as 16 for 128 in the paper
-    name: str = "denoise"
-    use_position: bool = True
-    needs_teacher: bool = False
+    name: ClassVar[str] = "denoise"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     @property
     def head(self) -> base.Head:

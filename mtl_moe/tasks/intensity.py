@@ -6,7 +6,7 @@ transformation of Models Genesis (Zhou et al., MICCAI 2019).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ class Intensity:
     geometry: base.Geometry
     strength: float = 0.8
     num_knots: int = 6
-    name: str = "intensity"
-    use_position: bool = True
-    needs_teacher: bool = False
+    name: ClassVar[str] = "intensity"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     @property
     def head(self) -> base.Head:

@@ -6,7 +6,7 @@ positions is equivariant to the permutation, so that one view is enough. Jigsaw-
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ class Jigsaw:
 
     geometry: base.Geometry
     tiles: int = 4
-    name: str = "jigsaw"
-    use_position: bool = False
-    needs_teacher: bool = False
+    name: ClassVar[str] = "jigsaw"
+    use_position: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.geometry.grid % self.tiles:

@@ -8,7 +8,7 @@ and AED-MAE (Ristea et al., CVPR 2024).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ class Masked:
     geometry: base.Geometry
     ratio: float = 0.5
     ssim_weight: float = 0.1
-    name: str = "masked"
-    use_position: bool = True
-    needs_teacher: bool = False
+    name: ClassVar[str] = "masked"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     @property
     def head(self) -> base.Head:

@@ -7,7 +7,7 @@ where hidden. SSMTL (Georgescu et al., CVPR 2021), AED-MAE (CVPR 2024).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ class SelfDistill:
 
     geometry: base.Geometry
     ratio: float = 0.5
-    name: str = "self_distill"
-    use_position: bool = True
-    needs_teacher: bool = True
+    name: ClassVar[str] = "self_distill"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
 
     @property
     def head(self) -> base.Head:

@@ -9,7 +9,7 @@ deformation and mass are ours.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,9 @@ class Synthetic:
     radius_max: float = 0.35
     max_defects: int = 3
     clean_weight: float = 5.0
-    name: str = "synthetic"
-    use_position: bool = True
-    needs_teacher: bool = False
+    name: ClassVar[str] = "synthetic"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self):
         unknown = [f for f in self.families if f not in FAMILIES]

@@ -6,7 +6,7 @@ back. GEOM (Golan and El-Yaniv, NeurIPS 2018).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ class Transform:
     """See the module's docstring."""
 
     geometry: base.Geometry
-    name: str = "transform"
-    use_position: bool = True
-    needs_teacher: bool = False
+    name: ClassVar[str] = "transform"
+    use_position: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     @property
     def head(self) -> base.Head:

@@ -456,8 +456,10 @@ def test_impossible_options_are_errors():
     for families in (("blob", "warts"), ()):
         with pytest.raises(ValueError, match=r"tasks.synthetic.families: expected some of"):
             make_task("synthetic", families=families)
-    with pytest.raises(ValueError, match="unknown options"):
-        build_tasks(tasks_config(["masked"], masked={"radius": 1}), GEOMETRY)
+    for option in ("radius", "use_position", "name"):  # the last two are the task's own, and none of its options
+        known = rf"tasks.masked: unknown options \['{option}'\], known: \['ratio', 'ssim_weight'\]"
+        with pytest.raises(ValueError, match=known):
+            build_tasks(tasks_config(["masked"], masked={option: 1}), GEOMETRY)
 
 
 @pytest.mark.parametrize("name", ["masked", "cluster", "self_distill"])
