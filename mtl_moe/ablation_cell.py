@@ -162,8 +162,7 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
     """Measures scores under a calibration of the stored normals, without the named evidences."""
     normals, images, test = (stored.scored[part] for part in ("calibration", "painted", "test"))
     keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
-    evidences = calibration.names[:-1], calibration.kinds[:-1], calibration.slope != 0
-    _, folds = fit_folds(*evidences, calibration.fusion, normals.raw, normals.texture)
+    _, folds = fit_folds(calibration.evidences, calibration.fusion, normals.raw, normals.texture)
 
     def unseen(scored: Scored, made_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Corrected [N, K] and fused [N] scores of images that were made of the normals `made_of` [N]."""
@@ -217,10 +216,8 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
         for part, found in first.scored.items()
     }
     # The texture is that of the images: the same in every cell, and one evidence.
-    names, kinds = ([text for c in calibrations for text in getattr(c, field)[:-1]] for field in ("names", "kinds"))
-    corrected = np.concatenate([calibration.slope != 0 for calibration in calibrations])
-    normals = scored["calibration"]
-    calibration = fit_scores(names, kinds, corrected, calibrations[0].fusion, normals.raw, normals.texture)
+    evidences, normals = [one for calibration in calibrations for one in calibration.evidences], scored["calibration"]
+    calibration = fit_scores(evidences, calibrations[0].fusion, normals.raw, normals.texture)
     return dataclasses.replace(first, scored=scored), calibration
 
 
@@ -229,5 +226,6 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
 
     For image scores only.
     """
-    names, kinds, normals = calibration.names[:-1], calibration.kinds[:-1], stored.scored["calibration"]
-    return fit_scores(names, kinds, np.zeros(len(names), bool), calibration.fusion, normals.raw, normals.texture)
+    evidences = [evidence._replace(corrected=False) for evidence in calibration.evidences]
+    normals = stored.scored["calibration"]
+    return fit_scores(evidences, calibration.fusion, normals.raw, normals.texture)

@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,12 +52,20 @@ def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
     return {task.name: tuple(task.reductions) for task in tasks} | {TEXTURE: (TEXTURE,)}
 
 
+class Evidence(NamedTuple):
+    """An evidence with a map: its name, its kind, and whether its score loses its fit on texture."""
+
+    name: str
+    kind: str
+    corrected: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
 
     Attributes:
-      names, kinds: of the evidences, length K.
+      evidences: the S with a map.
       fusion: one of FUSIONS.
       slope, intercept: [S] linear fit of raw scores on texture; 0 where a score is a map's mean.
       texture_median: of the calibration normals.
@@ -69,8 +78,7 @@ class Calibration:
         of before these were written down.
     """
 
-    names: tuple[str, ...]
-    kinds: tuple[str, ...]
+    evidences: tuple[Evidence, ...]
     fusion: str
     slope: np.ndarray
     intercept: np.ndarray
@@ -85,6 +93,16 @@ class Calibration:
     source: str = ""
     manifest_hash: str = ""
     dtype: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all evidences, length K."""
+        return (*(evidence.name for evidence in self.evidences), TEXTURE)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of all evidences, length K."""
+        return (*(evidence.kind for evidence in self.evidences), TEXTURE)
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
         """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
@@ -122,7 +140,8 @@ class Calibration:
 
     def save(self, path: Path, step: int) -> None:
         """Writes all fields and the checkpoint's step as .npz, beside and renamed."""
-        fields = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        own = [field.name for field in dataclasses.fields(self) if field.name != "evidences"]
+        fields = {name: np.asarray(getattr(self, name)) for name in ("names", "kinds", *own)}
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, step=step, scoring=SCORING, **fields)
         temporary.replace(path)
@@ -145,9 +164,11 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
         if (scoring := int(values.pop("scoring", 1))) != SCORING:
             raise ValueError(f"scores of kind {scoring}, now they are of kind {SCORING}")
         found, saved_step = tuple(str(name) for name in values.pop("names")), int(values.pop("step"))
+        # The texture's name and kind, the last, have no slope.
+        evidences = zip(found, map(str, values.pop("kinds")), (values["slope"] != 0).tolist(), strict=False)
         calibration = Calibration(
             **values
-            | {"names": found, "kinds": tuple(map(str, values["kinds"]))}
+            | {"evidences": tuple(Evidence(*evidence) for evidence in evidences)}
             | {name: str(values[name]) for name in ("fusion", "source", "manifest_hash", "dtype") if name in values}
             | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
         )
@@ -199,8 +220,6 @@ def fit_calibration(
       raw, texture: [n, S] and [n], n at least five.
       maps, body: [m, S, H, W] and [m, H, W] of some of the normals; None: for image scores only.
     """
-    reductions = [reduction for task in tasks for reduction in task.reductions.values()]
-    kinds, top = [reduction.kind for reduction in reductions], [reduction.how == "top" for reduction in reductions]
     if num_blank := (~_plain(texture.astype(np.float64))).sum():
         logging.warning(
             "%d of %d calibration normals are blank or of quite another texture than the rest: they have no say in how "
@@ -208,7 +227,8 @@ def fit_calibration(
             num_blank,
             len(texture),
         )
-    calibration = fit_scores([*fused_names(tasks)[:-1]], kinds, top, fusion, raw, texture)
+    evidences = [Evidence(name, r.kind, r.how == "top") for task in tasks for name, r in task.reductions.items()]
+    calibration = fit_scores(evidences, fusion, raw, texture)
     if maps is None:
         return calibration
     inside = body > 0
@@ -222,33 +242,15 @@ def _plain(texture: np.ndarray) -> np.ndarray:
     return off <= BLANK * 1.4826 * np.median(off) + EPS
 
 
-def fit_scores(
-    names: Sequence[str],
-    kinds: Sequence[str],
-    top: Sequence[bool],
-    fusion: str,
-    raw: np.ndarray,
-    texture: np.ndarray,
-) -> Calibration:
-    """The calibration of image scores; maps keep their scale.
-
-    Args:
-      names, kinds: of the S evidences with a map.
-      top: which of them lose their fit on texture.
-      raw, texture: [n, S] and [n].
-    """
-    whole, folds = fit_folds(names, kinds, top, fusion, raw, texture)
+def fit_scores(evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray) -> Calibration:
+    """The calibration of image scores; maps keep their scale. `raw` and `texture` are [n, S] and [n]."""
+    whole, folds = fit_folds(evidences, fusion, raw, texture)
     fused = [others.fuse(others.corrected(raw[fold], texture[fold])) for fold, others in folds]
     return dataclasses.replace(whole, fused=np.concatenate(fused))
 
 
 def fit_folds(
-    names: Sequence[str],
-    kinds: Sequence[str],
-    top: Sequence[bool],
-    fusion: str,
-    raw: np.ndarray,
-    texture: np.ndarray,
+    evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray
 ) -> tuple[Calibration, list[tuple[np.ndarray, Calibration]]]:
     """Arguments as of `fit_scores` -> the fit on all normals, and for each fold its rows [m] and the fit on the others.
 
@@ -260,19 +262,19 @@ def fit_folds(
     def fit(rows: np.ndarray) -> Calibration:
         used = rows[plain[rows]]
         # Linear, of one measure: a curve, or several that vary together, extrapolate badly to images unlike normals.
+        top = [evidence.corrected for evidence in evidences]
         fits = [np.polyfit(texture[used], raw[used, i], 1) if fitted else (0.0, 0.0) for i, fitted in enumerate(top)]
         slope, intercept = np.array(fits).T
         calibration = Calibration(
-            names=(*names, TEXTURE),
-            kinds=(*kinds, TEXTURE),
+            evidences=tuple(evidences),
             fusion=fusion,
             slope=slope,
             intercept=intercept,
             texture_median=float(np.median(texture[rows])),
             reference=np.zeros((0, 0)),
             tail=np.zeros((0, 3)),
-            map_low=np.zeros(len(names)),
-            map_scale=np.ones(len(names)),
+            map_low=np.zeros(len(evidences)),
+            map_scale=np.ones(len(evidences)),
             fused=np.zeros(0),
         )
         reference = np.sort(calibration.corrected(raw[rows], texture[rows]), axis=0)

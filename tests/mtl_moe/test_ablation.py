@@ -303,6 +303,7 @@ def test_cells_of_different_tasks_are_fused_as_one_detector():
     # Two errors of restored images, one segmentation, and the texture once.
     np.testing.assert_allclose(found.scores, ((masked + clean) / 2 + synthetic + texture) / 3, rtol=1e-12)
     assert list(calibration.names) == fused_names(make_tasks())
+    assert calibration.evidences == make_stored(1.0)[1].evidences
     assert len(calibration.fused) == 40
 
 
