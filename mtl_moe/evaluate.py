@@ -128,7 +128,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         labels=split.labels,
         scores=fused,
         p_values=p,
-        task_scores=evidence_scores,
+        evidence_scores=evidence_scores,
         calibration_scores=calibration.fused,
         groups=split.groups,
         num_calibration_groups=len(set(normals.groups)),
@@ -183,7 +183,7 @@ def gallery(
             p_value=float(p[row]),
             image=images[i],
             anomaly_map=fused_maps[i],
-            task_maps=by_evidence[i],
+            evidence_maps=by_evidence[i],
             mask=np.asarray(jax.image.resize(masks[i, ..., 0], (size, size), "nearest")) if split.has_masks else None,
         )
         for i, (title, row) in enumerate(rows)

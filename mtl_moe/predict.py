@@ -89,7 +89,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         labels=split.labels,
         scores=fused,
         p_values=p,
-        task_scores=evidence,
+        evidence_scores=evidence,
         calibration_scores=calibration.fused,
         groups=split.groups,
         num_calibration_groups=len(calibration.fused),  # not shown: nothing here is known to be normal

@@ -162,8 +162,8 @@ def _scores(results: ReportData) -> Markup:
         return page.join([histogram, _ranking(results)])
     known = labels >= 0
     curve = roc_curve(scores[known], labels[known])[:2]
-    tasks = {task: roc_curve(values[known], labels[known])[:2] for task, values in results.task_scores.items()}
-    roc = page.chart(figures.roc_figure(curve, tasks), "ROC curves", "ROC curves on the test images.")
+    evidences = {name: roc_curve(values[known], labels[known])[:2] for name, values in results.evidence_scores.items()}
+    roc = page.chart(figures.roc_figure(curve, evidences), "ROC curves", "ROC curves on the test images.")
     return page.block([roc, histogram], "row")
 
 
@@ -225,7 +225,8 @@ def _case(case: Case, num_calibration: int) -> Markup:
         case.name, label, f"{case.score:.3f}", f"{case.p_value:.4f}", p_value_phrase(case.p_value, num_calibration)
     )
     small = [
-        page.picture(figures.task_map_pixels(values), f"map of {task}", task) for task, values in case.task_maps.items()
+        page.picture(figures.evidence_map_pixels(values), f"map of {name}", name)
+        for name, values in case.evidence_maps.items()
     ]
     pictures = [
         page.picture(shown, f"image {case.name}", "image"),
@@ -240,14 +241,14 @@ def _tasks(results: ReportData) -> Markup:
     fused = results.metrics[results.prefix + "image_auroc"]
     best = max((name for name in alone if name != TEXTURE), key=alone.__getitem__, default=TEXTURE)
     rows = [["fused", results.value("image_auroc"), results.value("pixel_auroc"), results.value("aupro"), "", ""]]
-    for task in alone:
-        without = f"leave_out/{task}/image_auroc"
+    for name in alone:
+        without = f"leave_out/{name}/image_auroc"
         key = results.prefix + without
         change = f"{results.metrics[key] - fused:+.3f}" if key in results.metrics else ""
         rows.append(
             [
-                task,
-                *(results.value(f"task/{task}/{m}") for m in ("image_auroc", "pixel_auroc", "aupro")),
+                name,
+                *(results.value(f"task/{name}/{m}") for m in ("image_auroc", "pixel_auroc", "aupro")),
                 results.value(without),
                 change,
             ]

@@ -20,7 +20,7 @@ class Case:
     p_value: float
     image: np.ndarray  # uint8 [H, W, C], C of 1 or 3
     anomaly_map: np.ndarray  # float [H, W]
-    task_maps: Mapping[str, np.ndarray] = field(default_factory=dict)  # task -> float [h, w]
+    evidence_maps: Mapping[str, np.ndarray] = field(default_factory=dict)  # evidence -> float [h, w]
     mask: np.ndarray | None = None  # [H, W], non-zero inside the lesion
 
 
@@ -44,7 +44,7 @@ class ReportData:
     labels: np.ndarray  # int [N]: 1 abnormal, 0 normal, -1 unknown
     scores: np.ndarray  # float [N], higher is odder
     p_values: np.ndarray  # float [N] in (0, 1]: share of normals at least as odd, by the calibration
-    task_scores: Mapping[str, np.ndarray]  # task -> [N]
+    evidence_scores: Mapping[str, np.ndarray]  # evidence -> [N]
     calibration_scores: np.ndarray  # float [M]
     groups: Sequence[str]  # [N]: patient of each image
     num_calibration_groups: int  # patients among the calibration normals
@@ -61,7 +61,7 @@ class ReportData:
     def __post_init__(self) -> None:
         num = len(self.names)
         columns = {"labels": self.labels, "scores": self.scores, "p_values": self.p_values}
-        columns |= {f"task_scores[{task!r}]": scores for task, scores in self.task_scores.items()}
+        columns |= {f"evidence_scores[{name!r}]": scores for name, scores in self.evidence_scores.items()}
         for key, column in columns.items():
             if np.shape(column) != (num,):
                 raise ValueError(f"Expected {key} of shape ({num},), one value a name, found {np.shape(column)}.")
@@ -85,7 +85,7 @@ class ReportData:
         return bool(np.any(self.labels == 0) and np.any(self.labels == 1))
 
     def grouped(self, group: str, metric: str) -> dict[str, float]:
-        """Task or floor name -> value, from the keys `<prefix><group>/<name>/<metric>`, in the metrics' order."""
+        """Evidence or floor name -> value, from the keys `<prefix><group>/<name>/<metric>`, in the metrics' order."""
         start, end = f"{self.prefix}{group}/", f"/{metric}"
         return {
             key[len(start) : -len(end)]: value

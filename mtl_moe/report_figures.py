@@ -20,7 +20,7 @@ OVERLAY_OPACITY = (
 OUTLINE_COLOR = (0, 229, 255)  # cyan: absent from the map's colours, black to yellow by way of purple and red
 NORMAL_COLOR, ABNORMAL_COLOR, CALIBRATION_COLOR = COLORS[0], COLORS[1], "#6b7785"
 CASE_SIDE = 224  # longer side of a case's pictures, in pixels
-TASK_MAP_SIDE = 88
+EVIDENCE_MAP_SIDE = 88
 
 
 def map_colors(values: np.ndarray) -> np.ndarray:
@@ -63,17 +63,17 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray | None)
     return shown, blended
 
 
-def task_map_pixels(anomaly_map: np.ndarray) -> np.ndarray:
+def evidence_map_pixels(anomaly_map: np.ndarray) -> np.ndarray:
     """A map [h, w] in calibrated units -> uint8 [h', w', 3] at the size of the small pictures."""
-    small = resize(anomaly_map.astype(np.float32), TASK_MAP_SIDE, Image.Resampling.BILINEAR)
+    small = resize(anomaly_map.astype(np.float32), EVIDENCE_MAP_SIDE, Image.Resampling.BILINEAR)
     return map_colors(small)
 
 
-def roc_figure(fused: tuple[np.ndarray, np.ndarray], tasks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """ROC curves from (false-positive rates, true-positive rates): the fused score thick, the tasks thin."""
+def roc_figure(fused: tuple[np.ndarray, np.ndarray], evidences: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """ROC curves from (false-positive rates, true-positive rates): the fused score thick, the evidences thin."""
     fig, (ax,) = new_axes(6.4, 4.6)
     ax.plot([0, 1], [0, 1], color="#b8c1ca", linewidth=1, linestyle="--", label="chance")
-    for i, (name, (fpr, tpr)) in enumerate(tasks.items()):
+    for i, (name, (fpr, tpr)) in enumerate(evidences.items()):
         ax.plot(fpr, tpr, color=_color(i), linestyle=_line(i), linewidth=1, alpha=0.8, label=name)
     ax.plot(*fused, color="#1b2733", linewidth=2.6, label="fused score")
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")

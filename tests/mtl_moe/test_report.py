@@ -34,7 +34,7 @@ def synthetic_case(rng, section, index, label, score, p_value, side, channels=1)
     anomaly_map = np.abs(noise) / noise.std() * 0.5 + (0.5 * score) * ndimage.gaussian_filter(
         mask.astype(float), side / 40
     )
-    task_maps = {task: anomaly_map[::4, ::4] * rng.uniform(0.5, 1.5) for task in TASKS}
+    evidence_maps = {task: anomaly_map[::4, ::4] * rng.uniform(0.5, 1.5) for task in TASKS}
     return Case(
         section=section,
         name=f"case_{index:03d}.png",
@@ -43,7 +43,7 @@ def synthetic_case(rng, section, index, label, score, p_value, side, channels=1)
         p_value=p_value,
         image=image,
         anomaly_map=anomaly_map,
-        task_maps=task_maps,
+        evidence_maps=evidence_maps,
         mask=mask if label == 1 else None,
     )
 
@@ -55,11 +55,11 @@ def synthetic_results(side=48, num_each=1, channels=1, known=True, shift=0.0) ->
     calibration = rng.gamma(2, 0.5, NUM_CALIBRATION)
     scores = rng.gamma(2, 0.5, 140) + shift + labels * rng.gamma(3, 0.7, 140)
     p_values = (1 + np.sum(calibration >= scores[:, None], axis=1)) / (NUM_CALIBRATION + 1)
-    task_scores = {task: scores + rng.normal(0, 0.3 + 0.4 * i, 140) for i, task in enumerate(TASKS)}
+    evidence_scores = {task: scores + rng.normal(0, 0.3 + 0.4 * i, 140) for i, task in enumerate(TASKS)}
     metrics = {f"test/demo/{name}": 0.5 + 0.05 * i for i, name in enumerate(("image_ap", "pixel_auroc", "aupro"))}
     metrics["test/demo/image_auroc"] = auroc(scores, labels)
     for i, task in enumerate(TASKS):
-        metrics[f"test/demo/task/{task}/image_auroc"] = auroc(task_scores[task], labels)
+        metrics[f"test/demo/task/{task}/image_auroc"] = auroc(evidence_scores[task], labels)
         metrics[f"test/demo/leave_out/{task}/image_auroc"] = metrics["test/demo/image_auroc"] + 0.01 * (i - 5)
     for floor, value in (("mean_intensity", 0.61), ("mean_gradient", 0.83), ("pca", 0.44)):
         metrics[f"test/demo/floor/{floor}/image_auroc"] = value
@@ -99,7 +99,7 @@ def synthetic_results(side=48, num_each=1, channels=1, known=True, shift=0.0) ->
         labels=labels,
         scores=scores,
         p_values=p_values,
-        task_scores=task_scores,
+        evidence_scores=evidence_scores,
         calibration_scores=calibration,
         groups=[f"p{i}" for i in range(140)],
         num_calibration_groups=NUM_CALIBRATION,
@@ -286,8 +286,8 @@ def test_sizes_that_do_not_fit_are_refused():
     results = synthetic_results()
     with pytest.raises(ValueError, match=r"p_values of shape \(140,\)"):
         dataclasses.replace(results, p_values=results.p_values[:-1])
-    with pytest.raises(ValueError, match=r"task_scores\['masked'\]"):
-        dataclasses.replace(results, task_scores={"masked": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"evidence_scores\['masked'\]"):
+        dataclasses.replace(results, evidence_scores={"masked": np.zeros(3)})
     with pytest.raises(ValueError, match=r"router\['b'\] as \[8 tasks, E\]"):
         dataclasses.replace(results, router={"b": np.ones((3, 6))})
     with pytest.raises(ValueError, match="finite scores"):
