@@ -20,9 +20,9 @@ from core.provenance import environment
 from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import grey_log_mean_gradient
 from mtl_moe.infer import Trained
-from mtl_moe.losses import to_float
 from mtl_moe.scoring import make_score_fn
 from mtl_moe.system import System
+from mtl_moe.tasks.base import to_float
 
 FILE = "detector.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")  # that the file can run on, whichever it is written on

@@ -22,6 +22,7 @@ from mtl_moe.floors import log_mean_gradient
 from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.system import System
+from mtl_moe.tasks.base import to_float
 
 MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
 
@@ -168,7 +169,7 @@ def evidence_maps(
 def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
     """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls."""
     tasks: Sequence[Any] = system.tasks
-    floats = images.astype(np.float32) / 255.0
+    floats = to_float(images)
     model = system.model.clone(mesh=None)  # on a mesh the number of views would have to divide over the devices
 
     def stats(params: Any) -> Any:

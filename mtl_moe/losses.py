@@ -13,12 +13,8 @@ import jax.numpy as jnp
 from mtl_moe.augment import augment
 from mtl_moe.model import Detector
 from mtl_moe.tasks import Task
+from mtl_moe.tasks.base import to_float
 from mtl_moe.teacher import make_teacher
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [0, 1]."""
-    return images.astype(jnp.float32) / 255.0
 
 
 def init_extra(num_tasks: int) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 
 from core.dense import Dense, activation_dtype
-from core.vit import EncoderBlock, Mlp, PatchEmbed, patchify, unpatchify
+from core.vit import EncoderBlock, Mlp, PatchEmbed, block_name, patchify, unpatchify
 from mtl_moe.moe import Dispatch, MoeMlp, active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
 
@@ -47,6 +47,12 @@ class ModelConfig:
             raise ValueError(f"model.mlp: expected one of {MLP_KINDS}, found {self.mlp!r}")
 
 
+def expert_blocks(config: ModelConfig) -> list[str]:
+    """Names of the blocks that are told the task, in their order: the encoder's last, then the neck's."""
+    names = [f"expert_{i:02d}" for i in range(config.num_moe_layers)]
+    return names + [f"neck_{i:02d}" for i in range(config.num_neck_layers)]
+
+
 class Trunk(nn.Module):
     """Dense encoder without knowledge of the task: inputs [R, H, W, C + 1] -> tokens [R, N, D]."""
 
@@ -65,7 +71,7 @@ class Trunk(nn.Module):
                 cfg.num_heads,
                 lambda name: Mlp(cfg.mlp_dim, dtype=self.dtype, name=name),
                 dtype=self.dtype,
-                name=f"block_{i:02d}",
+                name=block_name(i),
             )
             x, _ = block(x)
         return x
@@ -112,9 +118,7 @@ class Detector(nn.Module):
         x = x + embedding[task_ids][:, None].astype(x.dtype)
         make_mlp = functools.partial(_expert_mlp, cfg, len(self.tasks), self.dtype, self.mesh, self.dispatch)
         aux = {}
-        names = [f"expert_{i:02d}" for i in range(cfg.num_moe_layers)]
-        names += [f"neck_{i:02d}" for i in range(cfg.num_neck_layers)]
-        for name in names:
+        for name in expert_blocks(cfg):
             block = EncoderBlock(cfg.num_heads, make_mlp, dtype=self.dtype, name=name)
             if cfg.mlp == "moe":
                 x, aux[name] = block(x, task_ids, not train)

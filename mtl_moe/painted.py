@@ -39,7 +39,7 @@ def paint(images: np.ndarray, family: str, seed: int) -> np.ndarray:
     def unseen(images: jax.Array) -> jax.Array:
         return jnp.clip(UNSEEN[family](key, images, base.body_mask(images)), 0.0, 1.0)
 
-    painted = jax.jit(trained if family in TRAINED else unseen)(jnp.asarray(images, jnp.float32) / 255.0)
+    painted = jax.jit(trained if family in TRAINED else unseen)(base.to_float(jnp.asarray(images)))
     return np.asarray(jnp.round(painted * 255.0)).astype(np.uint8)
 
 
@@ -100,10 +100,6 @@ def _uniform(key: jax.Array, images: jax.Array, low: float, high: float) -> jax.
     return jax.random.uniform(key, (images.shape[0], 1, 1, 1), minval=low, maxval=high)
 
 
-def _mean_in(images: jax.Array, area: jax.Array) -> jax.Array:
-    return (images * area).sum((1, 2), keepdims=True) / (area.sum((1, 2), keepdims=True) + base.EPS)
-
-
 def _bump(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
     """A small spot without an edge, brighter or darker."""
     key_area, key_size, key_sign = jax.random.split(key, 3)
@@ -114,14 +110,14 @@ def _bump(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
 def _inverted(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
     """Contrast turned round its own mean."""
     area = _disc(key, body, 0.1, 0.25, edge=0.1)
-    return images + 2 * area * (_mean_in(images, area) - images)
+    return images + 2 * area * (base.mean_in(images, area) - images)
 
 
 def _wide_veil(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
     """Contrast lowered towards a level a little brighter than the tissue."""
     key_area, key_level, key_veil = jax.random.split(key, 3)
     area = _wide(key_area, body)
-    level = _mean_in(images, area) + _uniform(key_level, images, 0.0, 0.2)
+    level = base.mean_in(images, area) + _uniform(key_level, images, 0.0, 0.2)
     return images + area * _uniform(key_veil, images, 0.2, 0.6) * (level - images)
 
 

@@ -15,9 +15,8 @@ import numpy as np
 from scipy import ndimage
 
 from mtl_moe.calibration import Calibration
-from mtl_moe.losses import to_float
 from mtl_moe.system import DTYPES, System
-from mtl_moe.tasks.base import EPS, body_mask, mean_where
+from mtl_moe.tasks.base import EPS, body_mask, mean_where, to_float
 from mtl_moe.teacher import make_teacher, needs_teacher
 
 TOP_SHARE = 0.05  # of the body's pixels

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from core.low_rank import merge
-from mtl_moe.losses import make_corrupt_fn, to_float
-from mtl_moe.model import Detector, ModelConfig, trunk_tokens
+from mtl_moe.losses import make_corrupt_fn
+from mtl_moe.model import Detector, ModelConfig, expert_blocks, trunk_tokens
 from mtl_moe.system import System
+from mtl_moe.tasks.base import to_float
 
 # Kernels that get low-rank updates, and how many of their axes are inputs. Routers and experts stay as they are.
 TARGETS: Mapping[str, int] = {
@@ -70,9 +71,7 @@ def make_tokens_fn(model: Detector) -> Callable[[Any, Mapping[str, jax.Array]], 
     Each token has zero mean and unit variance. Rows are ordered image by image, an image's views in the order of tasks,
     as in `Detector`.
     """
-    config = model.config
-    blocks = [f"expert_{i:02d}" for i in range(config.num_moe_layers)]
-    blocks += [f"neck_{i:02d}" for i in range(config.num_neck_layers)]
+    blocks = expert_blocks(model.config)
     last = blocks[-1] if blocks else "trunk"
 
     def tokens(params: Any, inputs: Mapping[str, jax.Array]) -> jax.Array:

@@ -18,6 +18,7 @@ from scipy.cluster.vq import kmeans2
 from core.vit import patchify
 from mtl_moe.model import ModelConfig, trunk_tokens
 from mtl_moe.tasks import Task, Teacher
+from mtl_moe.tasks.base import to_float
 
 MAX_PATCHES = 20_000  # for k-means: some hundreds of patches a cluster are plenty
 
@@ -48,7 +49,7 @@ def make_teacher(config: ModelConfig, state: Any, images: jax.Array, dtype: Any)
 
 def fit_patch_centers(images: np.ndarray, patch_size: int, num_clusters: int, seed: int) -> np.ndarray:
     """k-means centres [M, Q] of the patches of uint8 images [B, H, W, C]."""
-    patches = np.asarray(patchify(jnp.asarray(images, jnp.float32) / 255.0, patch_size))
+    patches = np.asarray(patchify(to_float(jnp.asarray(images)), patch_size))
     return _fit(patches.reshape(-1, patches.shape[-1]), num_clusters, seed)
 
 
@@ -58,7 +59,7 @@ def make_refresh_fn(config: ModelConfig, images: np.ndarray, num_clusters: int, 
     Args:
       images: uint8 [B, H, W, C] training normals, the same on every host.
     """
-    tokens_of = jax.jit(lambda trunk, x: trunk_tokens(config, trunk, x.astype(jnp.float32) / 255.0))
+    tokens_of = jax.jit(lambda trunk, x: trunk_tokens(config, trunk, to_float(x)))
 
     def refresh(ema_params: Any, state: Any) -> Any:
         trunk = jax.device_get(ema_params["trunk"])

@@ -97,6 +97,11 @@ class Task(Protocol):
         """Head outputs [V, B, ...] -> maps [B, H, W] float32, higher is odder, by the names of `reductions`."""
 
 
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [0, 1]."""
+    return images.astype(jnp.float32) / 255.0
+
+
 def with_plane(images: jax.Array, hidden: jax.Array | None = None) -> jax.Array:
     """Appends the plane of hidden pixels ([..., H, W, 1], 1 = hidden); hidden pixels of the image become 0.5."""
     if hidden is None:
@@ -187,6 +192,11 @@ def body_mask(images: jax.Array) -> jax.Array:
     body = between(1) * between(2)
     enough = body.mean(axis=(1, 2, 3), keepdims=True) > 0.005
     return jnp.where(enough, body, 1.0)
+
+
+def mean_in(images: jax.Array, area: jax.Array) -> jax.Array:
+    """Mean of [B, H, W, C] weighted by `area` [B, H, W, 1], per image and channel: [B, 1, 1, C]."""
+    return (images * area).sum((1, 2), keepdims=True) / (area.sum((1, 2), keepdims=True) + EPS)
 
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:

@@ -138,10 +138,6 @@ def _amplitude(key: jax.Array, batch: int, low: float, high: float) -> jax.Array
     return size * jax.random.rademacher(key_sign, (batch, 1, 1, 1), jnp.float32)
 
 
-def _mean_in(images: jax.Array, soft: jax.Array) -> jax.Array:
-    return (images * soft).sum((1, 2), keepdims=True) / (soft.sum((1, 2), keepdims=True) + base.EPS)
-
-
 def _displaced(key: jax.Array, images: jax.Array) -> jax.Array:
     """Each image shifted round by a random offset of at least an eighth of its side."""
     size = images.shape[1]
@@ -153,7 +149,7 @@ def _blend(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array
     """Part of another image, brought to the same mean and mixed in (FPI; NSA without the Poisson solver)."""
     key_shift, key_alpha = jax.random.split(key)
     other = _displaced(key_shift, jnp.roll(images, 1, axis=0))
-    other = other + _mean_in(images, soft) - _mean_in(other, soft)
+    other = other + base.mean_in(images, soft) - base.mean_in(other, soft)
     alpha = jax.random.uniform(key_alpha, (images.shape[0], 1, 1, 1), minval=0.3)
     return images + alpha * (other - images)
 
@@ -194,7 +190,7 @@ def _haze(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array,
     key_level, key_veil = jax.random.split(key)
     window = max(3, images.shape[1] // 9 | 1)  # 7 of 64 pixels
     smooth = base.box_filter(base.box_filter(images, window), window)
-    level = _mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.0, 0.3)
+    level = base.mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.0, 0.3)
     veil = jax.random.uniform(key_veil, (images.shape[0], 1, 1, 1), minval=0.1, maxval=0.8)
     return smooth + veil * (level - smooth)
 
@@ -208,7 +204,7 @@ def _mass(key: jax.Array, images: jax.Array, soft: jax.Array, centre: jax.Array,
     """A growth: tissue pushed aside, in its place a smooth level of its own that is brighter or darker, and texture."""
     key_deform, key_level, key_own, key_texture = jax.random.split(key, 4)
     pushed = _deform(key_deform, images, soft, centre, radius)
-    level = _mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.1, 0.5)
+    level = base.mean_in(images, soft) + _amplitude(key_level, images.shape[0], 0.1, 0.5)
     own = jax.random.uniform(key_own, (images.shape[0], 1, 1, 1), minval=0.3)
     return _texture(key_texture, pushed + own * (level - pushed), soft, centre, radius)
 

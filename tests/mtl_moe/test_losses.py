@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_moe.losses import init_extra, make_loss_fn, to_float
+from mtl_moe.losses import init_extra, make_loss_fn
 from mtl_moe.model import build_geometry
 from mtl_moe.tasks import build_tasks
+from mtl_moe.tasks.base import to_float
 
 BATCH, SIZE = 4, 32
 NAMES = ("masked", "denoise", "intensity")
