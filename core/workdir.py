@@ -18,6 +18,10 @@ LATER_FIELDS = {
     "teacher.overrides.position_resize": None,
 }
 
+# Free fields of most commands (`check_config`): folders move, damaged files are left out by name, logs change nothing.
+READING = ("data.root", "data.memory_limit_gb", "data.skip_corrupt")
+LOGGING = ("train.log_every", "train.save_every", "train.tensorboard")
+
 
 def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict as JSON has it: lists for tuples."""

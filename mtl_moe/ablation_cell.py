@@ -24,6 +24,7 @@ from core.workdir import check_config
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe.calibration import Calibration, fit_calibration, fit_folds, fit_scores
 from mtl_moe.cost import score_macs
+from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.painted import KINDS, by_kind, criteria, painted_auroc, sources
@@ -33,10 +34,7 @@ from mtl_moe.tasks import Task
 from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
-FREE_FIELDS = (
-    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "train.log_every", "train.save_every",
-    "train.tensorboard", "mesh.", "compress.", "slices.",
-)  # fmt: skip
+FREE_FIELDS = (*DETECTOR, "compress.")
 FUSED = "fused"
 
 

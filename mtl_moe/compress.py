@@ -30,6 +30,7 @@ from core.tree import fingerprint, num_params
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, train_batches
 from mtl_moe.cost import score_macs
+from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
@@ -39,10 +40,7 @@ from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
-FREE_FIELDS = (
-    "data.root", "data.cache", "data.memory_limit_gb", "data.kind", "score.", "slices.", "train.log_every",
-    "train.save_every", "train.tensorboard", "mesh.",
-)  # fmt: skip
+FREE_FIELDS = (*DETECTOR, "score.")
 TIMING_ROUNDS = 7  # batches scored by each detector, in turn; the median counts
 MAX_HELD_OUT = 256  # normals on which tokens are compared
 

@@ -20,6 +20,7 @@ from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
+from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import restore
 from mtl_moe.provenance import check_source
 from mtl_moe.seeds import ensemble, summarise
@@ -28,22 +29,7 @@ from mtl_moe.train import train
 
 # Fields that may differ between a work directory's config and the one it is run with: none changes the training done
 # so far. A larger train.num_steps trains on, by the rest of the longer schedule.
-FREE_FIELDS = (
-    "train.num_steps",
-    "data.root",
-    "data.cache",
-    "data.memory_limit_gb",
-    "data.kind",
-    "data.skip_corrupt",
-    "score.",
-    "train.log_every",
-    "train.save_every",
-    "train.tensorboard",
-    "mesh.",
-    "num_seeds",
-    "compress.",
-    "slices.",
-)
+FREE_FIELDS = (*DETECTOR, "train.num_steps", "score.", "num_seeds", "compress.")
 
 
 def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) -> None:

@@ -17,7 +17,7 @@ from configs.mtl_moe import ablation, bmad, folder, quickstart
 from core.files import write_json
 from core.optim import build_optimizer
 from core.tree import num_params, spec
-from core.workdir import check_config
+from core.workdir import LOGGING, READING, check_config
 from mtl_moe import ablation_cell, compress, run
 from mtl_moe.system import build_system
 from mtl_moe.train import make_update_fn
@@ -226,8 +226,8 @@ def test_configs_of_before_a_field_was_there_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize("fields", [run.FREE_FIELDS, compress.FREE_FIELDS, ablation_cell.FREE_FIELDS])
 def test_free_fields_exist(fields: tuple[str, ...]):
-    """A renamed field would silently bind a work directory to it; devices and cadences bind none."""
-    assert {"mesh.", "train.log_every", "train.save_every"} <= set(fields)
+    """A renamed field would silently bind a work directory to it; devices, reading and logging bind none."""
+    assert {"mesh.", *READING, *LOGGING} <= set(fields)
     config = json.loads(json.dumps(common.detector().to_dict()))
     for field in fields:
         node = config

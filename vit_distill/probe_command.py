@@ -12,7 +12,7 @@ from core.files import write_json
 from core.mesh import make_mesh
 from core.provenance import environment
 from core.vit import VitConfig
-from core.workdir import check_config, plain, save_config
+from core.workdir import READING, check_config, plain, save_config
 from input_pipeline.classification import load_labelled
 from vit_distill.features import cached_features, extract_features, make_feature_fn, model_fingerprint
 from vit_distill.preprocessing import Preprocessing
@@ -21,7 +21,7 @@ from vit_distill.student_io import FACTS, load_student, load_teacher_of
 
 SPLITS = ("train", "valid", "test")
 # Fields that may differ between a work directory's config and the one it is run with.
-FREE_FIELDS = ("data.root", "data.memory_limit_gb", "probe.", "segment.")  # grids are widened; the report is anew
+FREE_FIELDS = (*READING, "probe.", "segment.")  # grids are widened; the report is anew
 
 
 class Subject(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import environment, print_devices
-from core.workdir import check_config, save_config
+from core.workdir import LOGGING, READING, check_config, save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from input_pipeline.index import DataError
@@ -33,15 +33,7 @@ from vit_distill.student_io import (
 from vit_distill.train import check_trains, train
 
 # Fields that may differ between a work directory's config and the one it is run with.
-FREE_FIELDS = (
-    "train.num_steps",
-    "train.tensorboard",
-    "data.root",
-    "data.memory_limit_gb",
-    "data.skip_corrupt",
-    "teacher.checkpoint",
-    "lora.truncate_to",
-)
+FREE_FIELDS = (*READING, *LOGGING, "train.num_steps", "teacher.checkpoint", "lora.truncate_to")
 DECODED = 1024  # images at once, where all are read before training
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {

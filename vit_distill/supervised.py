@@ -27,7 +27,7 @@ from core.provenance import environment
 from core.state import TrainState, init_state
 from core.step import LossFn, make_train_step_fn
 from core.vit import VisionTransformer, VitConfig
-from core.workdir import check_config, save_config
+from core.workdir import LOGGING, check_config, save_config
 from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.classification import LabelledSet, load_labelled
 from vit_distill.formats.timm import write_timm_folder
@@ -35,7 +35,8 @@ from vit_distill.preprocessing import Preprocessing
 from vit_distill.sampling import even_rows
 from vit_distill.supervised_augment import mixup, random_crop
 
-FREE_FIELDS = ("train.num_steps", "train.tensorboard", "data.root", "data.memory_limit_gb")
+# Without data.skip_corrupt of READING: nothing but the config says which images a teacher learns from.
+FREE_FIELDS = ("data.root", "data.memory_limit_gb", *LOGGING, "train.num_steps")
 STATISTICS_IMAGES = 5000  # mean and std of the channels are taken over so many training images at most
 STATISTICS_BATCH = 64  # images read at a time for them
 

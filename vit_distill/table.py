@@ -15,7 +15,7 @@ from typing import Any
 from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.loop import NonFiniteLossError
-from core.workdir import check_config, save_config
+from core.workdir import LOGGING, READING, check_config, save_config
 from vit_distill.plan import make_plan
 from vit_distill.student_io import load_teacher_of
 from vit_distill.table_bench import Bench, Trained, held_out_metrics, load_bench, probe_model, train_student
@@ -58,8 +58,8 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 # Fields that may differ between a work directory's config and the one it is run with: the table may grow.
 FREE_FIELDS = (
-    "data.root",
-    "data.memory_limit_gb",
+    *READING,
+    *LOGGING,
     "teacher.checkpoint",
     "table.probe_data.root",
     "table.rows",

@@ -12,11 +12,13 @@ from core.state import TrainState
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
 from core.vit import VitConfig
+from core.workdir import LOGGING, READING, check_config, save_config
+from vit_distill import probe_command, run, supervised
+from vit_distill import table as run_table
 from vit_distill.distill import Distiller, make_loss_fn
 from vit_distill.flops import abstract_params
 from vit_distill.lora import build_lora_config, init_adapters
 from vit_distill.losses import LossConfig
-from vit_distill.run import COMMANDS
 
 CONFIGS = {
     "distill": distill.get_config,
@@ -36,8 +38,26 @@ VIT_B = VitConfig(depth=6, width=768, num_heads=12, mlp_dim=3072, patch_size=16,
 def test_every_config_names_a_command_of_the_distiller(name):
     config = CONFIGS[name]()
     assert config.system == "vit_distill"
-    assert config.command in ("distill", *COMMANDS)
+    assert config.command in ("distill", *run.COMMANDS)
     config.to_json_best_effort()
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "bound"),
+    [
+        (distill.get_config(), run.FREE_FIELDS, ()),
+        (table.get_config(), run_table.FREE_FIELDS, ()),
+        (teacher.get_config(), supervised.FREE_FIELDS, ("data.skip_corrupt",)),
+        (probe.get_config(), probe_command.FREE_FIELDS, LOGGING),  # which it has not
+    ],
+)
+def test_reading_and_logging_bind_no_work_directory(config, fields, bound, tmp_path):
+    save_config(config, tmp_path)
+    other = {"data.root": "moved", "data.memory_limit_gb": 1.0, "data.skip_corrupt": True}
+    other |= {"train.log_every": 3, "train.save_every": 7, "train.tensorboard": False}
+    assert {*READING, *LOGGING} == set(other)
+    config.update_from_flattened_dict({name: value for name, value in other.items() if name not in bound})
+    check_config(config, tmp_path, fields)
 
 
 @pytest.mark.parametrize(("module", "arg"), [(distill, "r=2"), (teacher, "preset=huge"), (quickstart, "quarter")])
