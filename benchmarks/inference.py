@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.peers import import_timm
 from benchmarks.record import write_record
 from configs.common import distiller
-from core.dense import rounded_kernels
-from vit_distill.distill import DTYPES, build_distiller
+from core.dense import DTYPES, rounded_kernels
+from vit_distill.distill import build_distiller
 from vit_distill.export import onnx_file
 from vit_distill.formats.timm import to_timm
 from vit_distill.forward import make_forward

@@ -18,6 +18,18 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # by their names in configs
+
+
+def named_dtype(name: str, field: str) -> Dtype:
+    """The dtype that `field` of a config names.
+
+    Raises:
+      ValueError: for another than those of DTYPES: float16 would need a scaled loss.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"{field}: expected one of {sorted(DTYPES)}, found {name!r}")
+    return DTYPES[name]
 
 
 @flax.struct.dataclass

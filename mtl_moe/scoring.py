@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from core.dense import DTYPES
 from mtl_moe.calibration import Calibration
-from mtl_moe.system import DTYPES, System
+from mtl_moe.system import System
 from mtl_moe.tasks.base import EPS, body_mask, mean_where, to_float
 from mtl_moe.teacher import make_teacher, needs_teacher
 

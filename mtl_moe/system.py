@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from core.dense import DTYPES, named_dtype
 from core.mesh import make_mesh, replicate
 from core.state import TrainState, abstract_state, init_state
 from input_pipeline.dataset import Dataset
@@ -16,8 +17,6 @@ from mtl_moe.losses import init_extra
 from mtl_moe.model import Detector, build_geometry, build_model_config
 from mtl_moe.tasks import Task, build_tasks
 from mtl_moe.teacher import fit_patch_centers, init_teacher, needs_teacher
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +83,7 @@ def build_system(config: Any) -> System:
       ValueError: for any field that does not fit (unknown task, mlp kind, dtype; sizes that do not divide).
     """
     for field in ("train", "score"):
-        if config[field].dtype not in DTYPES:
-            raise ValueError(f"{field}.dtype: expected one of {sorted(DTYPES)}, found {config[field].dtype!r}")
+        named_dtype(config[field].dtype, f"{field}.dtype")
     mesh, model = make_mesh(config.mesh.expert), config.model
     if model.mlp == "moe" and model.num_experts % config.mesh.expert:
         raise ValueError(f"mesh.expert={config.mesh.expert} does not divide the {model.num_experts} experts")

@@ -19,13 +19,13 @@ import optax
 from jax.sharding import Mesh
 
 from core import tree
-from core.dense import rounded_kernels
+from core.dense import DTYPES, named_dtype, rounded_kernels
 from core.mesh import make_mesh, replicate
 from core.state import TrainState, abstract_state, init_state
 from core.step import make_train_step_fn
 from core.vit import VisionTransformer, VitConfig, VitOutput
 from vit_distill.augment import fixed_view, random_resized_crop
-from vit_distill.forward import DTYPES, make_forward, micro_batches
+from vit_distill.forward import make_forward, micro_batches
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
 from vit_distill.teacher import Teacher
@@ -95,8 +95,7 @@ def build_distiller(
     if method not in METHODS:
         raise ValueError(f"student.method: expected one of {METHODS}, found {method!r}")
     for field in ("teacher", "train"):
-        if config[field].dtype not in DTYPES:
-            raise ValueError(f"{field}.dtype: expected one of {sorted(DTYPES)}, found {config[field].dtype!r}")
+        named_dtype(config[field].dtype, f"{field}.dtype")
     depth, choice = teacher.config.depth, ()
     if blocks is None and config.student.blocks == "calibrated":
         if images is None:

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from core import tree
+from core.dense import named_dtype
 from core.logs import progress_bar
 from core.mesh import replicate, shard_batch
 from core.vit import VitConfig, VitOutput
-from vit_distill.forward import DTYPES, make_forward
+from vit_distill.forward import make_forward
 from vit_distill.preprocessing import Preprocessing
 
 OUTPUTS = ("pooled", "patches")
@@ -51,21 +52,20 @@ def make_feature_fn(
     Args:
       output: "pooled": [B, D], what the model's own head sees; "patches": [B, P, D], patch tokens after the final norm
         (of a model that normalises after pooling, final_norm="pooled": before it).
-      dtype: of the computation, one of DTYPES.
+      dtype: of the computation, one of core.dense.DTYPES.
 
     Raises:
       ValueError: for another output or dtype.
     """
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {OUTPUTS}, found {output!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype of the features: expected one of {tuple(DTYPES)}, found {dtype!r}")
+    operands = named_dtype(dtype, "dtype of the features")
     params = replicate(params, mesh)
 
     def read(out: VitOutput) -> jax.Array:
         return (out.pooled if output == "pooled" else out.tokens[:, config.num_prefix :]).astype(jnp.float32)
 
-    forward = make_forward(config, jnp.dtype(dtype), read, mesh.size)
+    forward = make_forward(config, operands, read, mesh.size)
 
     @jax.jit
     def features(params: Any, images: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from core.vit import VisionTransformer, VitConfig, VitOutput
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of products, by their names in configs
 PART_BYTES = 24 * 2**20  # of a part's hidden activations [part * N, mlp_dim] in float32; 10 to 40 MB do as well
 TRAINED_PART_BYTES = 10 * 2**20  # the same where a gradient is taken, which keeps them for every block
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from core.compilation import enable_compilation_cache
+from core.dense import named_dtype
 from core.files import write_json
 from core.provenance import environment
 from core.tree import num_params
@@ -54,7 +55,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
       rate: FLOP/s of a device; measured here by default.
 
     Raises:
-      ValueError: for a reduction, rank or method that does not fit the teacher.
+      ValueError: for a reduction, rank, method or dtype that does not fit.
     """
     method, train = config.student.method, config.train
     # Which blocks calibration will choose is not known yet; how many is.
@@ -68,7 +69,9 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     accumulation = micro_batches(student, train.batch_size, devices, asked=train.accumulation)
     cost = flops.step_cost(student, teacher, train.batch_size, method, lora, accumulation=accumulation, cached=cached)
-    dtype = jnp.dtype(train.dtype)
+    dtype, teacher_dtype = (
+        jnp.dtype(named_dtype(config[field].dtype, f"{field}.dtype")) for field in ("train", "teacher")
+    )
     batch = -(-train.batch_size // devices)
     teacher_parts = forward_parts(teacher, train.batch_size, devices, train.accumulation)
     memory = flops.train_memory(
@@ -79,7 +82,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
         method,
         num_trained,
         compute_bytes=dtype.itemsize,
-        teacher_bytes=jnp.dtype(config.teacher.dtype).itemsize,
+        teacher_bytes=teacher_dtype.itemsize,
         ranks=dict(lora.ranks) if lora else None,
         cached=cached,
     )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from core import tree
 from core.checkpoint import Checkpointer
 from core.compilation import enable_compilation_cache
+from core.dense import named_dtype
 from core.files import write_json
 from core.logs import MetricLogger, progress_bar
 from core.loop import train_loop
@@ -56,9 +57,10 @@ def run_teacher(config: Any, workdir: Path) -> dict[str, Any]:
     """
     enable_compilation_cache()
     check_config(config, workdir, FREE_FIELDS)
+    dtype = named_dtype(config.train.dtype, "train.dtype")
     preprocessing, sets = load_sets(config)
     vit = build_vit_config(config.model, config.data.channels, len(sets["train"].classes))
-    model, mesh = VisionTransformer(vit, dtype=jnp.dtype(config.train.dtype)), make_mesh()
+    model, mesh = VisionTransformer(vit, dtype=dtype), make_mesh()
     check_batch_size(config.train.batch_size, config.train.accumulation, mesh)
     save_config(config, workdir)
     start = time.time()

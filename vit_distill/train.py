@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.checkpoint import Checkpointer, CheckpointError
+from core.dense import DTYPES
 from core.logs import MetricLogger
 from core.loop import train_loop
 from core.mesh import check_batch_size
@@ -26,7 +27,7 @@ from vit_distill.distill import (
     trace_update,
 )
 from vit_distill.evaluate import run_blocks
-from vit_distill.forward import DTYPES, part_size
+from vit_distill.forward import part_size
 from vit_distill.sampling import even_rows
 from vit_distill.teacher_cache import build_cache, cached_batches
 from vit_distill.warm_start import check_targets, warm_start

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from core.dense import DTYPES
 from core.mesh import make_mesh
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import features as module
@@ -75,7 +76,7 @@ def test_eight_devices_give_the_same(params: Any, images: Images):
 def test_half_width_is_close_and_stays_float32(params: Any, images: Images):
     full, half = (
         extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, ONE, dtype=dtype), images, 7)["pooled"]
-        for dtype in module.DTYPES
+        for dtype in DTYPES
     )
     assert half.dtype == np.float32
     assert np.linalg.norm(full - half) / np.linalg.norm(full) < 0.02

@@ -68,6 +68,8 @@ def test_methods_and_options():
         (lambda c: c.student.update(reduction=3), "3.*4|4.*3"),
         (lambda c: c.lora.update(rank=33), "rank of query.*33"),
         (lambda c: c.student.update(method="half"), "student.method.*'half'"),
+        (lambda c: c.train.update(dtype="float16"), "train.dtype: expected one of.*'float16'"),
+        (lambda c: c.teacher.update(dtype="float64"), "teacher.dtype: expected one of.*'float64'"),
     ],
 )
 def test_what_the_run_would_refuse_the_plan_refuses(change, message: str):

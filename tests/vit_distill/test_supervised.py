@@ -228,9 +228,11 @@ def test_channel_statistics_are_taken_a_few_images_at_a_time():
     np.testing.assert_allclose(std, (found.pixels / 255).std((0, 1, 2)), atol=6e-5)
 
 
-def test_a_batch_that_does_not_divide_leaves_no_folder(data: Path, tmp_path: Path):
+def test_a_batch_or_dtype_that_does_not_fit_leaves_no_folder(data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"train\.batch_size=6 does not divide by the 8 devices"):
         supervised.run_teacher(tiny_config(data, batch_size=6), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.dtype: expected one of .*found 'float16'"):
+        supervised.run_teacher(tiny_config(data, dtype="float16"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
