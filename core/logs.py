@@ -10,6 +10,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from core.files import replacing
+
 
 class MetricLogger:
     """Appends one JSON line a logged step: {"step": 100, "loss": 1.2, ...}. A context manager.
@@ -21,9 +23,8 @@ class MetricLogger:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [record for record in read_history(workdir) if record["step"] <= start_step] if start_step else []
-        replacement = path.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        replacement.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
         self._writer = None
         if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("clu"):

@@ -7,7 +7,6 @@ import base64
 import importlib.resources
 import io
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from core.files import replacing
 
 # Okabe and Ito's palette (black and yellow left out): told apart under the common colour-vision deficiencies.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -50,13 +51,8 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     source = importlib.resources.files("core").joinpath("report_template.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     html = template.render(title=title, subtitle=subtitle, sections=sections, footer=footer)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(html, encoding="utf-8")
 
 
 def join(parts: Iterable[str]) -> Markup:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from core.files import write_json
+from core.files import replacing, write_json
 from core.loop import NonFiniteLossError
 from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
@@ -52,9 +52,8 @@ class Stored:
         arrays = {"names": self.names, "groups": self.groups, "labels": self.labels}
         for name, scored in self.scored.items():
             arrays |= {f"{name}/raw": scored.raw, f"{name}/texture": scored.texture}
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 def read_stored(path: Path) -> Stored:

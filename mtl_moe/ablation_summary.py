@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from core.bootstrap import bootstrap_difference, possible_resamples
-from core.files import write_json
+from core.files import replacing, write_json
 from core.provenance import environment
 from mtl_moe.ablation_cell import Measured, Stored
 from mtl_moe.ablation_report import figure, markdown, write_page
@@ -176,14 +176,12 @@ def write_summary(
     table = summarise(rows, outcomes, resamples)
     choice = choose(table, outcomes, resamples)
     title = f"Ablation on {config.data.name}"
-    temporary = workdir / "table.md.tmp"
-    temporary.write_text(markdown(title, facts, table, choice), encoding="utf-8")
-    temporary.replace(workdir / "table.md")
+    with replacing(workdir / "table.md") as temporary:
+        temporary.write_text(markdown(title, facts, table, choice), encoding="utf-8")
     content = {"facts": facts, "rows": table, "choice": choice, "provenance": environment()}
     write_json(workdir / "table.json", content)
-    temporary = workdir / "table.tmp.png"
-    figure(table).savefig(temporary, dpi=150)
-    temporary.replace(workdir / "table.png")
+    with replacing(workdir / "table.png") as temporary:
+        figure(table).savefig(temporary, format="png", dpi=150)
     write_page(
         workdir / "report.html",
         title=title,

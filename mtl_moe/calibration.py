@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.files import replacing
 from core.metrics import p_values
 from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import EPS
@@ -142,9 +143,8 @@ class Calibration:
         """Writes all fields and the checkpoint's step as .npz, beside and renamed."""
         own = [field.name for field in dataclasses.fields(self) if field.name != "evidences"]
         fields = {name: np.asarray(getattr(self, name)) for name in ("names", "kinds", *own)}
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, step=step, scoring=SCORING, **fields)
-        temporary.replace(path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, step=step, scoring=SCORING, **fields)
 
 
 def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration:

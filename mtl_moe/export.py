@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from core.files import write_json
+from core.files import replacing, write_json
 from core.provenance import environment
 from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import grey_log_mean_gradient
@@ -75,8 +75,7 @@ def export(system: System, trained: Trained, images: np.ndarray, folder: Path) -
         "environment": environment(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(folder / FILE)
+    with replacing(folder / FILE) as temporary:
+        temporary.write_bytes(content)
     write_json(folder / "export.json", facts)
     return facts

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+from core.files import replacing
 from input_pipeline.dataset import Split
 from mtl_moe.report_figures import overlay
 
@@ -23,8 +24,7 @@ def write_predictions(
     """CSV with columns name, label, score, p_value, one calibrated score an evidence, and error where any image has
     one; label is empty if unknown. The images of `skipped`, name -> why it could not be read, follow with that alone.
     """
-    temporary = path.with_suffix(".csv.tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         error = ["error"] if skipped else []
         writer.writerow(["name", "label", "score", "p_value", *evidence, *error])
@@ -34,7 +34,6 @@ def write_predictions(
             numbers = [f"{value:.6g}" for value in values]
             writer.writerow([name, label if label >= 0 else "", *numbers, *[""] * len(error)])
         writer.writerows([name, *[""] * (3 + len(evidence)), reason] for name, reason in skipped.items())
-    temporary.replace(path)
 
 
 def write_maps(folder: Path, names: Sequence[str], images: np.ndarray, maps: np.ndarray) -> None:

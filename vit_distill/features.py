@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from core import tree
 from core.dense import named_dtype
+from core.files import replacing
 from core.logs import progress_bar
 from core.mesh import replicate, shard_batch
 from core.vit import VitConfig, VitOutput
@@ -124,10 +125,8 @@ def cached_features(
     digest = hashlib.sha256()
     features = _extract(apply, _hashed(_batches(labelled, batch_size), digest), len(labelled), batch_size, description)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **{name: features, "key": key, "pixels": digest.hexdigest()})
-    temporary.replace(path)
     return {name: features}
 
 

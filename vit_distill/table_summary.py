@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.files import write_json
+from core.files import replacing, write_json
 from core.provenance import environment
 from vit_distill.report_data import ReportData
 from vit_distill.report_figures import cost_figure
@@ -174,9 +174,8 @@ def write_tables(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
     """Writes table.md and table.json of the cells there are; returns the rows of `summarise`."""
     rows = summarise(cells)
     text = markdown(f"Students of {bench.teacher.name}", shared_facts(bench), rows, bench.metric)
-    temporary = workdir / "table.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(workdir / "table.md")
+    with replacing(workdir / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     content = {"metric": bench.metric, "facts": shared_facts(bench), "rows": rows, "verdicts": verdicts(rows)}
     write_json(workdir / "table.json", content | {"cells": list(cells), "provenance": environment()})
     return rows
@@ -186,9 +185,8 @@ def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
     """As `write_tables`, with table.png and report.html; prints the table."""
     rows = write_tables(bench, cells, workdir)
     judged = verdicts(rows)
-    temporary = workdir / "table.tmp.png"
-    cost_figure(rows, bench.metric).savefig(temporary, dpi=150)
-    temporary.replace(workdir / "table.png")
+    with replacing(workdir / "table.png") as temporary:
+        cost_figure(rows, bench.metric).savefig(temporary, format="png", dpi=150)
     write_page(
         workdir / "report.html",
         ReportData(

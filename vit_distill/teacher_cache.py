@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from core.files import replacing
 from core.logs import progress_bar
 from core.mesh import make_mesh, replicate, shard_batch
 from vit_distill.distill import Distiller, make_targets_fn, make_views_fn
@@ -98,11 +99,10 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
                 f"{folder}: the teacher's features need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
                 "lower train.cached_views or the number of images, or set cached_views=0"
             )
-        partial = path.with_suffix(".partial")
-        features = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        _compute(distiller, images, features, num_views)
-        features.flush()
-        partial.replace(path)
+        with replacing(path) as temporary:
+            features = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            _compute(distiller, images, features, num_views)
+            features.flush()
         path.with_suffix(".json").write_text(json.dumps(key, indent=2) + "\n")
     return TeacherCache(np.lib.format.open_memmap(path, "r"), num_views)
 

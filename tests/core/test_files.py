@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from core.files import write_json
+from core.files import replacing, write_json
 
 
 def test_json_is_strict_and_plain(tmp_path):
@@ -34,3 +34,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "maps.npz"
+
+    def write(text, error=None):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == tmp_path  # a rename within a disk
+            assert temporary not in tmp_path.glob("*.npz")
+            if error:
+                raise error
+
+    with pytest.raises(OSError, match="disk full"):
+        write("half", OSError("disk full"))
+    assert not list(tmp_path.iterdir())
+    write("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

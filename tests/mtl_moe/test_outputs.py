@@ -35,3 +35,4 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(IndexError):
         write_predictions(predictions, make_split(["a", "b"], [0, 0]), np.zeros(1), np.ones(2), {})
     assert predictions.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [predictions]

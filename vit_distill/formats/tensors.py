@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from core.files import replacing
 from vit_distill.formats.canonical import shorten
 
 _SAFETENSORS_DTYPES = {
@@ -200,11 +201,9 @@ def _torch_to_numpy(value: Any) -> np.ndarray:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Safetensors with the metadata that torch's readers ask for, written beside and renamed; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".safetensors.tmp")
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary, metadata={"format": "pt"}
-    )
-    temporary.replace(path)
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, metadata={"format": "pt"})
 
 
 def read_config_json(path: Path) -> dict[str, Any] | None:
