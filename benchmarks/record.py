@@ -1,6 +1,7 @@
-"""How a measurement is recorded: benchmarks/results/<name>.json with hardware, versions, date, command and rows."""
+"""How a measurement is recorded: benchmarks/results/<name>.json with hardware, versions, revision, command and rows."""
 
 import datetime
+import functools
 import os
 import platform
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ def write_record(
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "date": datetime.date.today().isoformat(),
+        "revision": revision(),
         "command": command,
         **more,
         "rows": rows,
@@ -29,6 +31,14 @@ def write_record(
     path = folder / f"{name}.json"
     write_json(path, record)
     print(f"wrote {path.relative_to(RESULTS.parents[1]) if folder == RESULTS else path.name}")
+
+
+@functools.cache  # a record written again after every row would make its own checkout "-dirty"
+def revision() -> str:
+    """The code's git revision, as in reports."""
+    from core.provenance import git_revision  # imports JAX, which jobs of PyTorch in benchmarks.gpu do without
+
+    return git_revision()
 
 
 def hardware() -> dict:
