@@ -6,7 +6,8 @@ reports partial loads silently in places (orbax issue 2972), so trees are compar
 """
 
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,6 +27,8 @@ def has_checkpoint(workdir: Path) -> bool:
 
 class Checkpointer:
     """Saves and restores training states under `workdir/checkpoints/<step>`; the first save makes the folder.
+
+    A context manager: its end is `close`.
 
     Args:
       workdir: the run's folder.
@@ -84,6 +87,20 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def resume(self, state: TrainState) -> TrainState:
+        """The newest checkpoint as `restore_train` gives it, saying so; `state` where there is none."""
+        if self.latest_step() is None:
+            return state
+        state = self.restore_train(state)
+        print(f"resuming after step {int(state.step)}")
+        return state
 
     def restore_train(self, state: TrainState) -> TrainState:
         """Restores the newest checkpoint into the shapes and placement of `state`.

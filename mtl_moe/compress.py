@@ -152,11 +152,8 @@ def _distil(full: System, small: System, trained: Trained, base: Any, dataset: D
     loss_fn = make_distill_loss_fn(full, small)
     step_fn = make_train_step_fn(loss_fn, tx, ema_decay=0.0, accumulation=config.train.accumulation)
     frozen = ({"params": trained.params, "extra": trained.extra}, base)
-    checkpointer = Checkpointer(output / "distillation", keep=1)
-    try:
-        if checkpointer.latest_step() is not None:
-            state = checkpointer.restore_train(state)
-            print(f"resuming after step {int(state.step)}")
+    with Checkpointer(output / "distillation", keep=1) as checkpointer:
+        state = checkpointer.resume(state)
         start = int(state.step)
         split, size = dataset.splits["train"], config.train.batch_size
         batches = train_batches(split, size, seed=config.seed, start_step=start, num_steps=options.num_steps)
@@ -174,8 +171,6 @@ def _distil(full: System, small: System, trained: Trained, base: Any, dataset: D
                 save_every=options.save_every,
                 images_per_step=size,
             )
-    finally:
-        checkpointer.close()
     return state.params
 
 
@@ -197,12 +192,9 @@ def _save_detector(small: System, params: Any, extra: Any, step: int, output: Pa
     # The schedule counts in the optimizer's state: trained on, it goes on where the full detector's stood.
     optimizer = optax.tree.set(tx.init(params), count=jnp.asarray(step, jnp.int32))
     state = TrainState(jnp.asarray(step, jnp.int32), params, params, optimizer, extra)
-    checkpointer = Checkpointer(output)
-    try:
+    with Checkpointer(output) as checkpointer:
         if checkpointer.latest_step() is None:
             checkpointer.save(jax.device_put(state, shardings(state, small.mesh)))
-    finally:
-        checkpointer.close()
 
 
 def _measure(

@@ -59,11 +59,8 @@ def restore(system: System, workdir: Path) -> Trained:
       CheckpointError: if there is none, it is damaged, or of another architecture.
     """
     state = system.abstract_state(build_optimizer(system.config.optim, system.config.train.num_steps))
-    checkpointer = Checkpointer(workdir)
-    try:
+    with Checkpointer(workdir) as checkpointer:
         return Trained(*checkpointer.restore_model(state.ema_params, state.extra))
-    finally:
-        checkpointer.close()
 
 
 class Scorer:

@@ -52,24 +52,21 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     save_config(config, workdir)
 
     state = system.init_state(tx, dataset)
-    checkpointer = Checkpointer(workdir)
-    if checkpointer.latest_step() is not None:
-        state = checkpointer.restore_train(state)
-        print(f"resuming after step {int(state.step)}")
-    start = int(state.step)
-    refresh = _refresh_event(system, dataset)
-    if refresh and start >= config.train.refresh_step and not bool(state.extra["teacher"]["refreshed"]):
-        state = refresh(state)  # its time was the end of a shorter run, or the very start
-    batches = train_batches(
-        dataset.splits["train"],
-        config.train.batch_size,
-        seed=config.seed,
-        start_step=start,
-        num_steps=config.train.num_steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    try:
+    with Checkpointer(workdir) as checkpointer:
+        state = checkpointer.resume(state)
+        start = int(state.step)
+        refresh = _refresh_event(system, dataset)
+        if refresh and start >= config.train.refresh_step and not bool(state.extra["teacher"]["refreshed"]):
+            state = refresh(state)  # its time was the end of a shorter run, or the very start
+        batches = train_batches(
+            dataset.splits["train"],
+            config.train.batch_size,
+            seed=config.seed,
+            start_step=start,
+            num_steps=config.train.num_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         # Metrics are the same on every host: the first one writes them where users look.
         host = jax.process_index()
         with MetricLogger(workdir / f"host_{host}" if host else workdir, start, config.train.tensorboard) as logger:
@@ -87,8 +84,6 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
                 images_per_step=config.train.batch_size,
                 events={config.train.refresh_step: refresh} if refresh else {},
             )
-    finally:
-        checkpointer.close()
 
 
 def make_update_fn(system: System, tx: optax.GradientTransformation) -> Callable[..., Any]:

@@ -160,11 +160,8 @@ def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, d
     if config.student.method == "copy":
         return distiller, None, facts
     state = restore_target(distiller, build_optimizer(config.optim, config.train.num_steps))
-    checkpointer = Checkpointer(workdir)
-    try:
+    with Checkpointer(workdir) as checkpointer:
         trainable, extra, updates = checkpointer.restore_model(state.ema_params, state.extra)
-    finally:
-        checkpointer.close()
     check_base(distiller, extra, workdir)
     num_steps = int(config.train.num_steps)
     if updates < num_steps:

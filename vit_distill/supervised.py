@@ -195,11 +195,8 @@ def train(
     tx = build_optimizer(config.optim, config.train.num_steps)
     example = jnp.zeros((1, preprocessing.image_size, preprocessing.image_size, model.config.in_channels))
     state = init_state(lambda key: (model.init(key, example)["params"], {}), jax.random.key(config.seed), tx, mesh)
-    checkpointer = Checkpointer(workdir)
-    try:
-        if checkpointer.latest_step() is not None:
-            state = checkpointer.restore_train(state)
-            print(f"resuming after step {int(state.step)}")
+    with Checkpointer(workdir) as checkpointer:
+        state = checkpointer.resume(state)
         step_fn = make_train_step_fn(
             make_loss_fn(model, preprocessing, config.augment),
             tx,
@@ -212,8 +209,6 @@ def train(
             seed=config.seed,
             start_step=int(state.step),
             num_steps=config.train.num_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
         with MetricLogger(workdir, int(state.step), config.train.tensorboard) as logger:
             return train_loop(
@@ -229,8 +224,6 @@ def train(
                 save_every=config.train.save_every,
                 images_per_step=config.train.batch_size,
             )
-    finally:
-        checkpointer.close()
 
 
 def make_logits_fn(

@@ -54,8 +54,7 @@ def train(
     if workdir is None:
         state = build_state(distiller, tx, start_values(distiller, images))
         return _loop(distiller, images, state, tx, cache_folder, None, None)
-    checkpointer = Checkpointer(workdir)
-    try:
+    with Checkpointer(workdir) as checkpointer:
         if checkpointer.latest_step() is None:
             state = build_state(distiller, tx, start_values(distiller, images))
         else:
@@ -66,8 +65,6 @@ def train(
         folder = workdir / f"host_{host}" if host else workdir
         with MetricLogger(folder, int(state.step), config.train.tensorboard) as logger:
             return _loop(distiller, images, state, tx, folder / "teacher_features", logger, checkpointer)
-    finally:
-        checkpointer.close()
 
 
 def check_trains(distiller: Distiller) -> None:

@@ -54,18 +54,14 @@ def make_state(toy):
 
 
 def _save(workdir, *states):
-    checkpointer = Checkpointer(workdir)
-    for state in states:
-        checkpointer.save(state)
-    checkpointer.close()
+    with Checkpointer(workdir) as checkpointer:
+        for state in states:
+            checkpointer.save(state)
 
 
 def _restore(workdir, state):
-    checkpointer = Checkpointer(workdir)
-    try:
+    with Checkpointer(workdir) as checkpointer:
         return checkpointer.restore_train(state)
-    finally:
-        checkpointer.close()
 
 
 def _assert_equal(a, b):
@@ -106,6 +102,21 @@ def test_only_the_newest_are_kept_and_saving_copies_the_values(make_state, tmp_p
     checkpointer.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     _assert_equal(_restore(tmp_path, make_state()), make_state(3))
+
+
+def test_a_run_that_fails_leaves_what_it_saved_and_resumes_from_it(make_state, tmp_path, capsys):
+    def run():
+        with Checkpointer(tmp_path) as checkpointer:
+            fresh = make_state()
+            assert checkpointer.resume(fresh) is fresh
+            checkpointer.save(make_state(1))
+            raise KeyError("an error of the run")
+
+    with pytest.raises(KeyError, match="of the run"):
+        run()
+    with Checkpointer(tmp_path) as checkpointer:
+        _assert_equal(checkpointer.resume(make_state()), make_state(1))
+    assert capsys.readouterr().out == "resuming after step 1\n"
 
 
 def test_a_step_that_is_not_newer_is_refused_not_skipped(make_state, copied):

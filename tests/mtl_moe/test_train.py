@@ -60,6 +60,27 @@ def test_a_folder_in_which_nothing_was_learned_takes_another_config_and_other_im
         run.train_and_evaluate(config, tmp_path)
 
 
+def test_checkpoints_are_closed_after_an_error_before_the_first_update(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config()
+    config.tasks.names = ("masked",)
+    config.model.num_neck_layers = 0
+    closed = []
+
+    class Watched(Checkpointer):
+        def close(self):
+            super().close()
+            closed.append(self)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(training, "Checkpointer", Watched)
+    monkeypatch.setattr(training, "train_batches", fail)
+    with pytest.raises(MemoryError):
+        train(build_system(config), load_dataset(config.data), tmp_path)
+    assert len(closed) == 1
+
+
 def test_a_second_host_is_not_bound_by_what_the_first_will_remove(tiny_config, tmp_path, monkeypatch):
     """An aborted run's images, which the first host has not removed yet."""
     config = tiny_config()
