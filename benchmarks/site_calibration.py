@@ -42,7 +42,7 @@ def compare(cell: Path) -> list[tuple[int, list[float], list[float]]]:
     for half in range(HALVES):
         chosen = np.isin(groups, np.random.default_rng(half).permutation(names)[: len(names) // 2])
         site, rest = chosen & normal, ~chosen
-        calibration = fit_calibration(tasks, own.fusion, test.raw[site], test.texture[site])
+        calibration = fit_calibration(tasks, own.fusion, test.raw[site], test.texture[site], groups[site])
         found.append((int(site.sum()), measure(stored, own, rest), measure(stored, calibration, rest)))
     return found
 

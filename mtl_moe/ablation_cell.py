@@ -36,20 +36,25 @@ from mtl_moe.train import train
 # Of a cell's config, what does not change its training or its scores.
 FREE_FIELDS = (*DETECTOR, "compress.")
 FUSED = "fused"
+ARRAYS = ("names", "groups", "labels", "normal_groups")  # of `Stored`
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a trained cell keeps for being measured; `scored`: "calibration", "painted", "test", no maps."""
+    """What a trained cell keeps for being measured; `scored`: "calibration", "painted", "test", no maps.
+
+    `names`, `groups` and `labels` are of the test images, `normal_groups` [n] of the calibration normals.
+    """
 
     names: np.ndarray
     groups: np.ndarray
     labels: np.ndarray
+    normal_groups: np.ndarray
     scored: Mapping[str, Scored]
 
     def save(self, path: Path) -> None:
         """Writes an .npz, beside and renamed."""
-        arrays = {"names": self.names, "groups": self.groups, "labels": self.labels}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
         for name, scored in self.scored.items():
             arrays |= {f"{name}/raw": scored.raw, f"{name}/texture": scored.texture}
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -57,16 +62,25 @@ class Stored:
 
 
 def read_stored(path: Path) -> Stored:
-    """Reads `Stored.save`'s file."""
+    """Reads `Stored.save`'s file.
+
+    Raises:
+      ValueError: if it is of an earlier version.
+    """
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
+    if lacking := set(ARRAYS) - set(arrays):
+        raise ValueError(
+            f"{path} is of an earlier version (without {', '.join(sorted(lacking))}), which scored normals by fits "
+            "that may know their patients: start the ablation anew in another --workdir"
+        )
     fields: dict[str, dict[str, np.ndarray]] = {}
     for name, value in arrays.items():
         if "/" in name:
             part, _, key = name.partition("/")
             fields.setdefault(part, {})[key] = value
     scored = {part: Scored(**found) for part, found in fields.items()}
-    return Stored(arrays["names"], arrays["groups"], arrays["labels"], scored)
+    return Stored(*(arrays[name] for name in ARRAYS), scored)
 
 
 def run_cell(config: Any, load: Callable[[Any], tuple[Dataset, Split]], folder: Path) -> dict[str, Any]:
@@ -128,7 +142,8 @@ def _score(system: System, dataset: Dataset, painted: Split, folder: Path) -> di
     if test.has_masks:
         found = pixel_metrics(scored["test"].maps, test.masks(np.arange(len(test)))[..., 0] > 0)
         pixels = {name: value for name, value in found.items() if np.isfinite(value)}
-    Stored(np.array(test.names), np.array(test.groups), test.labels, scored).save(folder / "scores.npz")
+    facts = [np.array(test.names), np.array(test.groups), test.labels, np.array(normals.groups)]
+    Stored(*facts, scored).save(folder / "scores.npz")
     return {"step": trained.step, "pixels": pixels, "score_images_per_second": speed}
 
 
@@ -159,7 +174,7 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
     """Measures scores under a calibration of the stored normals, without the named evidences."""
     normals, images, test = (stored.scored[part] for part in ("calibration", "painted", "test"))
     keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
-    _, folds = fit_folds(calibration.evidences, calibration.fusion, normals.raw, normals.texture)
+    _, folds = fit_folds(calibration.evidences, calibration.fusion, normals.raw, normals.texture, stored.normal_groups)
 
     def unseen(scored: Scored, made_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Corrected [N, K] and fused [N] scores of images that were made of the normals `made_of` [N]."""
@@ -198,7 +213,7 @@ def load_trained(folder: Path, tasks: Sequence[Task], fusion: str) -> tuple[Stor
     """
     stored = read_stored(folder / "scores.npz")
     normals = stored.scored["calibration"]
-    return stored, fit_calibration(tasks, fusion, normals.raw, normals.texture)
+    return stored, fit_calibration(tasks, fusion, normals.raw, normals.texture, stored.normal_groups)
 
 
 def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibration]:
@@ -214,7 +229,7 @@ def joined(cells: Sequence[tuple[Stored, Calibration]]) -> tuple[Stored, Calibra
     }
     # The texture is that of the images: the same in every cell, and one evidence.
     evidences, normals = [one for calibration in calibrations for one in calibration.evidences], scored["calibration"]
-    calibration = fit_scores(evidences, calibrations[0].fusion, normals.raw, normals.texture)
+    calibration = fit_scores(evidences, calibrations[0].fusion, normals.raw, normals.texture, first.normal_groups)
     return dataclasses.replace(first, scored=scored), calibration
 
 
@@ -225,4 +240,4 @@ def uncorrected(stored: Stored, calibration: Calibration) -> Calibration:
     """
     evidences = [evidence._replace(corrected=False) for evidence in calibration.evidences]
     normals = stored.scored["calibration"]
-    return fit_scores(evidences, calibration.fusion, normals.raw, normals.texture)
+    return fit_scores(evidences, calibration.fusion, normals.raw, normals.texture, stored.normal_groups)

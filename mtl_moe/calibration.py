@@ -9,8 +9,8 @@ last, H W map.
   as its errors are for its texture, and as its texture is;
 - u = -log(1 - F(s)), with F the normals' mid-rank distribution and a generalised Pareto tail above its 80 % point;
 - image score = mean of u over the evidences of each kind, then over the kinds: what fails together counts as one;
-  p-value = share of calibration normals at least as odd, each scored by a fit that did not see it: by the fit that it
-  is part of it would look more normal than a new image does.
+  p-value = share of calibration normals at least as odd, each scored by a fit that did not see it nor any image of its
+  patient: by the fit that it is part of it would look more normal than a new patient's image does.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FUSIONS = ("tail", "robust_z", "max", "mean")
 SCORING = 2  # raised where raw scores or maps become others: normals scored before say nothing about images scored now
 TEXTURE = "texture"  # name of the evidence that no task gives
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
-FOLDS = 20  # of the calibration normals, each scored by a fit on the others; consecutive rows, so mostly whole patients
+FOLDS = 20  # at most, of whole patients: calibration normals are scored by a fit on the other folds
 BLANK = 10.0  # deviations from the median texture beyond which a normal has no say: one black image decides the fit
 MIN_NORMALS = 5  # to calibrate at all
 FEW_GROUPS = 10  # patients below which a warning says how little they know of the others
@@ -211,6 +211,7 @@ def fit_calibration(
     fusion: str,
     raw: np.ndarray,
     texture: np.ndarray,
+    groups: Sequence[str],
     maps: np.ndarray | None = None,
     body: np.ndarray | None = None,
 ) -> Calibration:
@@ -218,6 +219,7 @@ def fit_calibration(
 
     Args:
       raw, texture: [n, S] and [n], n at least five.
+      groups: [n], the patient of each.
       maps, body: [m, S, H, W] and [m, H, W] of some of the normals; None: for image scores only.
     """
     if num_blank := (~_plain(texture.astype(np.float64))).sum():
@@ -228,7 +230,7 @@ def fit_calibration(
             len(texture),
         )
     evidences = [Evidence(name, r.kind, r.how == "top") for task in tasks for name, r in task.reductions.items()]
-    calibration = fit_scores(evidences, fusion, raw, texture)
+    calibration = fit_scores(evidences, fusion, raw, texture, groups)
     if maps is None:
         return calibration
     inside = body > 0
@@ -242,15 +244,19 @@ def _plain(texture: np.ndarray) -> np.ndarray:
     return off <= BLANK * 1.4826 * np.median(off) + EPS
 
 
-def fit_scores(evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray) -> Calibration:
-    """The calibration of image scores; maps keep their scale. `raw` and `texture` are [n, S] and [n]."""
-    whole, folds = fit_folds(evidences, fusion, raw, texture)
-    fused = [others.fuse(others.corrected(raw[fold], texture[fold])) for fold, others in folds]
-    return dataclasses.replace(whole, fused=np.concatenate(fused))
+def fit_scores(
+    evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray, groups: Sequence[str]
+) -> Calibration:
+    """The calibration of image scores; maps keep their scale. `raw`, `texture`, `groups`: see `fit_calibration`."""
+    whole, folds = fit_folds(evidences, fusion, raw, texture, groups)
+    fused = np.empty(len(raw))
+    for fold, others in folds:
+        fused[fold] = others.fuse(others.corrected(raw[fold], texture[fold]))
+    return dataclasses.replace(whole, fused=fused)
 
 
 def fit_folds(
-    evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray
+    evidences: Sequence[Evidence], fusion: str, raw: np.ndarray, texture: np.ndarray, groups: Sequence[str]
 ) -> tuple[Calibration, list[tuple[np.ndarray, Calibration]]]:
     """Arguments as of `fit_scores` -> the fit on all normals, and for each fold its rows [m] and the fit on the others.
 
@@ -282,8 +288,18 @@ def fit_folds(
         return dataclasses.replace(calibration, reference=reference, tail=tail)
 
     rows = np.arange(len(raw))
-    folds = np.array_split(rows, min(len(rows), FOLDS))
-    return fit(rows), [(fold, fit(np.setdiff1d(rows, fold))) for fold in folds]
+    return fit(rows), [(fold, fit(np.setdiff1d(rows, fold))) for fold in _folds(groups)]
+
+
+def _folds(groups: Sequence[str]) -> list[np.ndarray]:
+    """Rows of each fold: whole groups, in the order they come in; single rows where that leaves too few to fit on."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    numbers = np.array([number[group] for group in groups])
+    parts = np.array_split(np.arange(len(number)), min(len(number), FOLDS))
+    folds = [np.flatnonzero(np.isin(numbers, part)) for part in parts]
+    if max(map(len, folds)) > len(numbers) - (MIN_NORMALS - 1):
+        return np.array_split(np.arange(len(numbers)), min(len(numbers), FOLDS))
+    return folds
 
 
 def _fit_tail(reference: np.ndarray) -> np.ndarray:

@@ -144,7 +144,9 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     rows = even_rows(len(split), MAX_CALIBRATION_MAPS)
     scored = scorer.split(split, "calibrate", keep=rows)
     config, maps, body = system.config, scored.kept["maps"], scored.kept["body"]
-    calibration = fit_calibration(system.tasks, config.score.fusion, scored.raw, scored.texture, maps, body)
+    calibration = fit_calibration(
+        system.tasks, config.score.fusion, scored.raw, scored.texture, split.groups, maps, body
+    )
     finish = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
     size = scorer.batch_size
     starts = range(0, len(rows), size)
@@ -166,11 +168,11 @@ def evidence_maps(
 def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
     """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls."""
     tasks: Sequence[Any] = system.tasks
-    floats = to_float(images)
     model = system.model.clone(mesh=None)  # on a mesh the number of views would have to divide over the devices
 
-    def stats(params: Any) -> Any:
+    # Images are an argument: as constants they would be folded into a program of each data set's own, of gigabytes.
+    def stats(params: Any, floats: jax.Array) -> Any:
         _, aux = model.apply({"params": params}, {t.name: t.views(floats) for t in tasks}, train=False)
         return {name: block["utilisation"] for name, block in aux.items()}
 
-    return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params).items()}
+    return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params, to_float(images)).items()}

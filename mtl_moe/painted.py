@@ -31,15 +31,16 @@ def paint(images: np.ndarray, family: str, seed: int) -> np.ndarray:
         raise ValueError(f"family: expected one of {KINDS[1:]}, found {family!r}")
     key = jax.random.fold_in(jax.random.key(seed), KINDS.index(family))
 
-    def trained(images: jax.Array) -> jax.Array:
+    # The key is an argument: XLA would compute what it draws from a constant one while it compiles, many times slower.
+    def trained(key: jax.Array, images: jax.Array) -> jax.Array:
         geometry = base.Geometry(images.shape[1], 1, images.shape[3], 1)  # only the channels matter here
         task = Synthetic(geometry, families=(family,), clean_share=0.0, max_defects=1)
         return task.corrupt(key, images, None)[0][..., :-1]
 
-    def unseen(images: jax.Array) -> jax.Array:
+    def unseen(key: jax.Array, images: jax.Array) -> jax.Array:
         return jnp.clip(UNSEEN[family](key, images, base.body_mask(images)), 0.0, 1.0)
 
-    painted = jax.jit(trained if family in TRAINED else unseen)(base.to_float(jnp.asarray(images)))
+    painted = jax.jit(trained if family in TRAINED else unseen)(key, base.to_float(jnp.asarray(images)))
     return np.asarray(jnp.round(painted * 255.0)).astype(np.uint8)
 
 

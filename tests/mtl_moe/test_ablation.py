@@ -178,7 +178,7 @@ def test_an_ablation_is_no_single_detector(config, tmp_path):
 def make_stored(
     quality: float, seed: int = 0, names: str = "t", painted: float = 1.0, tasks: tuple[str, ...] = TASKS
 ) -> tuple[Stored, Any]:
-    """Scores of the tasks' evidences (three) on 40 normals and 40 test images, half of these abnormal, two to a
+    """Scores of the tasks' evidences (three) on 40 normals and 40 test images, half of these abnormal, both two to a
     patient; and their calibration."""
     tasks = make_tasks(tasks)
     width = len(evidence_names(tasks))
@@ -193,10 +193,10 @@ def make_stored(
     kinds = np.concatenate([np.full(10, painted * (kind != "clean")) for kind in KINDS])
     parts = {"calibration": scored(np.zeros(40)), "painted": scored(kinds), "test": scored(quality * labels)}
     normals = parts["calibration"]
-    maps = np.zeros((1, width, 2, 2))
-    calibration = fit_calibration(tasks, "tail", normals.raw, normals.texture, maps, np.ones((1, 2, 2)))
+    maps, pairs = np.zeros((1, width, 2, 2)), np.array([f"p{i // 2}" for i in range(40)])
+    calibration = fit_calibration(tasks, "tail", normals.raw, normals.texture, pairs, maps, np.ones((1, 2, 2)))
     ids = np.array([f"{names}{i}" for i in range(40)])
-    return Stored(ids, np.array([f"p{i // 2}" for i in range(40)]), labels, parts), calibration
+    return Stored(ids, pairs, labels, pairs, parts), calibration
 
 
 def make_tasks(names: tuple[str, ...] = TASKS) -> Any:
@@ -208,8 +208,8 @@ def make_tasks(names: tuple[str, ...] = TASKS) -> Any:
 def fit_without(stored: Stored, fusion: str, row: int) -> Any:
     """The calibration by the normals that are not in the fold of `row`: of 40 normals each fold has two."""
     normals, fold = stored.scored["calibration"], [row // 2 * 2, row // 2 * 2 + 1]
-    raw, texture = (np.delete(part, fold, 0) for part in (normals.raw, normals.texture))
-    return fit_calibration(make_tasks(), fusion, raw, texture)
+    others = (np.delete(part, fold, 0) for part in (normals.raw, normals.texture, stored.normal_groups))
+    return fit_calibration(make_tasks(), fusion, *others)
 
 
 def test_scores_survive_the_disk_and_are_measured_as_by_hand(tmp_path):
@@ -260,6 +260,12 @@ def test_calibration_normals_are_compared_as_new_images_are(fusion, leave_out):
         assert found.test[name] == pytest.approx(wanted, abs=1e-12)
 
 
+def test_scores_of_an_earlier_version_are_refused(tmp_path):
+    np.savez(tmp_path / "scores.npz", names=["a"], groups=["a"], labels=[0])
+    with pytest.raises(ValueError, match=r"without normal_groups.*start the ablation anew"):
+        load_trained(tmp_path, make_tasks(), "tail")
+
+
 def test_defects_that_do_nothing_are_not_noticed():
     """Normals painted with nothing but other noise are as odd as they were, on average over seeds."""
     found = []
@@ -269,10 +275,9 @@ def test_defects_that_do_nothing_are_not_noticed():
         texture = rng.normal(size=20 * len(KINDS))
         raw = rng.normal(size=(len(texture), 3)) + texture[:, None]
         clean = Scored(raw[:20], texture[:20])
-        stored = dataclasses.replace(
-            stored, scored={**stored.scored, "calibration": clean, "painted": Scored(raw, texture)}
-        )
-        measured = measure(stored, fit_calibration(make_tasks(), "tail", clean.raw, clean.texture))
+        scored = {**stored.scored, "calibration": clean, "painted": Scored(raw, texture)}
+        stored = dataclasses.replace(stored, scored=scored, normal_groups=np.arange(20))
+        measured = measure(stored, fit_calibration(make_tasks(), "tail", clean.raw, clean.texture, np.arange(20)))
         found.append(np.mean([*measured.painted[FUSED].values()]))
     assert np.mean(found) == pytest.approx(0.5, abs=0.03), "0.55 by a fit that the clean rows are part of"
 
