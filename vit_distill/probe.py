@@ -254,13 +254,19 @@ def _fit_knn(
 
 @functools.partial(jax.jit, static_argnames=("k", "num_classes"))
 def _votes(queries: jax.Array, bank: jax.Array, labels: jax.Array, k: int, num_classes: int) -> jax.Array:
-    """Weighted votes [n, F] of the k nearest by cosine."""
+    """Shares [n, F] of the weighted votes of the k nearest by cosine."""
     unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
     # In full: GPUs and TPUs would round the operands, and with them which neighbour is nearer.
     similarities = jnp.matmul(unit(queries), unit(bank).T, precision=jax.lax.Precision.HIGHEST)
     similarity, nearest = jax.lax.top_k(similarities, k)
     weights = jnp.exp((similarity - 1.0) / TEMPERATURE)
+    # Shares of an image's own votes: sums would rank it among other images by how near its neighbours are. Where all
+    # neighbours agree the share is 1 to the bit, so that such images are equal.
     if labels.ndim == 2:
-        return jnp.einsum("nk,nkf->nf", weights, labels[nearest].astype(weights.dtype))
+        votes, against = (
+            jnp.einsum("nk,nkf->nf", weights, y.astype(weights.dtype)) for y in (labels[nearest], 1 - labels[nearest])
+        )
+        return votes / (votes + against)
     rows = jnp.arange(len(queries))[:, None]
-    return jnp.zeros((len(queries), num_classes)).at[rows, labels[nearest]].add(weights)
+    votes = jnp.zeros((len(queries), num_classes)).at[rows, labels[nearest]].add(weights)
+    return votes / votes.sum(1, keepdims=True)

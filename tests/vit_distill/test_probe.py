@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from vit_distill import probe as module
@@ -123,9 +124,31 @@ def test_knn_equals_scikit_learn_and_its_votes_are_weighted():
     fit = module._fit_knn(train, CLASSES, ProbeOptions(neighbours=(5, 500)), ())
     assert list(fit) == [60.0, 5.0]  # no more neighbours than images
     votes = fit[5.0][0](test.features)
-    np.testing.assert_allclose(
-        votes / votes.sum(1, keepdims=True), model.predict_proba(test.features), rtol=1e-3, atol=1e-5
+    np.testing.assert_allclose(votes, model.predict_proba(test.features), rtol=1e-3, atol=1e-5)
+
+
+def make_uneven(num: int, seed: int, multi: bool) -> Labelled:
+    """Two kinds of images, one with nearer neighbours than the other; with `multi`, a finding and the lack of it."""
+    rng = np.random.default_rng(seed)
+    labels, dense = np.arange(num) % 2, np.arange(num) % 4 < 2
+    centres, scale = 3.0 * np.random.default_rng(99).normal(size=(2, WIDTH)), np.where(dense, 0.3, 1.5)
+    x = centres[dense.astype(int)] + rng.normal(size=(num, WIDTH)) * scale[:, None]
+    x[:, 0] += 1.5 * scale * labels
+    return Labelled(x.astype(np.float32), np.stack([labels, 1 - labels], 1).astype(np.float32) if multi else labels)
+
+
+@pytest.mark.parametrize("k", [5, 20])
+def test_auc_of_knn_is_that_of_scikit_learn_and_of_complements_equal(k: int):
+    classes, findings = (
+        [make_uneven(n, s, multi) for n, s in ((200, 0), (80, 1), (160, 2))] for multi in (False, True)
     )
+    model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    train, _, test = classes
+    expected = roc_auc_score(test.labels, model.fit(*train).predict_proba(test.features)[:, 1])
+    options = ProbeOptions(neighbours=(k,))
+    found = probe(*findings, "knn", classes=("yes", "no"), options=options)
+    assert [found["auc/yes"], found["auc/no"]] == pytest.approx([expected] * 2, abs=1e-3)
+    assert probe(*classes, "knn", options=options)["auc"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_of_equal_numbers_of_neighbours_the_larger_is_chosen():
