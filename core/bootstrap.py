@@ -12,7 +12,7 @@ from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, check_scores
 
 BOOTSTRAP_METRICS = ("auroc", "average_precision")
 MAX_SAMPLE = 1_000_000  # pixels that say where the bins are
-NUM_BINS = 1024  # of the pixel scores; at quantiles, so the metrics move by less than 1e-3, far below any interval
+NUM_BINS = 1024  # of all pixel scores, and as many of the anomalous ones; see `pixel_intervals`
 
 
 def possible_resamples(labels: np.ndarray, groups: np.ndarray, num_resamples: int) -> int:
@@ -146,8 +146,9 @@ def pixel_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (low, high) of pixel_auroc, pixel_ap and aupro, resampling groups of images.
 
-    Each image's pixels are counted once in NUM_BINS bins at quantiles of all scores; a resample is a weighted sum of
-    these counts, and the curves are linear within a bin.
+    Each image's pixels are counted once in bins at NUM_BINS quantiles of all scores and of those of anomalous pixels,
+    which moves the metrics by far less than any interval; a resample is a weighted sum of these counts, and the curves
+    are linear within a bin.
 
     Args:
         maps, masks: [N, H, W] floats and bool, as in `core.metrics.pixel_metrics`.
@@ -160,7 +161,9 @@ def pixel_intervals(
     scores = maps.ravel()
     if scores.size > MAX_SAMPLE:  # drawn: a stride may meet the same columns of all images
         scores = scores[np.random.default_rng(seed).integers(scores.size, size=MAX_SAMPLE)]
-    edges = np.unique(np.quantile(scores, np.linspace(0, 1, NUM_BINS)[1:-1]))
+    # Of all pixels alone, small lesions would share a bin or two, which can do no better than their share in it.
+    shares = np.linspace(0, 1, NUM_BINS)[1:-1]
+    edges = np.unique(np.concatenate([np.quantile(x, shares) for x in (scores, maps[masks])]))
     counts = [_pixel_counts(m, k, edges) for m, k in zip(maps, masks, strict=True)]
     # Bins from the highest score down, as a threshold passes them.
     negative, positive, overlap = (np.stack([c[i] for c in counts])[:, ::-1] for i in range(3))

@@ -151,6 +151,21 @@ def test_pixel_intervals_of_one_image_per_class_are_the_metric_itself():
         assert low == pytest.approx(exact[name], abs=2e-3), name  # binned at 1024 quantiles
 
 
+def test_pixel_intervals_of_small_lesions_hold_the_exact_values():
+    """0.05 % of the pixels are anomalous: half of what one of 1024 bins at quantiles of all pixels holds."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((40, 80, 80), bool)
+    for i, (row, column) in enumerate(rng.integers(0, 77, (20, 2))):
+        masks[i, row : row + 2, column : column + 3] = True
+    maps = (rng.normal(size=masks.shape) + 4 * masks).astype(np.float32)
+    assert masks.mean() < 5e-4
+    found, exact = bootstrap.pixel_intervals(maps, masks, num_resamples=200), metrics.pixel_metrics(maps, masks)
+    for name, (low, high) in found.items():
+        assert low < exact[name] < high, name
+    repeated = bootstrap.pixel_intervals(maps, masks, np.zeros(40), num_resamples=1)  # one group: the metric itself
+    assert repeated["pixel_ap"][0] == pytest.approx(exact["pixel_ap"], abs=2e-3)
+
+
 def test_bins_of_the_pixels_come_from_all_columns():
     """Sampled at a stride, two million pixels would all be of the first of two columns, which holds other scores."""
     rng = np.random.default_rng(0)
