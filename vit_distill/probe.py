@@ -240,33 +240,39 @@ def _fit_knn(
     train: Labelled, num_classes: int, options: ProbeOptions, seeds: Sequence[int]
 ) -> dict[float, list[Predict]]:
     del seeds  # nothing is random
-    bank, labels = jnp.asarray(train.features), jnp.asarray(train.labels)
-    chunk = int(np.clip(2**27 // len(train.features), 1, 4096))
-
-    def predict(features: np.ndarray, k: int) -> np.ndarray:
-        parts = (features[i : i + chunk] for i in range(0, len(features), chunk))
-        return np.concatenate([np.asarray(_votes(jnp.asarray(part), bank, labels, k, num_classes)) for part in parts])
-
     # Descending: of equals the first is chosen, and more neighbours are the more regular classifier.
     sizes = sorted({min(k, len(train.features)) for k in options.neighbours}, reverse=True)
+    bank, chunk = jnp.asarray(train.features), int(np.clip(2**27 // len(train.features), 1, 4096))
+    last: list = [None, None]  # features and their neighbours: the grid asks for the same images with every k
+
+    def predict(features: np.ndarray, k: int) -> np.ndarray:
+        if last[0] is not features:
+            parts = (features[i : i + chunk] for i in range(0, len(features), chunk))
+            found = [_nearest(jnp.asarray(part), bank, sizes[0]) for part in parts]
+            last[:] = features, [np.concatenate(x) for x in zip(*found, strict=True)]
+        similarity, nearest = last[1]
+        return _votes(similarity[:, :k], train.labels[nearest[:, :k]], num_classes)
+
     return {float(k): [functools.partial(predict, k=k)] for k in sizes}
 
 
-@functools.partial(jax.jit, static_argnames=("k", "num_classes"))
-def _votes(queries: jax.Array, bank: jax.Array, labels: jax.Array, k: int, num_classes: int) -> jax.Array:
-    """Shares [n, F] of the weighted votes of the k nearest by cosine."""
+@functools.partial(jax.jit, static_argnames="k")
+def _nearest(queries: jax.Array, bank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines [n, k] and rows [n, k] of the k nearest of `bank`, the nearest first."""
     unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
     # In full: GPUs and TPUs would round the operands, and with them which neighbour is nearer.
     similarities = jnp.matmul(unit(queries), unit(bank).T, precision=jax.lax.Precision.HIGHEST)
-    similarity, nearest = jax.lax.top_k(similarities, k)
-    weights = jnp.exp((similarity - 1.0) / TEMPERATURE)
+    return jax.lax.top_k(similarities, k)
+
+
+def _votes(similarity: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Shares [n, F] of the weighted votes of neighbours: cosines [n, k], labels [n, k] or [n, k, F]."""
+    weights = np.exp((similarity - 1.0) / TEMPERATURE)
     # Shares of an image's own votes: sums would rank it among other images by how near its neighbours are. Where all
     # neighbours agree the share is 1 to the bit, so that such images are equal.
-    if labels.ndim == 2:
-        votes, against = (
-            jnp.einsum("nk,nkf->nf", weights, y.astype(weights.dtype)) for y in (labels[nearest], 1 - labels[nearest])
-        )
+    if labels.ndim == 3:
+        votes, against = (np.einsum("nk,nkf->nf", weights, y) for y in (labels, 1 - labels))
         return votes / (votes + against)
-    rows = jnp.arange(len(queries))[:, None]
-    votes = jnp.zeros((len(queries), num_classes)).at[rows, labels[nearest]].add(weights)
+    votes = np.zeros((len(labels), num_classes), weights.dtype)
+    np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
     return votes / votes.sum(1, keepdims=True)
