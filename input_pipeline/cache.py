@@ -16,36 +16,53 @@ from input_pipeline.split import ArrayPixels, Dataset, Split
 
 FORMAT = "mtl_moe_vit_distill dataset"
 VERSION = 1
+WRITTEN_AT_ONCE = 32  # images
 
 
 def save_npz(dataset: Dataset, path: str | Path) -> None:
     """Writes all splits decoded (uncompressed, about H * W * C bytes an image) and puts the file in place in one step.
 
+    Images go to the file a few at a time, as `np.savez` would have written them: a set on disk stays there.
     Whatever stood at `path` stays whole when writing fails (a full disk raises OSError, a bad image DataError).
     """
     path = Path(path)
-    arrays = {}
-    for key, split in dataset.splits.items():
-        rows = np.arange(len(split))
-        arrays |= {f"{key}/image": split.images(rows), f"{key}/label": split.labels}
-        arrays |= {
-            f"{key}/name": np.asarray(split.names, dtype=str),
-            f"{key}/group": np.asarray(split.groups, dtype=str),
-        }
-        if split.has_masks:
-            arrays[f"{key}/mask"] = split.masks(rows)
     facts = {k: getattr(dataset, k) for k in ("name", "layout", "manifest_hash", "channels", "image_size", "mask_size")}
     header = {"format": FORMAT, "version": VERSION, "splits": list(dataset.splits), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, header=np.asarray(json.dumps(header)), **arrays)
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                _write(archive, "header", np.asarray(json.dumps(header)))
+                for key, split in dataset.splits.items():
+                    _write_split(archive, key, split, dataset)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _write_split(archive: zipfile.ZipFile, key: str, split: Split, dataset: Dataset) -> None:
+    _write(archive, f"{key}/label", split.labels)
+    _write(archive, f"{key}/name", np.asarray(split.names, dtype=str))
+    _write(archive, f"{key}/group", np.asarray(split.groups, dtype=str))
+    sides = {"image": (dataset.image_size, dataset.image_size, dataset.channels)}
+    if split.has_masks:
+        sides["mask"] = (dataset.mask_size, dataset.mask_size, 1)
+    starts = range(0, len(split), WRITTEN_AT_ONCE)
+    rows = [np.arange(start, min(start + WRITTEN_AT_ONCE, len(split))) for start in starts]
+    for which, side in sides.items():
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), *side)}
+        with archive.open(f"{key}/{which}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images, masks in split.pixels.batches(lambda: rows, which == "mask"):
+                file.write((images if which == "image" else masks).tobytes())
 
 
 def load_npz(path: str | Path) -> Dataset:

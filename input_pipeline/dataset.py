@@ -3,9 +3,11 @@
 Axis alphabet: N images of a split, H W C image, M mask side.
 """
 
+import functools
 import hashlib
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,11 +185,18 @@ def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
 
 
 def dataset_from_index(
-    index: Index, data: ConfigDict, skip_corrupt: bool, memory_limit_gb: float, min_size: int = 1, reader: str = "auto"
+    index: Index,
+    data: ConfigDict,
+    skip_corrupt: bool,
+    memory_limit_gb: float,
+    min_size: int = 1,
+    reader: str = "auto",
+    look: Callable[[str, str, np.ndarray], None] | None = None,
 ) -> Dataset:
     """The data set of an index, in memory if its decoded pixels fit `memory_limit_gb` GiB; else as `load_dataset`.
 
-    In memory, masks in which nothing is marked are found: a warning, or a DataError where a split has no others.
+    In memory or with `skip_corrupt` every file is decoded here: `look(split, name, image)` is called with each image,
+    and masks in which nothing is marked are found: a warning, or a DataError where a split has no others.
     """
     has_masks = {key: any(e.mask for e in examples) for key, examples in index.splits.items()}
     per_image, per_mask = data.image_size**2 * data.channels, data.mask_size**2
@@ -198,10 +207,10 @@ def dataset_from_index(
         pixels = _file_pixels(examples, data, min_size, reader)
         if in_memory or skip_corrupt:  # on disk, one pass only finds the corrupt files
             title = f"{index.dataset} {key}"
-            pixels, rows, _ = _decode(pixels, has_masks[key], in_memory, skip_corrupt, title)
+            empty, look_here = [], look and functools.partial(look, key)
+            pixels, rows, _ = _decode(pixels, has_masks[key], in_memory, skip_corrupt, title, look_here, empty)
             examples = [examples[row] for row in rows]
-            if in_memory and has_masks[key]:
-                _check_masks(pixels, examples, title)
+            _check_masks(empty, sum(e.mask is not None for e in examples), data.mask_size, title)
         labels = np.asarray([e.label for e in examples], np.int32)
         splits[key] = Split([e.name for e in examples], [e.group for e in examples], labels, has_masks[key], pixels)
     facts = (data.channels, data.image_size, data.mask_size, splits)
@@ -214,9 +223,15 @@ def _file_pixels(examples: tuple[Example, ...], data: ConfigDict, min_size: int,
 
 
 def _decode(
-    files: FilePixels, has_masks: bool, in_memory: bool, skip_corrupt: bool, title: str
+    files: FilePixels,
+    has_masks: bool,
+    in_memory: bool,
+    skip_corrupt: bool,
+    title: str,
+    look: Callable[[str, np.ndarray], None] | None = None,
+    empty: list[Path] | None = None,
 ) -> tuple[Pixels, list[int], dict[str, str]]:
-    """Decodes every file once.
+    """Decodes every file once, calls `look(name, image)` with each, appends mask files with nothing marked to `empty`.
 
     Returns:
       The pixels (in memory or still on disk), the rows that could be decoded, and {name: reason} of the others.
@@ -238,6 +253,11 @@ def _decode(
             image[len(kept)] = one
             if has_masks:
                 mask[len(kept)] = its_mask
+        example = files.examples[row]
+        if look is not None:
+            look(example.name, one)
+        if empty is not None and example.mask and not its_mask.any():
+            empty.append(example.mask)
         kept.append(row)
     if skipped:
         logging.warning("%s: %d of %d images skipped, they cannot be decoded", title, len(skipped), n)
@@ -248,17 +268,15 @@ def _decode(
     return ArrayPixels(image[: len(kept)], mask[: len(kept)] if has_masks else None, files.mask_size), kept, skipped
 
 
-def _check_masks(pixels: ArrayPixels, examples: list[Example], title: str) -> None:
+def _check_masks(empty: list[Path], num_masks: int, mask_size: int, title: str) -> None:
     """A warning if some of a split's masks are empty; DataError if all are, which could not be measured against."""
-    masked = [row for row, example in enumerate(examples) if example.mask]
-    empty = [row for row in masked if not pixels.mask[row].any()]
     if not empty:
         return
-    first = examples[empty[0]].mask
-    if len(empty) < len(masked):
+    first = empty[0]
+    if len(empty) < num_masks:
         logging.warning(
             "%s: nothing is marked in %d of %d masks at data.mask_size=%d, the first %s",
-            *(title, len(empty), len(masked), pixels.mask_size, first),
+            *(title, len(empty), num_masks, mask_size, first),
         )
         return
     largest = largest_value(first)
@@ -269,6 +287,6 @@ def _check_masks(pixels: ArrayPixels, examples: list[Example], title: str) -> No
     else:
         advice = "export the masks again, or take the mask folder away"
     raise DataError(
-        f"{first}: nothing is marked in it (largest value {largest:g}) at data.mask_size={pixels.mask_size}, nor in "
-        f"the other masks of {title} ({len(masked)} in all); {advice}"
+        f"{first}: nothing is marked in it (largest value {largest:g}) at data.mask_size={mask_size}, nor in "
+        f"the other masks of {title} ({num_masks} in all); {advice}"
     )

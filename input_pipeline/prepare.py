@@ -16,7 +16,6 @@ from input_pipeline.dataset import build_index, dataset_from_index
 from input_pipeline.decode import native_size, read_example, read_image
 from input_pipeline.dicom import Window, is_dicom, own_window
 from input_pipeline.index import DataError, Example, Index
-from input_pipeline.split import Dataset
 
 HASH_SIZE = 64  # px; duplicates are equal pixels at this size, whatever the file format
 DARK = 64  # of 255: images whose brightest pixel stays below were not windowed (12 bits stored in 16, for one)
@@ -48,14 +47,22 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
     if data.kind not in ("bmad", "folder"):
         raise ValueError(f"prepare checks folders of images (data.kind 'bmad' or 'folder'), found '{data.kind}'")
     index = build_index(data)
-    dataset = dataset_from_index(
-        index, data, skip_corrupt=True, memory_limit_gb=float("inf"), min_size=min_size, reader=reader
-    )
+    same, extrema = defaultdict(list), []
+
+    def look(key: str, name: str, image: np.ndarray) -> None:
+        same[_thumbnail_hash(image)].append((_PART.get(key, key), name))
+        if key == "train":
+            extrema.append((image.min(), image.max()))
+
+    # A set that fits memory is written from there; of another nothing is kept, and writing decodes it again.
+    limit = data.memory_limit_gb if out_path else 0.0
+    dataset = dataset_from_index(index, data, True, limit, min_size, reader, look)
     kept = {name for split in dataset.splits.values() for name in split.names}
     bad = [e for examples in index.splits.values() for e in examples if e.name not in kept]
     corrupt = {e.name: _reason(e, data, min_size) for e in bad}
-    duplicates, native_sizes = _duplicates(dataset), _native_sizes(index, kept)
-    warnings = [*index.warnings, *_unwindowed(dataset), *_windows(index, kept, data.window)]
+    duplicates = sorted(sorted(found) for found in same.values() if len(found) > 1)
+    native_sizes = _native_sizes(index, kept)
+    warnings = [*index.warnings, *_unwindowed(np.asarray(extrema, int)), *_windows(index, kept, data.window)]
     warnings += [*_coloured_images(index, kept, data), *_shrunk_images(native_sizes, data.image_size)]
     report = {
         "dataset": index.dataset,
@@ -93,15 +100,10 @@ def _counts(index: Index) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _duplicates(dataset: Dataset) -> list[list[tuple[str, str]]]:
-    """Sets of images with equal pixels at 64x64, as (split, name), calibration counted as train."""
-    same = defaultdict(list)
-    for key, split in dataset.splits.items():
-        for row, name in enumerate(split.names):
-            pixels = split.images([row])[0]
-            small = Image.fromarray(pixels[..., 0] if dataset.channels == 1 else pixels).resize((HASH_SIZE, HASH_SIZE))
-            same[hashlib.sha256(np.asarray(small).tobytes()).digest()].append((_PART.get(key, key), name))
-    return sorted(sorted(found) for found in same.values() if len(found) > 1)
+def _thumbnail_hash(image: np.ndarray) -> bytes:
+    """Of uint8 [H, W, C] at 64x64: equal for equal images, whatever the file format."""
+    small = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize((HASH_SIZE, HASH_SIZE))
+    return hashlib.sha256(np.asarray(small).tobytes()).digest()
 
 
 def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
@@ -111,10 +113,8 @@ def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _unwindowed(dataset: Dataset) -> list[str]:
-    train = dataset.splits["train"]
-    images = (train.images([row]) for row in range(len(train)))
-    extrema = np.asarray([(image.min(), image.max()) for image in images], int)
+def _unwindowed(extrema: np.ndarray) -> list[str]:
+    """extrema: int [N, 2], the darkest and brightest value of each training image."""
     brightest, contrast = np.median(extrema[:, 1]), np.median(np.ptp(extrema, axis=1))
     if brightest < DARK:
         return [

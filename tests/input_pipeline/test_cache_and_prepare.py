@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from labelled import files
 from trees import BRAIN, TRAIN, data_config, equal_batches, make_tree, picture, write
 
-from input_pipeline import cache
+from input_pipeline import cache, reader
 from input_pipeline.cache import load_npz, save_npz
 from input_pipeline.dataset import eval_batches, load_dataset
 from input_pipeline.index import DataError
@@ -117,11 +118,11 @@ def test_failed_write_leaves_the_old_cache_whole(tmp_path, monkeypatch):
     save_npz(dataset, path)
     before = path.read_bytes()
 
-    def full_disk(file, **arrays):
+    def full_disk(file, header):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.np, "savez", full_disk)
+    monkeypatch.setattr(cache.np.lib.format, "write_array_header_1_0", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_npz(dataset, path)
     assert path.read_bytes() == before
@@ -142,6 +143,24 @@ def test_prepare_of_a_clean_set(tmp_path):
     assert "the BMAD table says 7500 + 0" in text
     assert "written:" in text
     json.dumps(report)
+
+
+@pytest.mark.parametrize("out", ["", "set.npz"])
+def test_prepare_holds_no_set_in_memory_that_is_larger_than_allowed(tmp_path, monkeypatch, out):
+    root = make_tree(tmp_path / "set", {"train": files(240), "test/good": files(4), "test/bad": files(8)})
+    make_tree(root, {"ground_truth/bad": files(8)})
+    monkeypatch.setattr(reader, "_num_cpus", lambda: 1)  # 16 images are decoded ahead for each
+    config = data_config(root, image_size=256, memory_limit_gb=0.0)
+    tracemalloc.start()
+    report = prepare(config, out and tmp_path / out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * 252 * 256**2
+    assert report["counts"]["test"] == {"normal": 4, "abnormal": 8, "masks": 8}
+    if out:
+        expected = load_dataset(data_config(root, image_size=256))
+        for key, split in load_npz(tmp_path / out).splits.items():
+            equal_batches(eval_batches(split, 8), eval_batches(expected.splits[key], 8))
 
 
 def test_prepare_lists_every_corrupt_file_and_writes_nothing(tmp_path):
