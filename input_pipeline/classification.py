@@ -5,11 +5,13 @@ Axis alphabet: N images, H W C image, S image side, F findings.
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from input_pipeline.decode import Resize
 from input_pipeline.groups import check_groups
@@ -34,10 +36,12 @@ SOURCES: dict[str, Source] = {
     "digits": lambda data, sizes: read_digits(sizes),
 }
 
-__all__ = ["SOURCES", "LabelledSet", "carve", "load_labelled"]
+__all__ = ["SOURCES", "LabelledSet", "carve", "corrupt_rows", "load_labelled"]
 
 
-def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: str = "bicubic") -> LabelledSet:
+def load_labelled(
+    data: ConfigDict, split: str, image_size: int, interpolation: str = "bicubic", check: bool = True
+) -> LabelledSet:
     """Loads one split; images are decoded when they are first asked for.
 
     Where the source holds no split of that name:
@@ -53,6 +57,8 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
       split: "train", "valid" or "test".
       image_size: S. The short side is resized to it, then the middle square is cut out.
       interpolation: "bicubic", "bilinear" or "nearest".
+      check: whether `skip_corrupt` looks for corrupt files here, which decodes the whole split; whoever uses few of its
+        images checks those (see `few_shot.select_few_shot`).
 
     Returns:
       A set with images uint8 [n, S, S, channels] (grey is repeated for 3).
@@ -79,7 +85,7 @@ def load_labelled(data: ConfigDict, split: str, image_size: int, interpolation: 
             f"{'labels or masks and ' * (split == 'test')}two patients or groups in a class"
         )
     found = sets[split]
-    if data.skip_corrupt and not isinstance(found.pixels.source, ArraySource):
+    if data.skip_corrupt and check:
         found = _without_corrupt(found, split)
     logging.info("%s %s: %d images; %s", found.name, split, len(found), found.layout)
     return replace(found, pixels=replace(found.pixels, memory_limit=data.memory_limit_gb * 2**30))
@@ -147,14 +153,24 @@ def carve(found: LabelledSet, fraction: float, seed: int) -> np.ndarray:
     return chosen[inverse]
 
 
+def corrupt_rows(found: LabelledSet, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` (int [n]) whose files cannot be decoded, each logged."""
+    if isinstance(found.pixels.source, ArraySource):
+        return np.zeros(0, np.int64)
+    stream = found.pixels.source.stream(lambda: found.pixels.rows[rows].tolist(), len(rows), found.has_masks)
+    interval = 0.5 if sys.stderr.isatty() else 60.0  # a log file gets a line a minute
+    decoded = tqdm(stream, f"{found.name}: checked", len(rows), unit=" images", delay=2, mininterval=interval)
+    bad = []
+    for row, (_, _, error) in zip(rows, decoded, strict=True):
+        if error:
+            logging.warning("skipped: %s", error)
+            bad.append(row)
+    return np.asarray(bad, np.int64)
+
+
 def _without_corrupt(found: LabelledSet, split: str) -> LabelledSet:
-    """The set without the files that cannot be decoded, each logged."""
-    title = f"{found.name} {split}"
-    rows = found.pixels.rows.tolist()
-    decoded = found.pixels.source.stream(lambda: rows, len(rows), found.has_masks)
-    bad = {row: error for row, (_, _, error) in enumerate(decoded) if error}
-    for error in bad.values():
-        logging.warning("skipped: %s", error)
+    bad = corrupt_rows(found, np.arange(len(found)))
     if len(bad) == len(found):
+        title = f"{found.name} {split}"
         raise DataError(f"{title}: none of its {len(found)} images can be decoded; check data.root and the files")
-    return found.take([row for row in range(len(found)) if row not in bad])
+    return found.take(np.setdiff1d(np.arange(len(found)), bad)) if len(bad) else found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.classification import name_order
+from input_pipeline.classification import corrupt_rows, name_order
 from input_pipeline.index import DataError
 from input_pipeline.sources import LabelledSet
 
@@ -18,7 +18,9 @@ FORMAT = "mtl_moe_vit_distill few-shot manifest"
 VERSION = 1
 
 
-def select_few_shot(found: LabelledSet, ratio: float = 1.0, per_class: int = 0, seed: int = 0) -> np.ndarray:
+def select_few_shot(
+    found: LabelledSet, ratio: float = 1.0, per_class: int = 0, seed: int = 0, skip_corrupt: bool = False
+) -> np.ndarray:
     """Rows of a subset: of each class the first images of an order that depends on names and seed alone.
 
     Subsets of one seed nest: a smaller ratio or number gives a part of a larger one's rows. Of each class at least one
@@ -29,12 +31,14 @@ def select_few_shot(found: LabelledSet, ratio: float = 1.0, per_class: int = 0, 
       ratio: share of each class, in (0, 1]; int(n * ratio) of its n images, as in the reference.
       per_class: images of each class (all, where a class has fewer); 0: by ratio. Not both.
       seed: of the order.
+      skip_corrupt: decodes what is drawn; for a file that cannot be, the next of its class is taken.
 
     Returns:
       int64 [n], ascending.
 
     Raises:
       ValueError: a ratio or number out of range, or both given.
+      DataError: no image can be decoded.
     """
     if not 0 < ratio <= 1 or per_class < 0 or (per_class and ratio != 1):
         raise ValueError(
@@ -47,11 +51,20 @@ def select_few_shot(found: LabelledSet, ratio: float = 1.0, per_class: int = 0, 
         members = [*positive.T, ~positive.any(axis=1)]
     else:
         members = [found.labels == label for label in np.unique(found.labels)]
-    rows = []
-    for member in members:
-        of_class = order[member[order]]
-        rows.append(of_class[: per_class or max(1, int(len(of_class) * ratio))])
-    return np.unique(np.concatenate(rows))
+    classes = [order[member[order]] for member in members]
+    sizes = [per_class or max(1, int(len(of_class) * ratio)) for of_class in classes]
+    good, unknown = np.ones(len(found), bool), np.full(len(found), skip_corrupt)
+    while True:
+        parts = [of_class[good[of_class]][:size] for of_class, size in zip(classes, sizes, strict=True)]
+        rows = np.unique(np.concatenate(parts))
+        if len(rows) == 0:
+            raise DataError(
+                f"{found.name}: none of its {len(found)} images can be decoded; check data.root and the files"
+            )
+        drawn = rows[unknown[rows]]
+        if len(drawn) == 0:
+            return rows
+        good[corrupt_rows(found, drawn)] = unknown[drawn] = False
 
 
 def write_manifest(path: str | Path, found: LabelledSet, rows: np.ndarray, **selection: Any) -> dict[str, Any]:

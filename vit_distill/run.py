@@ -12,7 +12,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import environment, print_devices
 from core.workdir import LOGGING, READING, check_config, save_config
-from input_pipeline.classification import LabelledSet, load_labelled
+from input_pipeline.classification import LabelledSet, corrupt_rows, load_labelled
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from input_pipeline.index import DataError
 from vit_distill.distill import Distiller, build_distiller
@@ -110,10 +110,11 @@ def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[La
     if manifest := own or section.manifest:
         few = read_manifest(Path(manifest), images)
     else:
-        few = select_few_shot(images, ratio=section.ratio, per_class=section.per_class, seed=section.seed)
+        chosen = dict(ratio=section.ratio, per_class=section.per_class, seed=section.seed)
+        few = select_few_shot(images, **chosen, skip_corrupt=config.data.skip_corrupt)
     trained_on = {images.groups[row] for row in few}  # patients whose other images are not held out either
     rest = np.flatnonzero([group not in trained_on for group in images.groups])
-    return images, few, _some(config, rest)
+    return images, few, _some(config, images, rest)
 
 
 def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.ndarray) -> LabelledSet | None:
@@ -126,17 +127,23 @@ def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.nda
         valid = _load(config, teacher, "valid")
     except DataError:  # the training split was read: there is just no validation split
         return None
-    return valid.take(_some(config, np.arange(len(valid))))
+    return valid.take(_some(config, valid, np.arange(len(valid))))
 
 
 def _load(config: Any, teacher: Any, split: str) -> LabelledSet:
-    return load_labelled(config.data, split, teacher.preprocessing.resize_size, teacher.preprocessing.interpolation)
+    """A split in which corrupt files are still to be looked for, among those that are used."""
+    preprocessing = teacher.preprocessing
+    return load_labelled(config.data, split, preprocessing.resize_size, preprocessing.interpolation, check=False)
 
 
-def _some(config: Any, rows: np.ndarray) -> np.ndarray:
-    """`calibration.num_images` of the rows, drawn by the seed of the few-shot images, ascending."""
+def _some(config: Any, images: LabelledSet, rows: np.ndarray) -> np.ndarray:
+    """`calibration.num_images` of the rows, drawn by the seed of the few-shot images, ascending.
+
+    With data.skip_corrupt those of them that can be decoded.
+    """
     rng = np.random.default_rng((config.few_shot.seed, 3))
-    return np.sort(rng.permutation(rows)[: config.calibration.num_images])
+    drawn = np.sort(rng.permutation(rows)[: config.calibration.num_images])
+    return np.setdiff1d(drawn, corrupt_rows(images, drawn)) if config.data.skip_corrupt else drawn
 
 
 def _decode(images: LabelledSet) -> None:

@@ -4,7 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from labelled import data, files
+from trees import make_tree
 
+from input_pipeline import split
+from input_pipeline.classification import load_labelled
 from input_pipeline.decode import Resize
 from input_pipeline.few_shot import read_manifest, select_few_shot, write_manifest
 from input_pipeline.index import DataError
@@ -74,6 +78,23 @@ def test_every_finding_of_a_multi_label_set_is_there():
 def test_impossible_sizes(change):
     with pytest.raises(ValueError, match=r"ratio in \(0, 1\]"):
         select_few_shot(labelled(LABELS), **change)
+
+
+def test_corrupt_files_are_replaced_and_only_the_drawn_are_decoded(tmp_path, monkeypatch):
+    make_tree(tmp_path, {f"train/{c}": files(12) for c in "ab"})
+    found = load_labelled(data("folder", tmp_path, skip_corrupt=True, valid_fraction=0.0), "train", 8, check=False)
+    first, more = (select_few_shot(found, per_class=count) for count in (3, 4))
+    bad = first[0]  # of class a
+    (tmp_path / found.names[bad]).write_bytes(b"")
+    seen, read = [], split.read_image
+    monkeypatch.setattr(split, "read_image", lambda path, *rest: seen.append(path) or read(path, *rest))
+    rows = select_few_shot(found, per_class=3, skip_corrupt=True)
+    assert len(seen) == 7
+    assert set(rows) == (set(first) | set(more[found.labels[more] == 0])) - {bad}
+    for name in found.names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of its 18 images can be decoded"):
+        select_few_shot(found, per_class=3, skip_corrupt=True)
 
 
 def test_manifest_round_trip(tmp_path):
