@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import fft, ndimage
+from scipy import fft, linalg, ndimage
 
 BAND_SIGMAS = (0.0, 1.0, 2.0, 4.0, 8.0)  # pixels; band i is the difference of the Gaussians i and i + 1
 THUMBNAIL_SIZE = 32
@@ -128,9 +128,10 @@ def _make_residual_fn(train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """The function of test [M, D] that gives what the first R principal components of train [N, D] leave of it."""
     mean = train.mean(axis=0)
     rank = min(NUM_COMPONENTS, len(train) - 1)
-    # The D x D covariance rather than the N x D data: its cost does not grow with the training set.
-    _, components = np.linalg.eigh((train - mean).T @ (train - mean))
-    basis = components[:, components.shape[1] - rank :]
+    basis = np.zeros((train.shape[1], 0))
+    if rank:  # the D x D covariance rather than the N x D data: its cost does not grow with the training set
+        largest = [train.shape[1] - rank, train.shape[1] - 1]
+        _, basis = linalg.eigh((train - mean).T @ (train - mean), subset_by_index=largest)
 
     def residuals(test: np.ndarray) -> np.ndarray:
         centred = test - mean

@@ -92,6 +92,8 @@ def test_a_training_image_is_its_own_neighbour_and_few_images_span_themselves():
     np.testing.assert_allclose(scores["nearest_neighbour"], 0.0, atol=1e-5)
     np.testing.assert_allclose(scores["pca_error"], 0.0, atol=1e-20)
     assert (scores_of(train, _images(6, 3))["pca_error"] > 1e-4).all()
+    alone = scores_of(train[:1], train[:2])["pca_error"]  # no component: the distance from the one image
+    assert alone[0] == 0.0 < alone[1]
 
 
 def test_histogram_distance_by_hand():
