@@ -79,10 +79,12 @@ def eval_batches(
     part, n = _host_slice(batch_size, process_index, process_count), len(split)
     positions = [np.arange(start, start + batch_size)[part] for start in range(0, n, batch_size)]
     indices = [np.minimum(p, n - 1).astype(np.int32) for p in positions]
-    batches = split.pixels.batches(lambda: indices, with_masks=split.has_masks)
-    for position, index, (image, mask) in zip(positions, indices, batches, strict=True):
-        batch = {"image": image, "label": split.labels[index], "index": index, "valid": position < n}
-        yield batch | ({"mask": mask} if split.has_masks else {})
+    different = [np.unique(index) for index in indices]  # the last image is read once, not for every row it fills
+    batches = split.pixels.batches(lambda: different, with_masks=split.has_masks)
+    for position, index, rows, (image, mask) in zip(positions, indices, different, batches, strict=True):
+        of_row = index - rows[0]
+        batch = {"image": image[of_row], "label": split.labels[index], "index": index, "valid": position < n}
+        yield batch | ({"mask": mask[of_row]} if split.has_masks else {})
 
 
 def image_batches(split: Split, batch_size: int = 256) -> Iterator[np.ndarray]:

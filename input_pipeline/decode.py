@@ -289,7 +289,12 @@ def read_example(
 ) -> tuple:
     """(image uint8 [size, size, channels], mask uint8 [M, M, 1], zeros if it has none); errors as `read_image`."""
     image = read_image(example.image, size, channels, min_size, resize, window)
+    return image, read_example_mask(example, mask_size, resize)
+
+
+def read_example_mask(example: Example, mask_size: int, resize: Resize = STRETCH) -> np.ndarray:
+    """Its mask alone, as `read_example`; of the image nothing but the size is looked at."""
     if example.mask is None:
-        return image, np.zeros((mask_size, mask_size, 1), np.uint8)
+        return np.zeros((mask_size, mask_size, 1), np.uint8)
     check_mask_size(example)
-    return image, read_mask(example.mask, mask_size, resize)
+    return read_mask(example.mask, mask_size, resize)

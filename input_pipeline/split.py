@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from input_pipeline.decode import STRETCH, Resize, read_example, read_image
+from input_pipeline.decode import STRETCH, Resize, read_example, read_example_mask, read_image
 from input_pipeline.dicom import Window
 from input_pipeline.index import DataError, Example
 from input_pipeline.reader import Decoded, choose_reader, decode_in_order
@@ -119,9 +119,21 @@ class FilePixels:
         return next(self._batches(lambda: [rows], False, len(rows)))[0]
 
     def masks(self, rows: Rows) -> np.ndarray:
-        if len(rows) == 0:
-            return np.zeros((0, self.mask_size, self.mask_size, 1), np.uint8)
-        return next(self._batches(lambda: [rows], True, len(rows)))[1]
+        out = np.empty((len(rows), self.mask_size, self.mask_size, 1), np.uint8)
+        stream = decode_in_order(self._decode_mask, lambda: map(int, rows), choose_reader(self.reader, len(rows)))
+        for position, (_, mask, error) in enumerate(stream):
+            if error:
+                raise DataError(error)
+            out[position] = mask
+        return out
+
+    def _decode_mask(self, row: int) -> Decoded:
+        """`decode` without the image."""
+        no_image = np.zeros(0, np.uint8)
+        try:
+            return no_image, read_example_mask(self.examples[row], self.mask_size, self.resize), ""
+        except DataError as error:
+            return no_image, np.zeros((self.mask_size, self.mask_size, 1), np.uint8), str(error)
 
 
 @dataclass

@@ -70,6 +70,24 @@ def test_memory_and_files_give_the_same_batches(tmp_path):
     assert files["test"].images([]).shape == memory["test"].images([]).shape == (0, 8, 8, 1)
 
 
+def test_what_fills_up_a_batch_and_what_is_not_asked_for_is_not_decoded(tmp_path, monkeypatch):
+    make_tree(tmp_path, BRAIN)
+    split = load_dataset(data_config(tmp_path, memory_limit_gb=0.0)).splits["test"]
+    expected, read = split.masks([0, 2]), []
+
+    def counted(path, *args):
+        read.append(path)
+        return read_image(path, *args)
+
+    monkeypatch.setattr("input_pipeline.decode.read_image", counted)
+    (batch,) = eval_batches(split, 16)
+    assert len(batch["image"]) == len(batch["mask"]) == 16
+    assert len(read) == len(split)
+    read.clear()
+    np.testing.assert_array_equal(split.masks([0, 2]), expected)
+    assert read == []
+
+
 def test_tf_data_and_threads_give_the_same_bytes(tmp_path):
     make_tree(tmp_path, BRAIN)
     for limit in (1.0, 0.0):
