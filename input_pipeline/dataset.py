@@ -107,12 +107,12 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
       grouped: whether groups are found as data.groups says; else each image is its own: scores need no patients.
 
     Returns:
-      The images, and {name: reason} of those left out as they cannot be decoded: with `skip_corrupt`, which decodes all
-      of them here (they stay in memory if they fit). Without it {}, and the first bad file is a DataError when it is
-      read.
+      The images, all decoded here once (they stay in memory if they fit), and {name: reason} of those left out as they
+      cannot be: with `skip_corrupt`, else {}.
 
     Raises:
-      DataError: no folder, no image in it, or none that can be decoded.
+      DataError: no folder, no image in it, files that cannot be decoded (named, up to ten), or with
+        `skip_corrupt` none that can.
     """
     if not root.is_dir():
         raise DataError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; expected a folder of images")
@@ -126,11 +126,10 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
         refuse_masks(root, names)
     groups = groups_of(root, names, check_groups(data.groups) if grouped else "image")
     examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
-    pixels, skipped = _file_pixels(examples, data, min_size), {}
-    if data.skip_corrupt:
-        in_memory = len(names) * data.image_size**2 * data.channels <= data.memory_limit_gb * 2**30
-        pixels, rows, skipped = _decode(pixels, False, in_memory, True, root.name)
-        names, groups = ([values[row] for row in rows] for values in (names, groups))
+    in_memory = len(names) * data.image_size**2 * data.channels <= data.memory_limit_gb * 2**30
+    pixels = _file_pixels(examples, data, min_size)
+    pixels, rows, skipped = _decode(pixels, False, in_memory, data.skip_corrupt, root.resolve().name)
+    names, groups = ([values[row] for row in rows] for values in (names, groups))
     return Split(names, groups, np.full(len(names), -1, np.int32), False, pixels), skipped
 
 
@@ -235,6 +234,9 @@ def _decode(
 
     Returns:
       The pixels (in memory or still on disk), the rows that could be decoded, and {name: reason} of the others.
+
+    Raises:
+      DataError: files that cannot be decoded, without `skip_corrupt`, after all were tried; none that can be.
     """
     n, kept, skipped = len(files), [], {}
     image = np.empty((n if in_memory else 0, files.image_size, files.image_size, files.channels), np.uint8)
@@ -243,10 +245,9 @@ def _decode(
     interval = 0.5 if sys.stderr.isatty() else 60.0  # a log file gets a line a minute
     progress = tqdm(stream, title, n, unit=" images", delay=2, mininterval=interval)
     for row, (one, its_mask, error) in enumerate(progress):
-        if error and not skip_corrupt:
-            raise DataError(error)
         if error:
-            logging.warning("skipped: %s", error)
+            if skip_corrupt:
+                logging.warning("skipped: %s", error)
             skipped[files.examples[row].name] = error
             continue
         if in_memory:
@@ -259,6 +260,11 @@ def _decode(
         if empty is not None and example.mask and not its_mask.any():
             empty.append(example.mask)
         kept.append(row)
+    if skipped and not skip_corrupt:
+        first, *others = skipped
+        shown = ", ".join([*others[:10], *["..."] * (len(others) > 10)])
+        more = f"; {len(others)} more files of {title} cannot be decoded: {shown}" if others else ""
+        raise DataError(skipped[first] + more)
     if skipped:
         logging.warning("%s: %d of %d images skipped, they cannot be decoded", title, len(skipped), n)
     if not kept:

@@ -226,10 +226,12 @@ def test_images_to_score_that_are_corrupt_stop_or_are_left_out(tmp_path, limit, 
     make_tree(tmp_path, {"new": ["a.png", "b.png"], "old": ["c.png", "d.png"]})
     (tmp_path / "new/b.png").write_bytes(b"")
     config = data_config(memory_limit_gb=limit)
-    split, skipped = load_images(tmp_path, config)
-    assert (len(split), skipped) == (4, {})
-    with pytest.raises(DataError, match=r"b\.png: empty file"):
-        list(eval_batches(split, 2))
+    with pytest.raises(DataError, match=r"b\.png: empty file.* data\.skip_corrupt$"):  # before anything is scored
+        load_images(tmp_path, config)
+    (tmp_path / "old/e.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=rf"b\.png: empty file.*; 1 more files of {tmp_path.name} .*: old/e\.png$"):
+        load_images(tmp_path, config)
+    (tmp_path / "old/e.png").unlink()
     config.skip_corrupt = True
     split, skipped = load_images(tmp_path, config, grouped=True)
     assert split.names == ["new/a.png", "old/c.png", "old/d.png"]

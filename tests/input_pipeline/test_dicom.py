@@ -21,6 +21,7 @@ from input_pipeline.classification import load_labelled
 from input_pipeline.dataset import load_dataset, load_images
 from input_pipeline.decode import native_size, read_example, read_image, read_native
 from input_pipeline.dicom import check_window, is_dicom, patients_of, read_dicom
+from input_pipeline.groups import groups_of
 from input_pipeline.index import DataError, Example
 from input_pipeline.prepare import prepare
 
@@ -231,7 +232,7 @@ def test_patients_fall_back_to_the_study_and_the_name(tmp_path, patient: str):
     (tmp_path / "c.dcm").write_text("damaged")
     make_dicom(tmp_path / "d.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.4")
     make_dicom(tmp_path / "e.dcm", PatientID="hospital-1", StudyInstanceUID="1.2.5")
-    study, *others, one, two = load_images(tmp_path, data_config(), grouped=True)[0].groups
+    study, *others, one, two = groups_of(tmp_path, [f"{name}.dcm" for name in "abcde"], "auto")
     assert others == ["b", "c"]
     assert one == two != study
     assert study == patients_of(tmp_path, ["a.dcm"])["a.dcm"]
