@@ -1,6 +1,9 @@
 """The loop: order and cadence of a turn, resuming bit for bit, events once, stops that leave a good checkpoint."""
 
 import itertools
+import os
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -172,3 +175,58 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(toy, train, tmp_path
     assert checkpointer.latest_step() == 2
     checkpointer.close()
     assert int(train(tmp_path, save_every=2).step) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_its_step_and_the_run_resumes_bit_for_bit(toy, train, tmp_path, capsys, number):
+    """It comes as batch 2 is drawn, before the event of step 2, and nothing of step 2 is due."""
+
+    def batches():
+        for step in itertools.count(1):
+            if step == 2:
+                os.kill(os.getpid(), number)
+            yield toy.make_batch(step)
+
+    before = signal.getsignal(number)
+    straight = train(tmp_path / "straight", events=_events([]), log_every=5)
+    calls = []
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "resumed", batches(), _events(calls), log_every=5)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert calls == [2]
+    said = capsys.readouterr().err
+    assert f"{number.name}: stopped and saved after step 2 of 6; the same command goes on from there" in said
+    resumed = train(tmp_path / "resumed", events=_events(calls), log_every=5)
+    assert calls == [2, 3, 4]
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    histories = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "resumed")]
+    assert histories[0] == histories[1]
+
+
+def test_a_second_signal_ends_at_once_and_what_is_not_saved_is_not_stopped(toy, train, tmp_path):
+    def batches():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        yield
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, batches())
+    assert signal.getsignal(signal.SIGINT) is before
+
+    states = []  # not in the main thread, where no signal may be caught
+    thread = threading.Thread(target=lambda: states.append(train(tmp_path)))
+    thread.start()
+    thread.join()
+    assert int(states[0].step) == toy.num_steps
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_at_a_stop(toy, train, tmp_path):
+    def batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield toy.make_batch(1) | {"y": np.full((8, 3), np.nan, np.float32)}
+
+    with pytest.raises(NonFiniteLossError):
+        train(tmp_path, batches(), log_every=100)
+    assert Checkpointer(tmp_path).latest_step() is None
