@@ -1,7 +1,8 @@
 """The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, slices, compress, export."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import print_devices
 from core.workdir import check_config
-from input_pipeline.dataset import load_dataset
+from input_pipeline.dataset import Dataset, load_dataset
 from input_pipeline.nifti import write_slices
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
@@ -47,8 +48,9 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         run_ablation(config, workdir)
         return
     _check_single(config)
+    load = functools.cache(lambda: load_dataset(config.data, min_size=config.model.patch_size))  # once for all seeds
     if config.num_seeds == 1:
-        _train_one(config, workdir)
+        _train_one(config, load, workdir)
         return
     if config.num_seeds < 1:
         raise ValueError(f"num_seeds={config.num_seeds}: expected at least 1")
@@ -59,9 +61,9 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         one = config.copy_and_resolve_references()
         one.update(seed=seed, num_seeds=1)
         folders.append(workdir / f"seed_{seed}")
-        reports.append(_train_one(one, folders[-1]))
+        reports.append(_train_one(one, load, folders[-1]))
     if jax.process_count() == 1:
-        _report_seeds(config, workdir, folders, reports)
+        _report_seeds(config, load(), workdir, folders, reports)
 
 
 def evaluate(config: Any, workdir: Path) -> None:
@@ -147,7 +149,9 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     trained = restore(system, workdir)
-    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    data = config.data.copy_and_resolve_references()
+    data.memory_limit_gb = 0.0  # of files, only the images that are compared are decoded
+    dataset = load_dataset(data, min_size=config.model.patch_size)
     folder = Path(output) if output else workdir / "export" / kind
     facts = exporting.export(system, trained, sample_images(dataset, config.seed, config.score.batch_size), folder)
     print(f"exported to {folder}; reloaded, it differs by {max(facts['max_difference'].values()):.1e}")
@@ -168,11 +172,11 @@ def _check_single(config: Any) -> None:
         raise ValueError(f"command: expected 'ablation' or none, found {config.command!r}")
 
 
-def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
+def _train_one(config: Any, load: Callable[[], Dataset], workdir: Path) -> dict[str, Any] | None:
     if has_checkpoint(workdir):  # before, nothing is trained: what ran out of memory may run again with less
         check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
-    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    dataset = load()
     counts = ", ".join(f"{len(split)} {key}" for key, split in dataset.splits.items())
     print(f"{dataset.name}: {dataset.layout}\nimages: {counts}")
     evaluation.check_score(config.score, dataset)
@@ -185,10 +189,11 @@ def _train_one(config: Any, workdir: Path) -> dict[str, Any] | None:
     return report
 
 
-def _report_seeds(config: Any, workdir: Path, folders: list[Path], reports: Sequence[Mapping[str, Any]]) -> None:
+def _report_seeds(
+    config: Any, dataset: Dataset, workdir: Path, folders: list[Path], reports: Sequence[Mapping[str, Any]]
+) -> None:
     """report.json of all seeds together."""
     summary = summarise(reports)
-    dataset = load_dataset(config.data, min_size=config.model.patch_size)
     if "test" in dataset.splits:
         summary["ensemble"] = ensemble(dataset.name, dataset.splits["test"], folders, config.score.bootstrap)
     write_json(workdir / "report.json", summary)

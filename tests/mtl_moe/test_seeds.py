@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from input_pipeline.split import ArrayPixels, Split
+from mtl_moe import run
 from mtl_moe.outputs import write_predictions
 from mtl_moe.seeds import ensemble, read_scores, summarise
 
@@ -72,3 +73,18 @@ def test_predictions_of_other_images_are_refused(tmp_path, split):
     folder = write(tmp_path / "seed_0", split.take(np.arange(5, 15)), np.zeros(10))
     with pytest.raises(ValueError, match=r"seed_0/predictions.csv: expected scores of the 20 test images.*found 10"):
         ensemble("lungs", split, [folder], 10)
+
+
+def test_the_data_are_loaded_once_for_all_seeds(tiny_config, tmp_path, monkeypatch):
+    config, used, loaded = tiny_config(), {}, []
+    config.num_seeds = 2
+    load, report = run.load_dataset, {"metrics": {}, "intervals": {}}
+    monkeypatch.setattr(run, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(run, "load_dataset", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1])
+    monkeypatch.setattr(run, "train", lambda system, data, folder: used.update({system.config.seed: data}))
+    monkeypatch.setattr(run.evaluation, "evaluate", lambda *args: report)
+    monkeypatch.setattr(run, "_report_seeds", lambda config, data, *args: used.update(all=data))
+    run.train_and_evaluate(config, tmp_path)
+    assert len(loaded) == 1
+    assert list(used) == [0, 1, "all"]
+    assert all(data is loaded[0] for data in used.values())
