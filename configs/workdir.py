@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.vit_distill import table
 from core.workdir import LATER_FIELDS
 
 
@@ -15,7 +16,10 @@ def get_config(arg):
     if not path.exists():
         raise ValueError(f"no config.json in {arg}: expected the work directory of an earlier training run")
     config = ConfigDict(_tuples(json.loads(path.read_text())))
-    defaults = common.detector() if config.get("system") == "mtl_moe" else common.distiller()
+    if config.get("system") == "mtl_moe":
+        defaults = common.detector()
+    else:
+        defaults = table.get_config() if config.get("command") == "table" else common.distiller()
     for section in ("compress", "slices"):  # what can be done with a detector since
         if section in defaults and section not in config:
             config[section] = defaults[section]

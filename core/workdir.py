@@ -16,6 +16,11 @@ LATER_FIELDS = {
     "compress.kind": "adamw",
     "score.save_maps": False,
     "teacher.overrides.position_resize": None,
+    "table.probe.neighbours": [1, 5, 10, 20, 50],
+    "table.probe.learning_rates": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+    "table.probe.linear_batch_size": 512,
+    "table.probe.epochs": 90,
+    "table.probe.warmup_epochs": 10,
 }
 
 # Free fields of most commands (`check_config`): folders move, damaged files are left out by name, logs change nothing.

@@ -47,10 +47,10 @@ def train_linear(
     num_classes: int,
     *,
     learning_rates: Sequence[float],
-    epochs: int = 90,
-    warmup_epochs: int = 10,
-    batch_size: int = 512,
-    seed: int = 0,
+    epochs: int,
+    warmup_epochs: int,
+    batch_size: int,
+    seed: int,
 ) -> LinearHeads:
     """Trains one head for each learning rate: LARS (momentum 0.9, trust 0.001, no decay), warm-up, cosine to 0.
 

@@ -44,13 +44,13 @@ class ProbeOptions:
       neighbours: of k-NN.
     """
 
-    epochs: int = 90
-    warmup_epochs: int = 10
-    batch_size: int = 512
-    learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    c_values: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    max_iterations: int = 1000
-    neighbours: tuple[int, ...] = (1, 5, 10, 20, 50)
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    c_values: tuple[float, ...]
+    max_iterations: int
+    neighbours: tuple[int, ...]
 
 
 def probe(
@@ -59,9 +59,9 @@ def probe(
     test: Labelled,
     kind: str = "linear",
     *,
+    options: ProbeOptions,
     classes: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
-    options: ProbeOptions | None = None,
 ) -> dict[str, float]:
     """Fits on `train`, chooses on `valid`, scores `test` once.
 
@@ -81,7 +81,7 @@ def probe(
     """
     if kind not in KINDS:
         raise ValueError(f"probe kind: expected one of {KINDS}, found {kind!r}")
-    options, names = options or ProbeOptions(), list(classes)
+    names = list(classes)
     train, valid, test = (Labelled(np.asarray(x, np.float32), np.asarray(y)) for x, y in (train, valid, test))
     num_classes = _check({"train": train, "valid": valid, "test": test}, names)
     names = names or [str(i) for i in range(num_classes)]

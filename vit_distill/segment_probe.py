@@ -37,12 +37,12 @@ class Segmented(NamedTuple):
 class SegmentOptions:
     """How heads are trained: AdamW, linear warm-up, cosine to 0; the learning rates are tried in turn."""
 
-    num_steps: int = 1000
-    warmup_steps: int = 50
-    batch_size: int = 16
-    hidden_dim: int = 256
-    weight_decay: float = 0.01
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    num_steps: int
+    warmup_steps: int
+    batch_size: int
+    hidden_dim: int
+    weight_decay: float
+    learning_rates: tuple[float, ...]
 
 
 class TokenHead(nn.Module):
@@ -76,9 +76,9 @@ def segment_probe(
     test: Segmented,
     head: str = "linear",
     *,
+    options: SegmentOptions,
     classes: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
-    options: SegmentOptions | None = None,
 ) -> dict[str, float]:
     """Trains a head on `train`, chooses its learning rate on `valid` (first seed), scores `test` once a seed.
 
@@ -96,7 +96,6 @@ def segment_probe(
     """
     if head not in HEADS:
         raise ValueError(f"segmentation head: expected one of {HEADS}, found {head!r}")
-    options = options or SegmentOptions()
     train, valid, test = (Segmented(*map(np.asarray, pair)) for pair in (train, valid, test))
     num_classes = _check({"train": train, "valid": valid, "test": test}, classes)
     names = list(classes) or [str(i) for i in range(num_classes)]

@@ -212,5 +212,9 @@ def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float
         Labelled(extract_features(apply, images, section.batch_size)["pooled"], images.labels)
         for images in bench.probe_sets
     ]
-    options = ProbeOptions(c_values=tuple(section.c_values), max_iterations=section.max_iterations)
+    options = ProbeOptions(
+        batch_size=section.linear_batch_size,
+        **{name: section[name] for name in ("epochs", "warmup_epochs", "max_iterations")},
+        **{name: tuple(section[name]) for name in ("learning_rates", "c_values", "neighbours")},
+    )
     return probe(*pairs, section.kind, classes=bench.probe_sets[0].classes, options=options)

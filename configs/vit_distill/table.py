@@ -37,6 +37,11 @@ def get_config(arg=None):
             batch_size=256,  # of the feature extraction
             c_values=(0.001, 0.01, 0.1),
             max_iterations=300,
+            neighbours=(1, 5, 10, 20, 50),
+            learning_rates=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),  # of the linear probe, as the next three
+            linear_batch_size=512,
+            epochs=90,
+            warmup_epochs=10,
         ),
     )
     return config

@@ -1,12 +1,15 @@
 """The distiller's configs: each loads, and an update of the paper's size goes through as shapes alone."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import workdir
 from configs.vit_distill import distill, probe, quickstart, segment, table, teacher
+from core.files import write_json
 from core.optim import build_optimizer
 from core.state import TrainState
 from core.step import make_train_step_fn
@@ -92,3 +95,13 @@ def test_the_papers_student_updates_its_adapters_alone(preset, dtype, millions):
     assert spec(before) == spec(after)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
     assert {"loss", "l1", "cls_l1", "patch_l1", "grad_norm"} <= set(metrics)
+
+
+def test_a_table_of_before_its_probe_had_all_settings_is_read(tmp_path: Path):
+    config = table.get_config().to_dict()
+    for name in ("neighbours", "learning_rates", "linear_batch_size", "epochs", "warmup_epochs"):
+        del config["table"]["probe"][name]
+    write_json(tmp_path / "config.json", config)
+    found = workdir.get_config(str(tmp_path))
+    assert found.table == table.get_config().table
+    check_config(found, tmp_path, ())

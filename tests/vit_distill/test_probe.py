@@ -3,6 +3,7 @@
 Axes: N images, D feature width, F classes or findings, G learning rates.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,13 @@ from vit_distill.probe import HYPER_PARAMETERS, Labelled, ProbeOptions, probe, s
 
 WIDTH, CLASSES = 6, 3
 OPTIONS = ProbeOptions(
-    epochs=40, warmup_epochs=2, batch_size=32, learning_rates=(3.0, 30.0), c_values=(0.01, 1.0), neighbours=(1, 5)
+    epochs=40,
+    warmup_epochs=2,
+    batch_size=32,
+    learning_rates=(3.0, 30.0),
+    c_values=(0.01, 1.0),
+    max_iterations=1000,
+    neighbours=(1, 5),
 )
 
 
@@ -117,11 +124,11 @@ def test_knn_equals_scikit_learn_and_its_votes_are_weighted():
     train, valid, test = (make_set(n, s, noise=3.0) for n, s in ((60, 0), (60, 1), (90, 2)))
     model = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
     model.fit(*train)
-    found = probe(train, valid, test, "knn", options=ProbeOptions(neighbours=(5,)))
+    found = probe(train, valid, test, "knn", options=replace(OPTIONS, neighbours=(5,)))
     assert found["top1"] == pytest.approx(model.score(*test))
     assert found["valid_top1"] == pytest.approx(model.score(*valid))
     assert found["at_grid_edge"] == 0.0  # a fixed value is no edge
-    fit = module._fit_knn(train, CLASSES, ProbeOptions(neighbours=(5, 500)), ())
+    fit = module._fit_knn(train, CLASSES, replace(OPTIONS, neighbours=(5, 500)), ())
     assert list(fit) == [60.0, 5.0]  # no more neighbours than images
     votes = fit[5.0][0](test.features)
     np.testing.assert_allclose(votes, model.predict_proba(test.features), rtol=1e-3, atol=1e-5)
@@ -153,7 +160,7 @@ def test_auc_of_knn_is_that_of_scikit_learn_and_of_complements_equal(k: int):
 
 def test_of_equal_numbers_of_neighbours_the_larger_is_chosen():
     train, valid, test = (make_set(n, s, noise=0.01) for n, s in ((60, 0), (30, 1), (30, 2)))
-    found = probe(train, valid, test, "knn", options=ProbeOptions(neighbours=(1, 5)))
+    found = probe(train, valid, test, "knn", options=replace(OPTIONS, neighbours=(1, 5)))
     assert (found["valid_top1"], found["neighbours"], found["at_grid_edge"]) == (1.0, 5.0, 0.0)
 
 
@@ -177,7 +184,7 @@ def test_valid_chooses_and_test_is_scored_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_seeds_give_mean_and_deviation():
-    options = ProbeOptions(epochs=2, warmup_epochs=1, batch_size=32, learning_rates=(3.0,))
+    options = replace(OPTIONS, epochs=2, warmup_epochs=1, batch_size=32, learning_rates=(3.0,))
     single = [probe(*SETS, "linear", seeds=(s,), options=options)["top1"] for s in (0, 1, 2)]
     found = probe(*SETS, "linear", seeds=(0, 1, 2), options=options)
     assert len(set(single)) > 1
@@ -227,11 +234,11 @@ def test_a_class_that_train_lacks_is_never_the_answer(kind: str):
         (dict(train=Labelled(SETS[0].features, 0 * SETS[0].labels)), "two classes"),
         (dict(classes=("a", "b")), "expected labels of 2 classes, found 3"),
         (dict(train=make_set(9, 0, multi=True)), r"valid: .*labels \[N, F\]"),
-        (dict(options=ProbeOptions(epochs=0)), "epochs 0"),
-        (dict(options=ProbeOptions(batch_size=1)), "two images a batch"),
+        (dict(options=replace(OPTIONS, epochs=0)), "epochs 0"),
+        (dict(options=replace(OPTIONS, batch_size=1)), "two images a batch"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict, message: str):
     arguments = dict(zip(("train", "valid", "test"), SETS, strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        probe(**arguments)
+        probe(**{"options": OPTIONS} | arguments)

@@ -4,6 +4,7 @@ Axes: N images, P patch tokens, D width, M mask side, F pixel classes.
 """
 
 import tracemalloc
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_heads_learn_and_repeat(head: str):
 def test_two_layers_learn_what_one_cannot():
     """The class is the product of two channels' signs: a linear head is at chance."""
     sets = make_set(48, 0, True), make_set(9, 1, True), make_set(13, 2, True)
-    options = SegmentOptions(num_steps=100, batch_size=16, hidden_dim=32, learning_rates=(3e-2,))
+    options = replace(OPTIONS, num_steps=100, batch_size=16, hidden_dim=32, learning_rates=(3e-2,))
     accuracy = {head: segment_probe(*sets, head, options=options)["pixel_accuracy"] for head in module.HEADS}
     assert accuracy["linear"] < 0.6 < 0.7 < accuracy["mlp"]
 
@@ -127,7 +128,7 @@ def test_ignored_pixels_have_no_influence():
     hidden = np.zeros((SIDE, SIDE), bool)
     hidden[:8, :8] = True
     ignored = [Segmented(s.tokens, np.where(hidden, IGNORED, s.masks).astype(np.uint8)) for s in SETS]
-    options = SegmentOptions(num_steps=10, batch_size=8, learning_rates=(3e-2,))
+    options = replace(OPTIONS, num_steps=10, batch_size=8, learning_rates=(3e-2,))
     params = module._train(TokenHead(CLASSES, 0, SIDE), ignored[0], 0.0, 1.0, options, 3e-2, 0)
     wrong = Segmented(train.tokens.copy(), ignored[0].masks)
     wrong.tokens.reshape(-1, GRID, GRID, WIDTH)[:, 0, 0] = 1e3  # seen by ignored pixels only, at the corner

@@ -429,6 +429,20 @@ def test_students_can_be_probed_on_another_set_than_they_are_distilled_on(tmp_pa
         table_bench.load_bench(config, make_teacher(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "hyper_parameter"),
+    [("knn", "neighbours", "neighbours"), ("linear", "learning_rates", "learning_rate"), ("logistic", "c_values", "c")],
+)
+def test_the_settings_of_every_kind_of_probe_are_the_config_s(kind: str, field: str, hyper_parameter: str):
+    config, teacher = small_config(), make_teacher()
+    sets = (load_labelled(config.data, split, 16, "bilinear") for split in ("train", "valid", "test"))
+    sets = tuple(images.take(np.arange(40)) for images in sets)
+    config.table.probe.update({"kind": kind, field: (2,), "epochs": 1, "warmup_epochs": 0, "linear_batch_size": 20})
+    bench = table_bench.Bench(config, teacher, {}, None, "", sets, Path("nowhere"))
+    found = table_bench.probe_model(bench, teacher.config, teacher.params)
+    assert found[hyper_parameter] == 2
+
+
 def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     teacher = make_teacher(config=dataclasses.replace(NANO, depth=2))
     monkeypatch.setattr(table, "load_teacher_of", lambda config: teacher)
