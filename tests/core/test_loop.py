@@ -177,6 +177,15 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(toy, train, tmp_path
     assert int(train(tmp_path, save_every=2).step) == 6
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: a shell's background job starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_its_step_and_the_run_resumes_bit_for_bit(toy, train, tmp_path, capsys, number):
     """It comes as batch 2 is drawn, before the event of step 2, and nothing of step 2 is due."""
@@ -204,6 +213,7 @@ def test_a_signal_stops_after_its_step_and_the_run_resumes_bit_for_bit(toy, trai
     assert histories[0] == histories[1]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_at_once_and_what_is_not_saved_is_not_stopped(toy, train, tmp_path):
     def batches():
         for _ in range(2):
