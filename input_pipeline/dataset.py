@@ -25,7 +25,7 @@ from input_pipeline.folder import index_folder
 from input_pipeline.groups import check_groups, groups_in, groups_of
 from input_pipeline.index import DataError, Example, Index, calibration_rows
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
-from input_pipeline.tree import find_images, left_out, no_image, refuse_masks
+from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, refuse_masks
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -101,6 +101,8 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
 def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool = False) -> tuple[Split, dict[str, str]]:
     """Every image below `root`, whatever its folders are called, with unknown label (-1): what prediction scores.
 
+    What lies in mask folders (`tree.in_mask_folder`) is left out with a warning; `root` itself may be called anything.
+
     Args:
       data: for image_size, mask_size, channels, window, groups, skip_corrupt and memory_limit_gb.
       min_size: smallest image side accepted.
@@ -111,8 +113,8 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
       cannot be: with `skip_corrupt`, else {}.
 
     Raises:
-      DataError: no folder, no image in it, files that cannot be decoded (named, up to ten), or with
-        `skip_corrupt` none that can.
+      DataError: no folder, no image in it, masks beside their images, files that cannot be decoded (named, up to
+        ten), or with `skip_corrupt` none that can.
     """
     if not root.is_dir():
         raise DataError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; expected a folder of images")
@@ -121,9 +123,18 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
         raise no_image(root, others)
     if others:
         logging.warning("%s: %s", root, left_out(others))
+    masks = {folder: folders.pop(folder) for folder in list(folders) if in_mask_folder(folder)}
+    if masks:
+        count = sum(map(len, masks.values()))
+        shown = ", ".join([*map(str, list(masks)[:3]), *["..."] * (len(masks) > 3)])
+        if not folders:
+            raise DataError(
+                f"{root}: all of its {count} images lie in folders of masks by their names ({shown}); give the folder "
+                "of the images, or that folder itself if it holds no masks"
+            )
+        logging.warning("%s: %d files in folders of masks were left out: %s", root, count, shown)
     names = sorted((folder / file).as_posix() for folder, files in folders.items() for file in files)
-    if grouped:  # normals, among which a mask would count as one
-        refuse_masks(root, names)
+    refuse_masks(root, names)  # one would be scored, or calibrate, as an image
     groups = groups_of(root, names, check_groups(data.groups) if grouped else "image")
     examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
     in_memory = len(names) * data.image_size**2 * data.channels <= data.memory_limit_gb * 2**30

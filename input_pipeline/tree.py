@@ -164,6 +164,12 @@ def known_word(name: str) -> bool:
     return bool(_split_and_mask(word)[0]) or word in (*_NORMAL, *_ABNORMAL, *_IMAGES, *_MASKS)
 
 
+def in_mask_folder(folder: PurePosixPath) -> bool:
+    """Whether one of the path's folders is a mask folder by its name."""
+    words = [part.lower() for part in folder.parts]
+    return any(word in _MASKS or _split_and_mask(word)[1] for word in words)
+
+
 def has_splits(root: Path) -> bool:
     """Whether `root` directly holds a split folder (train, valid, test in any spelling)."""
     return any(_split_and_mask(c.name.lower())[0] for c in root.iterdir() if c.is_dir())

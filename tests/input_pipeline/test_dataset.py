@@ -247,9 +247,25 @@ def test_images_to_score_that_are_corrupt_stop_or_are_left_out(tmp_path, limit, 
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match="none of its 4 images can be decoded"):
         load_images(tmp_path, config)
-    make_tree(tmp_path, {"old": ["c_mask.png"]})
-    with pytest.raises(DataError, match=r"c_mask\.png: a mask by its name"):  # normals, as they are grouped
-        load_images(tmp_path, config, grouped=True)
+
+
+def test_masks_among_images_to_score_are_left_out_or_refused(tmp_path, caplog):
+    folders = {"good": ["label.png"], "Ungood/img": ["a.png"], "masked": ["m.png"], "label 2": ["b.png"]}
+    masks = {"Ungood/anomaly_mask": ["a.png"], "ground_truth/hole": ["a_mask.png", "b.png"], "Val_Label": ["v.png"]}
+    make_tree(tmp_path, folders | masks)
+    expected = ["Ungood/img/a.png", "good/label.png", "label 2/b.png", "masked/m.png"]
+    for grouped in (False, True):
+        caplog.clear()
+        assert load_images(tmp_path, data_config(), grouped=grouped)[0].names == expected
+        assert "4 files in folders of masks were left out: " in caplog.text
+        assert "Ungood/anomaly_mask" in caplog.text
+    with pytest.raises(DataError, match=r"all of its 2 images lie in folders of masks .*\(hole/gt\); give the folder"):
+        load_images(make_tree(tmp_path / "only", {"hole/gt": ["a.png", "b.png"]}), data_config())
+    assert load_images(tmp_path / "only/hole/gt", data_config())[0].names == ["a.png", "b.png"]
+    make_tree(tmp_path, {"good": ["label_mask.png"]})
+    for grouped in (False, True):
+        with pytest.raises(DataError, match=r"label_mask\.png: a mask by its name"):
+            load_images(tmp_path, data_config(), grouped=grouped)
 
 
 def test_folders_without_images_to_score_are_told_apart(tmp_path, caplog):
