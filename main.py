@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-NO_CONFIG = "--config is missing, and --workdir holds no config.json of an earlier run"
+NO_CONFIG = "--config is missing, and so is the --workdir of an earlier run"
 # What each system offers; functions of the same name in its run.py.
 MODES = {
     "mtl_moe": ("train", "evaluate", "predict", "prepare", "slices", "compress", "export"),
@@ -60,9 +60,11 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise
 def main(argv: list[str]) -> None:
     """Dispatches to the system of the config. Errors a user can mend end in one line, not in a traceback."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are changed with --config.field=value")
+        sys.exit(f"error: unexpected arguments {argv[1:]}: fields are changed with --config.field=value")
     config = CONFIG.value
     if config is None:
+        if WORKDIR.value:
+            sys.exit(f"error: {_no_config_in(WORKDIR.value)}")
         raise app.UsageError(NO_CONFIG)
     try:
         mode, system = MODE.value, config.get("system", "nothing")
@@ -70,9 +72,9 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --config: {' '.join(str(error).split())}")
     if mode not in MODES.get(system, ()):
         known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in MODES.items())
-        raise app.UsageError(f"--mode={mode} for config.system={system!r}: expected one of {known}")
+        sys.exit(f"error: --mode={mode} for config.system={system!r}: expected one of {known}")
     if not WORKDIR.value and mode not in WITHOUT_WORKDIR:
-        raise app.UsageError("--workdir is missing: the folder where checkpoints, metrics and the report go")
+        sys.exit("error: --workdir is missing: the folder where checkpoints, metrics and the report go")
     run = importlib.import_module(f"{system}.run")  # imports JAX: seconds, so that --help need not wait
     workdir = Path(WORKDIR.value)
     commands = {
@@ -108,6 +110,7 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     names = [argument.split("=", 1)[0].lstrip("-") if argument.startswith("-") else "" for argument in arguments]
     if "config" in names:
         return arguments
+    workdir = ""
     if "workdir" in names:
         position = names.index("workdir")
         _, sign, workdir = arguments[position].partition("=")
@@ -121,8 +124,14 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
                 "--config that all were trained with"
             )
     if any(name.startswith("config.") for name in names):  # absl would call the field an unknown flag
-        sys.exit(f"error: {NO_CONFIG}")
+        sys.exit(f"error: {_no_config_in(workdir) if workdir else NO_CONFIG}")
     return arguments
+
+
+def _no_config_in(workdir: str) -> str:
+    """What is wrong with a work directory whose config was to be used."""
+    found = "it holds no config.json" if Path(workdir).exists() else "no such folder"
+    return f"--workdir={workdir}: {found}; expected the folder of an earlier run, or a --config to train there"
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
