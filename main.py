@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     try:
         mode, system = MODE.value, config.get("system", "nothing")
     except OSError as error:  # ml_collections raises it when a field is read, not when flags are parsed
-        sys.exit(f"error: --config: {' '.join(str(error).split())}")
+        sys.exit(f"error: --config: {_reason(error)}")
     if mode not in MODES.get(system, ()):
         known = "; ".join(f"{name}: {', '.join(modes)}" for name, modes in MODES.items())
         sys.exit(f"error: --mode={mode} for config.system={system!r}: expected one of {known}")
@@ -135,14 +135,26 @@ def _no_config_in(workdir: str) -> str:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parser; a config field that does not exist ends in one line as well."""
+    """absl's parser; what is wrong with a flag, a config's argument or a config field ends in one line."""
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
     except OSError as error:
-        sys.exit(f"error: --config: {' '.join(str(error).split())}")
+        sys.exit(f"error: --config: {_reason(error)}")
+    except SyntaxError as error:  # of a config file, or of one that is no Python
+        sys.exit(f"error: --config: {error}")
+    except flags.Error as error:  # one of a config file holds a whole traceback, whose last line says what is wrong
+        flag, sign, trace = str(error).partition(": Error whilst parsing config file:")
+        reason = ": " + trace.strip().splitlines()[-1].removeprefix("ValueError: ") if sign else ""
+        sys.exit(f"error: {flag}{reason}")
     except (AttributeError, KeyError) as error:  # ConfigDict raises either, the first around the second
         reason = error.args[0]
-        sys.exit(f"error: unknown config field {reason.args[0] if isinstance(reason, KeyError) else reason}")
+        text = str(reason.args[0] if isinstance(reason, KeyError) else reason)
+        sys.exit(f"error: unknown config field {' '.join(text.split())}")
+
+
+def _reason(error: OSError) -> str:
+    """Why a config file could not be read, without what ml_collections puts around it."""
+    return str(error.__cause__ or error).splitlines()[-1].strip()
 
 
 def _use_huge_pages() -> None:
