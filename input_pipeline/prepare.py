@@ -36,7 +36,8 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
 
     Returns:
       A dict of plain values: dataset, layout, manifest_hash, warnings (counts against the BMAD table among them),
-      counts {split: {normal, abnormal, masks}}, corrupt {name: reason}, duplicates [[name, name, ...]] (equal at 64x64,
+      counts {split: {normal, abnormal, masks}}, calibration_groups [group of each calibration normal that can be
+      decoded], corrupt {name: reason}, duplicates [[name, name, ...]] (equal at 64x64,
       over all splits), leaks (those of them that stand in train and in valid or test), crossing_groups {group: [split]}
       (patients in train and elsewhere), native_sizes {'HxW': images}, and cache (the path written, or '').
 
@@ -70,6 +71,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
         "manifest_hash": dataset.manifest_hash,
         "warnings": warnings,
         "counts": _counts(index),
+        "calibration_groups": list(dataset.splits["calibration"].groups) if "calibration" in dataset.splits else [],
         "corrupt": corrupt,
         "duplicates": [[name for _, name in same] for same in duplicates],
         "leaks": [[name for _, name in same] for same in duplicates if {"train"} < {part for part, _ in same}],
@@ -180,6 +182,11 @@ def format_report(report: dict, limit: int = 10) -> str:
     lines = [f"{report['dataset']}: {report['layout']}"]
     for key, count in report["counts"].items():
         lines.append(f"{key:12s} {count['normal']} normal, {count['abnormal']} abnormal, {count['masks']} masks")
+    groups = report["calibration_groups"]
+    lines.append(
+        f"smallest p-value: 1/{len(groups) + 1} = {1 / (len(groups) + 1):.2g}, by {len(groups)} calibration normals of "
+        f"{len(set(groups))} patients or groups"
+    )
     lines += ["native sizes (height x width):", *shown([f"{s}: {n}" for s, n in report["native_sizes"].items()])]
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     lines += [f"corrupt files: {len(report['corrupt'])}", *(f"  {reason}" for reason in report["corrupt"].values())]

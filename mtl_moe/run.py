@@ -21,6 +21,7 @@ from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
+from mtl_moe.calibration import check_calibration
 from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import restore
 from mtl_moe.provenance import check_source
@@ -107,7 +108,12 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
 
 def prepare(config: Any, output: str) -> None:
     """Checks a data folder and, with `output`, writes the decoded cache."""
-    print(format_report(prepare_data(config.data, output, min_size=config.model.patch_size)))
+    report = prepare_data(config.data, output, min_size=config.model.patch_size)
+    print(format_report(report))
+    try:
+        check_calibration(config.score.fusion, report["calibration_groups"])
+    except ValueError as error:
+        print(f"warning: training will be refused: {error}")
 
 
 def slices(config: Any, output: str) -> None:

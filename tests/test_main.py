@@ -349,6 +349,25 @@ def test_prepare_reports_a_corrupt_file_and_writes_nothing(
     assert not (tmp_path / "cache.npz").exists()
 
 
+def test_prepare_says_what_the_calibration_normals_allow(
+    folder_config: ConfigDict, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    """Of 24 training normals; training says the same by `check_calibration`."""
+    run.prepare(folder_config, "")
+    printed = capsys.readouterr().out
+    assert "smallest p-value: 1/7 = 0.14, by 6 calibration normals of 6 patients or groups" in printed
+    assert "training will be refused" not in printed
+    assert "the 6 calibration normals come from 6 patient(s) or group(s)" in caplog.text
+    few_calibration_normals(folder_config, Path())
+    run.prepare(folder_config, "")
+    printed = capsys.readouterr().out
+    assert "smallest p-value: 1/3 = 0.33, by 2 calibration normals" in printed
+    assert "warning: training will be refused: only 2 calibration normals: at least 5 are needed" in printed
+    no_calibration(folder_config, Path())
+    run.prepare(folder_config, "")
+    assert "training will be refused: only 0 calibration normals" in capsys.readouterr().out
+
+
 def test_slices_prints_what_it_wrote_and_asks_for_both_folders(tmp_path: Path, capsys: pytest.CaptureFixture):
     volume = np.pad(np.ones((4, 4, 4), np.float32), 2)
     for name in ("a", "b"):
