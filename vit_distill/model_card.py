@@ -42,8 +42,9 @@ def _summary(student: Student) -> str:
         "without labels, to reproduce its features",
     }[student.method]
     size = num_params(student.params)
+    role = "The method is" if student.method == "lora" else "It is a control for the method of"
     return (
-        f"A vision transformer of {size:,} parameters made from a larger teacher: {how}. The method is WeCoLoRA "
+        f"A vision transformer of {size:,} parameters made from a larger teacher: {how}. {role} WeCoLoRA "
         "([arXiv 2404.09326](https://arxiv.org/abs/2404.09326))."
     )
 

@@ -57,4 +57,7 @@ def test_card_of_an_export_holds_its_check_and_code(make_student):
 
 @pytest.mark.parametrize("method", ["lora", "full", "copy", "scratch"])
 def test_every_method_has_its_sentence(make_student, method):
-    assert "made from a larger teacher: " in model_card(dataclasses.replace(make_student(), method=method))
+    card = model_card(dataclasses.replace(make_student(), method=method))
+    assert "made from a larger teacher: " in card
+    assert ("The method is WeCoLoRA" in card) == (method == "lora")
+    assert ("a control for the method of WeCoLoRA" in card) == (method != "lora")
