@@ -4,6 +4,7 @@ Axes: N images, H W map, G groups (patients), R resamples, U distinct score valu
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -58,24 +59,22 @@ def _resampled_counts(rng: np.random.Generator, labels: np.ndarray, group: np.nd
     return counts[:, group]
 
 
-def _weighted_metric(metric: str, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`metric` of images counted `weights` [R, N] times, [R] float64."""
+def _weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision (as BOOTSTRAP_METRICS) of images counted `weights` [R, N] times, each [R] float64."""
     order = np.argsort(scores)[::-1]
     descending = scores[order]
     starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
-    positive = np.add.reduceat((weights * labels)[:, order], starts, axis=1)
-    negative = np.add.reduceat((weights * ~labels)[:, order], starts, axis=1)
+    counts, labels = weights[:, order], labels[order]
+    positive = np.add.reduceat(counts * labels, starts, axis=1)
+    negative = np.add.reduceat(counts * ~labels, starts, axis=1)
     hits, false_alarms = positive.cumsum(axis=1), negative.cumsum(axis=1)
-    if metric == "auroc":
-        return (negative * (hits - positive / 2)).sum(axis=1) / (hits[:, -1] * false_alarms[:, -1])
+    area = (negative * (hits - positive / 2)).sum(axis=1) / (hits[:, -1] * false_alarms[:, -1])
     # Above the largest score drawn nothing is flagged and no recall is gained: any denominator but 0 will do.
-    return (positive * hits / np.maximum(hits + false_alarms, 1.0)).sum(axis=1) / hits[:, -1]
+    return area, (positive * hits / np.maximum(hits + false_alarms, 1.0)).sum(axis=1) / hits[:, -1]
 
 
-def _bootstrap(metric, all_scores, labels, groups, num_resamples: int, seed: int) -> np.ndarray:
-    """Values of `metric` for each of `all_scores` on the same resamples, [len(all_scores), R]."""
-    if metric not in BOOTSTRAP_METRICS:
-        raise ValueError(f"expected metric to be one of {BOOTSTRAP_METRICS}, found {metric!r}")
+def _bootstrap(all_scores, labels, groups, num_resamples: int, seed: int) -> np.ndarray:
+    """Values of BOOTSTRAP_METRICS for each of `all_scores` on the same resamples, [len(all_scores), 2, R]."""
     checked = [check_scores(scores, labels) for scores in all_scores]
     labels = checked[0][1]
     groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
@@ -87,8 +86,14 @@ def _bootstrap(metric, all_scores, labels, groups, num_resamples: int, seed: int
     at_once = max(1, 2_000_000 // len(labels))  # bounds the memory on tens of thousands of images
     for start in range(0, num_resamples, at_once):
         counts = _resampled_counts(rng, labels, group, min(at_once, num_resamples - start))
-        values.append([_weighted_metric(metric, scores, labels, counts) for scores, _ in checked])
-    return np.concatenate(values, axis=1)
+        values.append([_weighted_metrics(scores, labels, counts) for scores, _ in checked])
+    return np.concatenate(values, axis=2)
+
+
+def _index(metric: str) -> int:
+    if metric not in BOOTSTRAP_METRICS:
+        raise ValueError(f"expected metric to be one of {BOOTSTRAP_METRICS}, found {metric!r}")
+    return BOOTSTRAP_METRICS.index(metric)
 
 
 def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
@@ -114,7 +119,23 @@ def bootstrap_interval(
             anomalous images only, normal images only and both are resampled apart, keeping their numbers.
         level: coverage in (0, 1).
     """
-    return _interval(_bootstrap(metric, [scores], labels, groups, num_resamples, seed)[0], level)
+    return _interval(_bootstrap([scores], labels, groups, num_resamples, seed)[0, _index(metric)], level)
+
+
+def bootstrap_intervals(
+    all_scores: Sequence[np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[dict[str, tuple[float, float]]]:
+    """For each of `all_scores` [N] the `bootstrap_interval` of every metric, by its name: drawn once for all of them.
+
+    Arguments as in `bootstrap_interval`.
+    """
+    values = _bootstrap(all_scores, labels, groups, num_resamples, seed)
+    return [{m: _interval(v, level) for m, v in zip(BOOTSTRAP_METRICS, both, strict=True)} for both in values]
 
 
 def bootstrap_difference(
@@ -132,7 +153,7 @@ def bootstrap_difference(
     Arguments as in `bootstrap_interval`; either scores may also be [K, N], of K runs whose metrics are averaged.
     """
     first, second = np.atleast_2d(scores), np.atleast_2d(other_scores)
-    values = _bootstrap(metric, [*first, *second], labels, groups, num_resamples, seed)
+    values = _bootstrap([*first, *second], labels, groups, num_resamples, seed)[:, _index(metric)]
     return _interval(values[: len(first)].mean(axis=0) - values[len(first) :].mean(axis=0), level)
 
 

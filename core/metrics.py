@@ -6,6 +6,8 @@ score s adds, as a function of the false-positive rate f, a ramp from 0 at f = P
 So one sort of the normal scores and one binary search per positive give AUROC, average precision and PRO exactly.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
@@ -220,18 +222,27 @@ def matched_auroc(scores: np.ndarray, labels: np.ndarray, covariate: np.ndarray,
     Returns:
         (AUROC with ties counted half, number of pairs); (nan, 0) when no pair is that close.
     """
-    scores, labels = check_scores(scores, labels)
-    covariate = np.asarray(covariate)
-    if covariate.shape != scores.shape or not np.isfinite(covariate).all():
-        raise ValueError(f"expected a finite covariate of shape {scores.shape}, found shape {covariate.shape}")
-    positives, positive_covariate = scores[labels], covariate[labels]
-    negatives, negative_covariate = scores[~labels], covariate[~labels]
-    num_pairs, wins, ties = 0, 0, 0
-    rows = max(1, PAIRS_AT_ONCE // len(negatives))
-    for start in range(0, len(positives), rows):
+    (value,), num_pairs = matched_aurocs([scores], labels, covariate, tolerance)
+    return value, num_pairs
+
+
+def matched_aurocs(
+    all_scores: Sequence[np.ndarray], labels: np.ndarray, covariate: np.ndarray, tolerance: float
+) -> tuple[list[float], int]:
+    """`matched_auroc` of each of `all_scores` [N], and the number of pairs, which are looked for once for all."""
+    checked = [check_scores(scores, labels) for scores in all_scores]
+    labels, covariate = checked[0][1], np.asarray(covariate)
+    if covariate.shape != labels.shape or not np.isfinite(covariate).all():
+        raise ValueError(f"expected a finite covariate of shape {labels.shape}, found shape {covariate.shape}")
+    positive_covariate, negative_covariate = covariate[labels], covariate[~labels]
+    num_pairs, wins = 0, [0] * len(checked)  # a win counts two, a tie one
+    rows = max(1, PAIRS_AT_ONCE // len(negative_covariate))
+    for start in range(0, len(positive_covariate), rows):
         some = slice(start, start + rows)
         matched = np.abs(positive_covariate[some, None] - negative_covariate) < tolerance
-        num_pairs += int(matched.sum())
-        wins += int((matched & (positives[some, None] > negatives)).sum())
-        ties += int((matched & (positives[some, None] == negatives)).sum())
-    return ((wins + ties / 2) / num_pairs if num_pairs else float("nan")), num_pairs
+        num_pairs += np.count_nonzero(matched)
+        for i, (scores, _) in enumerate(checked):
+            positives, negatives = scores[labels][some, None], scores[~labels]
+            wins[i] += np.count_nonzero(matched & (positives > negatives))
+            wins[i] += np.count_nonzero(matched & (positives >= negatives))
+    return [count / 2 / num_pairs if num_pairs else float("nan") for count in wins], num_pairs

@@ -4,13 +4,13 @@ Axes: N test images, K evidences, H W C image, M side of the finished maps.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
-from core.bootstrap import bootstrap_interval, pixel_intervals, possible_resamples
-from core.metrics import auroc, auroc_between, average_precision, matched_auroc, pixel_metrics
+from core.bootstrap import bootstrap_intervals, pixel_intervals, possible_resamples
+from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
 from input_pipeline.batches import eval_batches, image_batches
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
@@ -66,25 +66,24 @@ class Results:
     ) -> None:
         """Fused scores [N] with intervals, each evidence of `corrected` [N, K], the best single one, each task left
         out; finished maps [N, M, M] where the split has masks."""
-        self._image("", fused, interval=True)
+        evidences = dict(zip(calibration.names, corrected.T, strict=True))
+        self._images({"": fused} | {f"task/{name}/": scores for name, scores in evidences.items()}, interval=True)
         for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
             against = auroc_between(calibration.fused, fused[self._split.labels == label])
             self.metrics[self._prefix + name] = against
         if self._split.has_masks:
             self._pixel("", maps, interval=True)
-        for name, scores in zip(calibration.names, corrected.T, strict=True):
-            self._image(f"task/{name}/", scores, interval=True)
         # Named best with the test labels in sight: a comparison, never a choice.
         singles = [self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in evidence_names(system.tasks)]
         self.metrics[self._prefix + "best_single/image_auroc"] = max(singles)
-        for task, names in task_evidences(system.tasks).items():
-            self._image(f"leave_out/{task}/", calibration.fuse(corrected, leave_out=names))
+        parts = task_evidences(system.tasks).items()
+        self._images({f"leave_out/{task}/": calibration.fuse(corrected, leave_out=names) for task, names in parts})
 
     def add_floors(self, dataset: Dataset) -> None:
         """Scores and maps that learn next to nothing, fitted on the same training normals."""
         fit = floors.statistics(_some_images(dataset.splits["train"]))
-        for name, scores in floors.floor_scores(fit, floors.statistics(image_batches(self._split))).items():
-            self._image(f"floor/{name}/", scores)
+        scores = floors.floor_scores(fit, floors.statistics(image_batches(self._split)))
+        self._images({f"floor/{name}/": values for name, values in scores.items()})
         if self._split.has_masks:
             map_fn, size, parts = floors.make_floor_map_fn(fit), dataset.mask_size, []
             for images in image_batches(self._split):
@@ -105,22 +104,25 @@ class Results:
         size, mask_size = dataset.image_size, dataset.mask_size
         map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None
         scored = scorer.split(self._split, "untrained", map_fn)
-        self._image("floor/untrained/", calibration.fuse(calibration.corrected(scored.raw, scored.texture)))
+        self._images({"floor/untrained/": calibration.fuse(calibration.corrected(scored.raw, scored.texture))})
         if scored.maps is not None:
             self._pixel("floor/untrained/", scored.maps)
 
-    def _image(self, key: str, scores: np.ndarray, interval: bool = False) -> None:
-        labels = self._split.labels
-        key = self._prefix + key
-        self.metrics[key + "image_auroc"] = auroc(scores, labels)
-        self.metrics[key + "image_ap"] = average_precision(scores, labels)
-        matched, pairs = matched_auroc(scores, labels, self._texture, MATCHED_TOLERANCE)
-        if pairs:
-            self.metrics[key + "matched_auroc"] = matched
+    def _images(self, scores: Mapping[str, np.ndarray], interval: bool = False) -> None:
+        """Image metrics of all `scores` [N], by key: their pairs and resamples are the same, and looked for once."""
+        labels, keys = self._split.labels, [self._prefix + key for key in scores]
+        matched, pairs = matched_aurocs(list(scores.values()), labels, self._texture, MATCHED_TOLERANCE)
+        for key, values, of_pairs in zip(keys, scores.values(), matched, strict=True):
+            self.metrics[key + "image_auroc"] = auroc(values, labels)
+            self.metrics[key + "image_ap"] = average_precision(values, labels)
+            if pairs:
+                self.metrics[key + "matched_auroc"] = of_pairs
         if interval and self._num_resamples:
             groups = np.array(self._split.groups)
-            for name, metric in (("image_auroc", "auroc"), ("image_ap", "average_precision")):
-                self.intervals[key + name] = bootstrap_interval(metric, scores, labels, groups, self._num_resamples)
+            intervals = bootstrap_intervals(list(scores.values()), labels, groups, self._num_resamples)
+            for key, found in zip(keys, intervals, strict=True):
+                self.intervals[key + "image_auroc"] = found["auroc"]
+                self.intervals[key + "image_ap"] = found["average_precision"]
 
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:

@@ -9,6 +9,7 @@ from sklearn import metrics as sklearn_metrics
 from core import bootstrap, metrics
 
 EXACT = 1e-12
+METRICS = ("auroc", "average_precision")
 
 
 def _random_scores(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -18,16 +19,15 @@ def _random_scores(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndar
     return (np.round(scores, 1) if ties else scores), labels
 
 
-@pytest.mark.parametrize("metric", ["auroc", "average_precision"])
-def test_weighted_metric_equals_sklearn_with_sample_weights(metric):
+def test_weighted_metrics_equal_sklearn_with_sample_weights():
     scores, labels = _random_scores(3)
     weights = np.random.default_rng(0).integers(0, 3, size=(20, len(scores)))
     weights[0] = labels * 0 + 1
-    reference = {"auroc": "roc_auc_score", "average_precision": "average_precision_score"}[metric]
+    references = (sklearn_metrics.roc_auc_score, sklearn_metrics.average_precision_score)  # as BOOTSTRAP_METRICS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = [getattr(sklearn_metrics, reference)(labels, scores, sample_weight=w) for w in weights]
-    ours = bootstrap._weighted_metric(metric, scores, labels.astype(bool), weights)
+        expected = [[reference(labels, scores, sample_weight=w) for w in weights] for reference in references]
+    ours = bootstrap._weighted_metrics(scores, labels.astype(bool), weights)
     np.testing.assert_allclose(ours, expected, atol=EXACT)
 
 
@@ -91,9 +91,20 @@ def test_bootstrap_by_group_is_wider_for_repeated_images():
 
 def test_bootstrap_chunks_do_not_change_the_number_of_resamples():
     scores, labels = _random_scores(2, num=700)
-    values = bootstrap._bootstrap("auroc", [scores], labels, None, 3001, 0)
-    assert values.shape == (1, 3001)
-    assert values.std() > 0
+    values = bootstrap._bootstrap([scores], labels, None, 3001, 0)
+    assert values.shape == (1, 2, 3001)
+    assert (values.std(axis=2) > 0).all()
+
+
+def test_intervals_of_many_scores_are_those_of_each_drawn_once(monkeypatch):
+    scores, labels = _random_scores(5)
+    others = np.random.default_rng(0).normal(size=(2, len(scores)))
+    several, groups = [scores, *others], np.arange(len(scores)) // 2
+    alone = [{m: bootstrap.bootstrap_interval(m, s, labels, groups, 50) for m in METRICS} for s in several]
+    draw, drawn = bootstrap._resampled_counts, []
+    monkeypatch.setattr(bootstrap, "_resampled_counts", lambda *args: drawn.append(args) or draw(*args))
+    assert bootstrap.bootstrap_intervals(several, labels, groups, 50) == alone
+    assert len(drawn) == 1
 
 
 def test_bootstrap_difference_is_paired():

@@ -237,6 +237,15 @@ def test_matched_auroc_of_many_pairs_takes_little_memory(monkeypatch):
     assert metrics.matched_auroc(scores, labels, covariate, 0.5) == found
 
 
+def test_matched_aurocs_of_many_scores_are_those_of_each():
+    several, labels = [_random_scores(seed)[0] for seed in (7, 8)], _random_scores(7)[1]
+    covariate = np.random.default_rng(1).normal(size=len(labels))
+    alone = [metrics.matched_auroc(scores, labels, covariate, 0.5) for scores in several]
+    values, pairs = metrics.matched_aurocs(several, labels, covariate, 0.5)
+    assert [(value, pairs) for value in values] == alone
+    assert len(set(values)) == 2
+
+
 def test_matched_auroc_without_pairs():
     value, pairs = metrics.matched_auroc(np.arange(4.0), np.array([0, 0, 1, 1]), np.array([0.0, 0, 9, 9]), 1.0)
     assert np.isnan(value)
