@@ -11,7 +11,7 @@ import numpy as np
 
 from core.bootstrap import bootstrap_intervals, pixel_intervals, possible_resamples
 from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
-from input_pipeline.batches import eval_batches, image_batches
+from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
 from mtl_moe.calibration import Calibration, evidence_names, task_evidences
@@ -126,8 +126,9 @@ class Results:
 
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:
-            batches = eval_batches(self._split, MASK_BATCH)
-            self._masks = np.concatenate([batch["mask"][batch["valid"]][..., 0] > 0 for batch in batches])
+            rows = np.arange(len(self._split))
+            parts = (rows[i : i + MASK_BATCH] for i in range(0, len(rows), MASK_BATCH))
+            self._masks = np.concatenate([self._split.masks(part)[..., 0] > 0 for part in parts])
         if interval and self._num_resamples:
             groups = np.array(self._split.groups)
             found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
