@@ -5,7 +5,7 @@ Axes: N images of a split, S evidences, H W map, M side of the finished map.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from core.checkpoint import Checkpointer
 from core.logs import progress_bar
 from core.mesh import shard_batch
 from core.optim import build_optimizer
-from input_pipeline.dataset import Split, eval_batches
+from input_pipeline.batches import image_batches
+from input_pipeline.dataset import Split
 from mtl_moe.calibration import Calibration, evidence_names, fit_calibration
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.sampling import even_rows
@@ -81,8 +82,10 @@ class Scorer:
         return other
 
     def batch(self, images: np.ndarray) -> dict[str, jax.Array]:
-        """One full batch of uint8 images [batch_size, H, W, C] -> raw, maps, body as in `make_score_fn`."""
-        placed = shard_batch({"image": images}, self._system.mesh)
+        """At most batch_size uint8 images [n, H, W, C] -> raw, maps, body as in `make_score_fn`, of a full batch: the
+        last image fills it up, so that one shape is compiled."""
+        fill = np.repeat(images[-1:], self.batch_size - len(images), axis=0)
+        placed = shard_batch({"image": np.concatenate([images, fill]) if len(fill) else images}, self._system.mesh)
         return self._score_fn(self._trained.params, self._trained.extra, placed["image"])
 
     def images(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -90,8 +93,7 @@ class Scorer:
         parts = []
         for start in range(0, len(images), self.batch_size):
             rows = images[start : start + self.batch_size]
-            padded = np.concatenate([rows, np.repeat(rows[-1:], self.batch_size - len(rows), axis=0)])
-            parts.append({k: np.asarray(v)[: len(rows)] for k, v in self.batch(padded).items()})
+            parts.append({k: np.asarray(v)[: len(rows)] for k, v in self.batch(rows).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def split(
@@ -112,15 +114,14 @@ class Scorer:
         """
         raw, textures, maps, kept, start = [], [], None, {"maps": [], "body": []}, 0
         with progress_bar(len(split), description=description) as bar:
-            for batch in eval_batches(split, self.batch_size):
-                count = int(batch["valid"].sum())
-                result = self.batch(batch["image"])
+            for images, result, finished in self._one_ahead(split, map_fn):
+                count = len(images)
+                textures.append(log_mean_gradient(images))
                 raw.append(np.asarray(result["raw"])[:count])
-                textures.append(log_mean_gradient(batch["image"][:count]))
-                if map_fn is not None:
-                    finished = np.asarray(map_fn(result["maps"], result["body"]))[:count]
+                if finished is not None:
+                    finished = np.asarray(finished)[:count]
                     if write is not None:
-                        write(split.names[start : start + count], batch["image"][:count], finished)
+                        write(split.names[start : start + count], images, finished)
                     if keep_maps:
                         maps = np.empty((len(split), *finished.shape[1:]), np.float32) if maps is None else maps
                         maps[start : start + count] = finished
@@ -131,6 +132,17 @@ class Scorer:
                 bar.update(count)
         found = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
         return Scored(np.concatenate(raw), np.concatenate(textures), maps, found)
+
+    def _one_ahead(self, split: Split, map_fn: Callable[[jax.Array, jax.Array], jax.Array] | None) -> Iterator[Any]:
+        """(images, results, finished maps or None) batch by batch: when one is handed out the devices have the next."""
+        waiting = []
+        for images in image_batches(split, self.batch_size):
+            result = self.batch(images)
+            finished = None if map_fn is None else map_fn(result["maps"], result["body"])
+            waiting.append((images, result, finished))
+            if len(waiting) > 1:
+                yield waiting.pop(0)
+        yield from waiting
 
 
 def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:

@@ -103,6 +103,23 @@ def test_a_split_is_scored_once_in_order(tiny_run, scorer):
     assert scorer.split(split.take(np.arange(3)), "test").maps is None
 
 
+def test_the_devices_have_the_next_batch_when_one_is_read(tiny_run, trained, monkeypatch):
+    """Texture, maps on disk and the decoding of the next images would else find them idle."""
+    scorer, done = Scorer(tiny_run.system, trained), []
+    batch = scorer.batch
+    monkeypatch.setattr(scorer, "batch", lambda images: done.append("given") or batch(images))
+    map_fn = lambda maps, body: maps.mean(axis=1)  # noqa: E731
+    scorer.split(tiny_run.dataset.splits["train"], "test", map_fn, write=lambda *_: done.append("read"))
+    assert done == ["given", "given", "read", "given", "read", "read"]
+
+
+def test_scoring_reads_no_masks(tiny_run, scorer, monkeypatch):
+    split = tiny_run.dataset.splits["test"]
+    assert split.has_masks
+    monkeypatch.setattr(type(split.pixels), "masks", lambda *_: pytest.fail("a mask was read"))
+    assert len(scorer.split(split, "test").raw) == len(split)
+
+
 def test_maps_are_handed_out_batch_by_batch(tiny_run, scorer):
     """What is asked for every image of a set of tens of thousands need not lie in memory, nor be decoded again."""
     split, written = tiny_run.dataset.splits["train"], []
