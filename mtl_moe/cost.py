@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mtl_moe.model import ModelConfig
+from mtl_moe.model import ModelConfig, distinct_views
 from mtl_moe.moe import active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
 from mtl_moe.teacher import needs_teacher
@@ -19,7 +19,7 @@ def score_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -
     """Multiply-adds of all inference views of one image, heads and pseudo-label teacher included."""
     image = jnp.zeros((1, geometry.image_size, geometry.image_size, geometry.channels))
     counts = [jax.eval_shape(task.views, image).shape[0] for task in tasks]
-    return _views_macs(config, tasks, geometry, counts)
+    return _views_macs(config, tasks, geometry, counts, len(distinct_views(tasks)[0]))
 
 
 def train_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -> int:
@@ -28,19 +28,22 @@ def train_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -
     The backward pass counts twice the forward. An expert block counts the experts that a token is sent to and the
     shared one, whatever a dispatch computes beyond that.
     """
-    return _views_macs(config, tasks, geometry, [3] * len(tasks))
+    return _views_macs(config, tasks, geometry, [3] * len(tasks), 3 * len(tasks))
 
 
-def _views_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry, counts: Sequence[int]) -> int:
-    """Multiply-adds of `counts` forward passes of a view of each task, and of the pseudo-label teacher's one."""
+def _views_macs(
+    config: ModelConfig, tasks: Sequence[Task], geometry: Geometry, counts: Sequence[int], trunks: int
+) -> int:
+    """Multiply-adds of `counts` forward passes of a view of each task, the trunk's being `trunks` in all, and of the
+    pseudo-label teacher's one."""
     tokens, width = geometry.grid**2, config.width
     embed = tokens * geometry.patch_size**2 * (geometry.channels + 1) * width
     attention = 4 * tokens * width**2 + 2 * tokens**2 * width
     trunk = embed + config.num_dense_layers * (attention + 2 * tokens * width * config.mlp_dim)
     expert = attention + _expert_mlp_macs(config, tokens, len(tasks))
-    view = trunk + (config.num_moe_layers + config.num_neck_layers) * expert
+    view = (config.num_moe_layers + config.num_neck_layers) * expert
     total = sum(count * (view + _head_macs(task, geometry)) for count, task in zip(counts, tasks, strict=True))
-    return total + (trunk if needs_teacher(tasks) else 0)
+    return total + trunk * (trunks + needs_teacher(tasks))
 
 
 def _expert_mlp_macs(config: ModelConfig, tokens: int, num_tasks: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 
@@ -89,13 +90,15 @@ class Detector(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Mapping[str, jax.Array], *, train: bool
+        self, inputs: Mapping[str, jax.Array], *, train: bool, shared_views: bool = False
     ) -> tuple[dict[str, jax.Array], dict[str, Mapping[str, jax.Array]]]:
         """Solves tasks on their views.
 
         Args:
           inputs: by task name, float32 [V_t, B, H, W, C + 1]; any non-empty subset of the model's tasks.
           train: adds router noise (needs the rng stream "router").
+          shared_views: the inputs are the tasks' `views` of the same images: the trunk, which knows no task, runs once
+            for those that are the same. Same result to float rounding.
 
         Returns:
           Head outputs by task name, float32 [V_t, B, H, W, dim] or [V_t, B, h, w, dim]; and by expert block its
@@ -113,7 +116,15 @@ class Detector(nn.Module):
         task_ids = jnp.tile(jnp.array([index for index, _ in by_view], jnp.int32), batch)
         use_position = jnp.tile(jnp.array([float(use) for _, use in by_view]), batch)
 
-        x = Trunk(cfg, dtype=self.dtype, name="trunk")(rows, use_position)
+        trunk = Trunk(cfg, dtype=self.dtype, name="trunk")
+        if shared_views:
+            different, of_view = distinct_views([task for _, task in tasks])
+            x = rearrange(rows, "(b v) h w c -> b v h w c", b=batch)[:, different]
+            with_position = use_position.reshape(batch, -1)[:, different].reshape(-1)
+            x = trunk(rearrange(x, "b u h w c -> (b u) h w c"), with_position)
+            x = rearrange(rearrange(x, "(b u) n d -> b u n d", b=batch)[:, of_view], "b v n d -> (b v) n d")
+        else:
+            x = trunk(rows, use_position)
         embedding = self.param("task_embedding", nn.initializers.normal(0.02), (len(self.tasks), cfg.width))
         x = x + embedding[task_ids][:, None].astype(x.dtype)
         make_mlp = functools.partial(_expert_mlp, cfg, len(self.tasks), self.dtype, self.mesh, self.dispatch)
@@ -158,6 +169,14 @@ class Detector(nn.Module):
         else:
             out = rearrange(out, "r (h w) d -> r h w d", h=self.image_size // patch)
         return out.reshape(batch, num_views, *out.shape[1:])
+
+
+def distinct_views(tasks: Sequence[Task]) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tasks' views, one after the other: the first of each that differs for the trunk [U], and which of these
+    every view is [V]."""
+    keys = [(name, task.use_position) for task in tasks for name in task.view_names]
+    different = list(dict.fromkeys(keys))
+    return np.array([keys.index(key) for key in different]), np.array([different.index(key) for key in keys])
 
 
 def _expert_mlp(

@@ -39,7 +39,8 @@ def make_score_fn(system: System, precision: str = "high") -> Callable[[Any, Any
     def score(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
         images = to_float(images)
         teacher = make_teacher(model.config, extra["teacher"], images, model.dtype) if needs_teacher(tasks) else None
-        outputs, _ = model.apply({"params": params}, {task.name: task.views(images) for task in tasks}, train=False)
+        views = {task.name: task.views(images) for task in tasks}
+        outputs, _ = model.apply({"params": params}, views, train=False, shared_views=True)
         body = body_mask(images)[..., 0]
         raw, maps = [], []
         for task in tasks:

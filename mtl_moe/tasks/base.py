@@ -7,7 +7,7 @@ compares. At inference `views` makes fixed inputs and `evidence` reads from the 
 a map where it has one, and how that map becomes an image score.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -79,6 +79,7 @@ class Task(Protocol):
     head: Head
     use_position: bool  # whether the position embedding is added
     needs_teacher: bool  # whether `corrupt` and `evidence` read the Teacher
+    view_names: Sequence[str]  # [V] of `views`: those of one name are the same input, in other tasks too
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

@@ -25,6 +25,7 @@ class Cluster:
     name: ClassVar[str] = "cluster"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
+    view_names: ClassVar[tuple[str, ...]] = ("hidden_0", "hidden_1")
 
     @property
     def head(self) -> base.Head:

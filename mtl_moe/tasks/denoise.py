@@ -26,6 +26,7 @@ class Denoise:
     name: ClassVar[str] = "denoise"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("clean",)
 
     @property
     def head(self) -> base.Head:

@@ -24,6 +24,7 @@ class Intensity:
     name: ClassVar[str] = "intensity"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("clean",)
 
     @property
     def head(self) -> base.Head:

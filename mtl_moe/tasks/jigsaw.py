@@ -24,6 +24,7 @@ class Jigsaw:
     name: ClassVar[str] = "jigsaw"
     use_position: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("clean",)
 
     def __post_init__(self):
         if self.geometry.grid % self.tiles:

@@ -28,6 +28,7 @@ class Masked:
     name: ClassVar[str] = "masked"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("hidden_0", "hidden_1")
 
     @property
     def head(self) -> base.Head:

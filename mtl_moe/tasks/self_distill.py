@@ -24,6 +24,7 @@ class SelfDistill:
     name: ClassVar[str] = "self_distill"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
+    view_names: ClassVar[tuple[str, ...]] = ("hidden_0", "hidden_1")
 
     @property
     def head(self) -> base.Head:

@@ -39,6 +39,7 @@ class Synthetic:
     name: ClassVar[str] = "synthetic"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("clean",)
 
     def __post_init__(self):
         unknown = [f for f in self.families if f not in FAMILIES]

@@ -36,6 +36,7 @@ class Transform:
     name: ClassVar[str] = "transform"
     use_position: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    view_names: ClassVar[tuple[str, ...]] = ("clean", *(f"symmetry_{i}" for i in range(1, NUM_SYMMETRIES)))
 
     @property
     def head(self) -> base.Head:

@@ -112,7 +112,8 @@ def test_multiply_adds_are_those_traced(tiny_config):
     params = jax.eval_shape(system.init_params, jax.random.key(0))
     image = jnp.zeros((1, 32, 32, 1))
     views = {task.name: task.views(image) for task in system.tasks}
-    apply = lambda params: system.model.clone(mesh=None).apply({"params": params}, views, train=False)[0]  # noqa: E731
+    model = system.model.clone(mesh=None)
+    apply = lambda params: model.apply({"params": params}, views, train=False, shared_views=True)[0]  # noqa: E731
     teacher = lambda trunk: trunk_tokens(system.model.config, trunk, image)  # noqa: E731
     expected = traced_macs(apply, params) + traced_macs(teacher, params["trunk"])
     dense = score_macs(system.model.config, system.tasks, geometry)

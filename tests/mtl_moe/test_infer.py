@@ -16,6 +16,7 @@ from core.checkpoint import CheckpointError
 from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.dataset import load_dataset
+from mtl_moe import model
 from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
@@ -79,6 +80,16 @@ def test_one_device_scores_as_eight_do(tiny_run, trained, together, images, on_o
     assert tiny_run.system.mesh.size == 8
     for name, expected in together.items():
         np.testing.assert_allclose(found[name], expected, **TOLERANCE)
+
+
+def test_scores_are_those_of_a_trunk_that_runs_for_every_view(tiny_run, trained, images, together, monkeypatch):
+    """Calibrations of before the trunk ran once for equal views hold."""
+    num_views = sum(len(task.view_names) for task in tiny_run.system.tasks)
+    assert len(model.distinct_views(tiny_run.system.tasks)[0]) < num_views
+    monkeypatch.setattr(model, "distinct_views", lambda tasks: (np.arange(num_views), np.arange(num_views)))
+    found = Scorer(tiny_run.system, trained).images(images)
+    for name, expected in together.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_raw_scores_are_what_the_reductions_say(tiny_run, together):

@@ -90,6 +90,20 @@ def test_a_task_does_not_see_which_others_run(model, params, images, everything)
         np.testing.assert_allclose(outputs[name], everything[0][name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_trunk_runs_once_for_views_that_are_the_same(model, params, images, everything):
+    def solve(shared):
+        kept = dict(capture_intermediates=lambda module, _: module.name == "trunk", mutable=["intermediates"])
+        views = views_of(model, images)
+        (outputs, _), seen = model.apply({"params": params}, views, train=False, shared_views=shared, **kept)
+        return outputs, seen["intermediates"]["trunk"]["__call__"][0]
+
+    assert jax.eval_shape(lambda: solve(False))[1].shape[0] == 18 * BATCH
+    outputs, tokens = jax.jit(lambda: solve(True))()
+    assert tokens.shape[0] == 11 * BATCH  # clean with and without position, seven more symmetries, two masks
+    for name, wanted in everything[0].items():
+        np.testing.assert_allclose(outputs[name], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_same_view_is_another_input_for_another_task(config, images):
     """Without router and with equal heads the task embedding alone tells two tasks apart."""
     config = config.copy_and_resolve_references()

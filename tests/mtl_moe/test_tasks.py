@@ -121,6 +121,7 @@ class TestEveryTask:
         views = task.views(images)
         assert views.shape[1:] == (BATCH, SIZE, SIZE, CHANNELS + 1)
         np.testing.assert_array_equal(views, task.views(images))
+        assert len(task.view_names) == len(views)
         one = task.views(images[1:2])
         np.testing.assert_array_equal(views[:, 1:2], one, "a view depends on the other images of the batch")
         _, target = corrupt(task, images, teacher)
@@ -178,6 +179,15 @@ def plant(task, answers, images):
             where = np.rot90(where[:, ::-1] if view >= 4 else where, view % 4)
         answers[view][:, where] = wrong[view][:, where]
     return jnp.asarray(answers)
+
+
+def test_views_of_one_name_are_one_input(images):
+    tasks = [make_task(name) for name in TASKS]
+    named = [pair for task in tasks for pair in zip(task.view_names, task.views(images), strict=True)]
+    inputs = dict(named)
+    assert len(inputs) == len({np.asarray(view).tobytes() for view in inputs.values()}) < len(named)
+    for name, view in named:
+        np.testing.assert_array_equal(view, inputs[name])
 
 
 def test_masked_tasks_hide_the_stated_share(images, teacher):
