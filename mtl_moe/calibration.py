@@ -29,7 +29,7 @@ from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import EPS
 
 FUSIONS = ("tail", "robust_z", "max", "mean")
-SCORING = 2  # raised where raw scores or maps become others: normals scored before say nothing about images scored now
+SCORING = 3  # raised where raw scores or maps become others: normals scored before say nothing about images scored now
 TEXTURE = "texture"  # name of the evidence that no task gives
 TAIL_SHARE = 0.2  # of the calibration scores, fitted by the Pareto tail
 FOLDS = 20  # at most, of whole patients: calibration normals are scored by a fit on the other folds

@@ -46,12 +46,20 @@ def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.T
 
 
 def foreground(x: torch.Tensor) -> torch.Tensor:
-    """Where the patient is, bool [B, 1, H, W]: smoothed brightness above 0.05; everything if that is under 5 %."""
+    """Where the patient is, bool [B, 1, H, W]: as `mtl_moe.tasks.base.body_mask`."""
     size = max(3, x.shape[-1] // 16 | 1)
     padded = F.pad(x.mean(1, keepdim=True), (size // 2,) * 4, mode="replicate")
-    body = F.avg_pool2d(padded, size, stride=1) > 0.05
-    enough = body.float().mean((1, 2, 3), keepdim=True) > 0.05
+    bright = F.avg_pool2d(padded, size, stride=1) > 0.05
+    body = _between(bright, 2) & _between(bright, 3)
+    enough = body.float().mean((1, 2, 3), keepdim=True) > 0.005
     return body | ~enough
+
+
+def _between(where: torch.Tensor, axis: int) -> torch.Tensor:
+    """What has such pixels, or is one, on both sides along `axis`."""
+    before = where.cumsum(axis) > 0
+    after = where.flip(axis).cumsum(axis).flip(axis) > 0
+    return before & after
 
 
 def make_step(

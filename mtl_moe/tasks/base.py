@@ -172,10 +172,12 @@ def box_filter(images: jax.Array, size: int) -> jax.Array:
 
 
 def local_gradient(images: jax.Array) -> jax.Array:
-    """Magnitude of the forward differences, mean over channels and 5 x 5 pixels: [B, H, W, C] -> [B, H, W]."""
+    """Magnitude of the forward differences, mean over channels and, of images of 64 pixels, 5 x 5 of them (a like share
+    of larger ones): [B, H, W, C] -> [B, H, W]."""
+    size = max(3, 5 * images.shape[1] // 64 | 1)
     down = jnp.diff(images, axis=1, append=images[:, -1:])
     right = jnp.diff(images, axis=2, append=images[:, :, -1:])
-    return box_filter(jnp.sqrt(jnp.square(down) + jnp.square(right)).mean(-1, keepdims=True), 5)[..., 0]
+    return box_filter(jnp.sqrt(jnp.square(down) + jnp.square(right)).mean(-1, keepdims=True), size)[..., 0]
 
 
 def body_mask(images: jax.Array) -> jax.Array:

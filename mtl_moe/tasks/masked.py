@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from mtl_moe.tasks import base
 
-GRADIENT_FLOOR = 0.03  # grey values per pixel: about the noise of a flat region, so that noise does not count as error
+# Grey values per 64th of the image's side: about the noise of a flat region, so that noise does not count as error. In
+# units of the side, as the gradients of one structure are smaller in an image of more pixels.
+GRADIENT_FLOOR = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Masked:
         size, patch = self.geometry.image_size, self.geometry.patch_size
         grid = self.geometry.grid
         maps = error.reshape(-1, grid, grid, patch, patch).swapaxes(2, 3).reshape(-1, size, size)
-        return {self.name: maps / (base.local_gradient(images) + GRADIENT_FLOOR)}
+        return {self.name: maps / (base.local_gradient(images) + GRADIENT_FLOOR * 64 / size)}
 
 
 def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -237,12 +237,24 @@ def test_masked_evidence_ignores_visible_pixels(images):
 
 
 def test_local_gradient_of_a_ramp_and_of_an_edge():
-    ramp = jnp.broadcast_to(0.03 * jnp.arange(16.0)[:, None], (16, 16)) + 0.04 * jnp.arange(16.0)[None]
-    images = jnp.stack([ramp, (jnp.arange(16) >= 8).astype(jnp.float32)[None] * jnp.ones((16, 1))])[..., None]
+    ramp = 0.003 * jnp.arange(64.0)[:, None] + 0.004 * jnp.arange(64.0)[None]
+    images = jnp.stack([ramp, (jnp.arange(64) >= 32).astype(jnp.float32)[None] * jnp.ones((64, 1))])[..., None]
     slope = np.asarray(base.local_gradient(images))
-    assert slope.shape == (2, 16, 16)
-    np.testing.assert_allclose(slope[0, 2:13, 2:13], 0.05, rtol=1e-4)  # 3, 4, 5
-    np.testing.assert_allclose(slope[1, 5], [0] * 5 + [0.2] * 5 + [0] * 6, atol=1e-6)  # one column of the five
+    assert slope.shape == (2, 64, 64)
+    np.testing.assert_allclose(slope[0, 2:61, 2:61], 0.005, rtol=1e-3)  # 3, 4, 5
+    np.testing.assert_allclose(slope[1, 5], [0] * 29 + [0.2] * 5 + [0] * 30, atol=1e-6)  # one column of the five
+
+
+def test_masked_error_has_the_same_units_at_every_size():
+    """A smooth image of twice the pixels has half the gradient, and the same error counts as much."""
+    maps = {}
+    for size in (64, 128):
+        line = jnp.arange(size) / size
+        images = (0.5 + 0.3 * jnp.sin(9 * line)[:, None] * jnp.cos(7 * line)[None])[None, :, :, None]
+        task = TASKS["masked"](geometry=Geometry(size, 8, 1, 16))
+        maps[size] = np.asarray(task.evidence(jnp.stack([images + 0.1] * 2), images, None)["masked"])[0]
+    # An error of grey values in units of grey values per pixel: twice at twice the pixels, everywhere alike.
+    np.testing.assert_allclose(maps[128][1::2, 1::2], 2 * maps[64], rtol=0.1)
 
 
 def test_masked_error_counts_less_where_the_image_has_edges():
@@ -250,8 +262,9 @@ def test_masked_error_counts_less_where_the_image_has_edges():
     task = make_task("masked")
     answers = jnp.broadcast_to(images + 0.1, (2, *images.shape))
     maps = np.asarray(task.evidence(answers, images, None)["masked"])[0]
-    np.testing.assert_allclose(maps[:, :10], 0.1 / 0.03, rtol=1e-4)
-    np.testing.assert_allclose(maps[:, SIZE // 2 + 3 : -4], 0.1 / 0.53, rtol=1e-4)
+    floor = 0.03 * 64 / SIZE
+    np.testing.assert_allclose(maps[:, :10], 0.1 / floor, rtol=1e-4)
+    np.testing.assert_allclose(maps[:, SIZE // 2 + 3 : -4], 0.1 / (0.5 + floor), rtol=1e-4)
 
 
 def test_jigsaw_order_says_the_source_of_each_place(images):

@@ -152,7 +152,7 @@ def test_auc_of_knn_is_that_of_scikit_learn_and_of_complements_equal(k: int):
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
     train, _, test = classes
     expected = roc_auc_score(test.labels, model.fit(*train).predict_proba(test.features)[:, 1])
-    options = ProbeOptions(neighbours=(k,))
+    options = replace(OPTIONS, neighbours=(k,))
     found = probe(*findings, "knn", classes=("yes", "no"), options=options)
     assert [found["auc/yes"], found["auc/no"]] == pytest.approx([expected] * 2, abs=1e-3)
     assert probe(*classes, "knn", options=options)["auc"] == pytest.approx(expected, abs=1e-3)
