@@ -11,6 +11,7 @@ import numpy as np
 
 from core.bootstrap import bootstrap_intervals, pixel_intervals, possible_resamples
 from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
+from core.optim import build_optimizer
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
@@ -97,9 +98,10 @@ class Results:
 
     def add_untrained(self, system: System, scorer: Scorer, dataset: Dataset) -> None:
         """The same network before its first update, calibrated and fused in the same way."""
-        init = jax.jit(system.init_fn(system.patch_centers(dataset)))
-        params, extra = init(jax.random.key(system.config.seed))
-        scorer = scorer.trained_as(Trained(system.place(params), system.place(extra), 0))
+        # By training's own program, which is compiled already.
+        state = system.init_state(build_optimizer(system.config.optim, system.config.train.num_steps), dataset)
+        scorer = scorer.trained_as(Trained(state.params, state.extra, 0))
+        del state  # averages and the optimizer's moments
         calibration = calibrate(system, scorer, dataset.splits["calibration"])
         size, mask_size = dataset.image_size, dataset.mask_size
         map_fn = make_map_fn(calibration, size, mask_size) if self._split.has_masks else None
