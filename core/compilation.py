@@ -19,7 +19,7 @@ def enable_compilation_cache() -> None:
         folder = base / "mtl-moe-vit-distill" / "jax"
         _remove_oldest(folder, MAX_BYTES)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _remove_oldest(folder: Path, max_bytes: int) -> None:

@@ -26,7 +26,7 @@ def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
         enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(expected / "mtl-moe-vit-distill" / "jax")
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
 
 
 def test_a_folder_of_the_users_own_is_kept(tmp_path):
