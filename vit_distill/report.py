@@ -30,7 +30,8 @@ class DistillReport:
     Attributes:
       before, after: rows of `diagnostics.block_rows`, of the untrained copy and of the student.
       singular_values: of `lora.singular_values`, [R] by adapter; empty without adapters.
-      metrics: flat, plain numbers: feature distances on held-out images.
+      metrics: flat, plain numbers: feature distances.
+      num_images, held_out: how many images they were measured on, and whether these are not the few-shot images.
     """
 
     teacher: Teacher
@@ -40,6 +41,8 @@ class DistillReport:
     singular_values: Mapping[str, np.ndarray]
     metrics: Mapping[str, float]
     provenance: Mapping[str, Any]
+    num_images: int
+    held_out: bool
 
 
 def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[int] = (1, 32)) -> None:
@@ -62,6 +65,8 @@ def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[in
             blocks=student.blocks,
             blocks_before=results.before,
             blocks_after=results.after,
+            num_images=results.num_images,
+            on_training_images=not results.held_out and student.method != "copy",
             choice=student.facts.get("choice", ()),
             singular_values=results.singular_values,
             suggested_ranks=suggested_rank(results.singular_values),

@@ -25,6 +25,8 @@ class ReportData:
       device: what latencies were measured on.
       history: records of metrics.jsonl: step, loss, l1, cls_l1, patch_l1.
       blocks_before, blocks_after: rows of `diagnostics.block_rows`, of the copy and of the trained student.
+      num_images, on_training_images: how many images the blocks were compared on; whether the student saw them in
+        training.
       choice: rows {rule, blocks, loss} of `weight_copy.calibrated_blocks`; `blocks` are those copied.
       singular_values, suggested_ranks: by adapter path, of `lora.singular_values` and `lora.suggested_rank`.
       table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`, `verdict_note`: of
@@ -43,6 +45,8 @@ class ReportData:
     blocks: Sequence[int] = ()
     blocks_before: Sequence[Mapping[str, float]] = ()
     blocks_after: Sequence[Mapping[str, float]] = ()
+    num_images: int = 0
+    on_training_images: bool = False
     choice: Sequence[Mapping[str, Any]] = ()
     singular_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     suggested_ranks: Mapping[str, int] = field(default_factory=dict)

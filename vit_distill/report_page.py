@@ -58,13 +58,15 @@ def _result(results: ReportData) -> Markup:
         cards.append(page.stat(f"{speed:.2f} x", "Measured speed", f"of the teacher's, at batch {size}"))
     if results.blocks_before and results.blocks_after:
         before, after = (rows[-1]["l1"] for rows in (results.blocks_before, results.blocks_after))
-        cards.append(page.stat(f"{after:.3g}", "L1 to the teacher's features", f"before training {before:.3g}"))
+        note = f"before training {before:.3g}; on {_measured(results)}"
+        cards.append(page.stat(f"{after:.3g}", "L1 to the teacher's features", note))
     guide = page.details(
         "How to read this page",
         page.bullets(
             [
-                "The student holds some blocks of the teacher. It was trained, without labels, to give the teacher's "
-                "tokens for the same image; L1 is the mean absolute difference of those features.",
+                "The student holds some blocks of the teacher, or from scratch only their shape. Unless it is a mere "
+                "copy, it was trained, without labels, to give the teacher's tokens for the same image; L1 is the mean "
+                "absolute difference of those features.",
                 "L1 is no accuracy: the cls token that most classifiers read is one token of many. What the features "
                 "are good for says a probe, a simple classifier on them (configs/vit_distill/probe.py).",
                 "FLOPs count two for each multiply-add of the matrix products; latencies are medians on the device "
@@ -72,7 +74,19 @@ def _result(results: ReportData) -> Markup:
             ]
         ),
     )
-    return page.join([page.block(cards, "stats"), guide]) if cards else guide
+    parts = [page.block(cards, "stats")] if cards else []
+    if results.on_training_images:
+        text = (
+            "Distances to the teacher were measured on training images, as none were held out: expect "
+            "larger ones on new images."
+        )
+        parts.append(page.paragraph(text, "callout warn"))
+    return page.join([*parts, guide])
+
+
+def _measured(results: ReportData) -> str:
+    """Which images distances were measured on."""
+    return f"{results.num_images} images that were {'' if results.on_training_images else 'not '}trained on"
 
 
 def _cost(results: ReportData) -> Markup:
@@ -109,7 +123,8 @@ def _blocks(results: ReportData) -> Markup:
     chart = page.chart(
         figures.blocks_figure(results.blocks_before, results.blocks_after),
         "Blocks before and after training",
-        "Each student block against the teacher block whose output it stands for; before: the untrained copy.",
+        "Each student block against the teacher block whose output it stands for; before: the untrained copy. Measured "
+        f"on {_measured(results)}.",
     )
     return page.join([chart, page.table(header, rows, text_columns=())])
 

@@ -237,7 +237,10 @@ def _report(
     report = {"metrics": metrics, "blocks": {"before": before, "after": after}, "suggested_rank": ranks}
     write_json(workdir / "report.json", report | {"student": facts, "provenance": provenance})
     student = build_student(distiller, trainable, facts | {"metrics": metrics})
-    write_report(workdir, DistillReport(distiller.teacher, student, before, after, values, metrics, provenance))
+    results = DistillReport(
+        distiller.teacher, student, before, after, values, metrics, provenance, len(shown), held_out is not None
+    )
+    write_report(workdir, results)
     for name, value in metrics.items():
         print(f"  {name:<48} {value:.4f}")
     print(f"report: {workdir / 'report.html'}")

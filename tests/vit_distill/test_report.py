@@ -55,6 +55,7 @@ def results(**fields) -> ReportData:
         blocks=(0, 2, 4),
         blocks_before=block_rows([3.0, 4.0, 7.25]),
         blocks_after=block_rows([2.0, 2.5, 3.125]),
+        num_images=31,
         choice=[
             {"rule": "removal", "blocks": [0, 1, 5], "loss": 2.0},
             {"rule": "first", "blocks": [0, 2, 4], "loss": 2.5},
@@ -111,6 +112,15 @@ def test_rows_that_are_marked(tmp_path: Path):
     html = written(tmp_path, results())
     marked = re.findall(r"<tr class='strong'>\s*<td class=''>([^<]*)", html)
     assert marked == ["enhanced", "removal"]
+
+
+def test_the_images_that_were_measured_on_are_told(tmp_path: Path):
+    html = written(tmp_path, results())
+    assert html.count("on 31 images that were not trained on") == 2  # the card and the blocks
+    assert "callout warn" not in html.split("</style>")[-1]
+    html = written(tmp_path, results(on_training_images=True))
+    assert html.count("on 31 images that were trained on") == 2
+    assert "measured on training images, as none were held out" in html
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path):
@@ -191,11 +201,13 @@ def test_report_of_a_distillation(tmp_path: Path, method: str):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 12345}))
     values = {"block_00/attn/query": np.array([2.0, 0.1])} if method == "lora" else {}
     rows = block_rows([1.0])
-    write_report(tmp_path, DistillReport(teacher, student, rows, rows, values, {"l1": 0.5}, {}), batch_sizes=(1, 2))
+    found = DistillReport(teacher, student, rows, rows, values, {"l1": 0.5}, {}, num_images=8, held_out=False)
+    write_report(tmp_path, found, batch_sizes=(1, 2))
     html = (tmp_path / "report.html").read_text()
     assert "Student of vit_nano" in html
     assert "ms at batch 2" in html
     assert "matched 30" in html
     assert "12345" in html
     assert ("adapters" in anchors(html)) == (method == "lora")
+    assert ("measured on training images" in html) == (method == "lora")  # of a copy no image was trained on
     assert "training" in anchors(html)

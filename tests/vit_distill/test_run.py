@@ -301,6 +301,7 @@ def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
     for found in seen:
         np.testing.assert_array_equal(found, images.images(few[even_rows(len(few), 8)]))
     assert len(seen) == 2
+    assert "on 8 images that were not trained on" in (tmp_path / "w" / "report.html").read_text()  # it is a copy
 
 
 def run_command(command: str, config: ConfigDict, workdir: Path) -> None:
