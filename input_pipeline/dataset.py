@@ -42,11 +42,15 @@ __all__ = [
 ]
 
 
-def build_index(data: ConfigDict) -> Index:
-    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings and whether patients cross its splits."""
+def build_index(data: ConfigDict, require_train: bool = True) -> Index:
+    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings and whether patients cross its splits.
+
+    `require_train`: see `load_dataset`.
+    """
     if not data.root:
         raise DataError(f"data.root is empty: set --config.data.root to the folder of the {data.kind} data")
     options = dict(calibration_fraction=data.calibration_fraction, seed=data.seed, groups=check_groups(data.groups))
+    options["require_train"] = require_train
     index_fn = {"bmad": lambda: index_bmad(data.name, data.root, **options)}
     index_fn["folder"] = lambda: index_folder(data.root, data.name, **options)
     index = index_fn[data.kind]()
@@ -64,7 +68,7 @@ def build_index(data: ConfigDict) -> Index:
     return index
 
 
-def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> Dataset:
+def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto", require_train: bool = True) -> Dataset:
     """Loads the data set that `config.data` describes.
 
     Args:
@@ -74,6 +78,7 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
         that file, and the calibration split is drawn anew, so that files and their cache give the same splits.
       min_size: smallest image side accepted, the model's patch size.
       reader: 'tf', 'threads' or 'auto' (see `input_pipeline.reader`).
+      require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
 
     Returns:
       A data set with splits train, calibration (unless its fraction is 0), and valid and test where there are any; in
@@ -95,7 +100,8 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto") -> D
         return _recarve(_from_cache(data), data)
     if data.kind == "phantom":
         return _recarve(_from_phantom(data), data)
-    return dataset_from_index(build_index(data), data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
+    index = build_index(data, require_train)
+    return dataset_from_index(index, data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
 
 
 def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool = False) -> tuple[Split, dict[str, str]]:

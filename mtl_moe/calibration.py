@@ -75,6 +75,7 @@ class Calibration:
       map_low, map_scale: [S] median, and 95th percentile less median, of the evidence's map inside the body.
       fused: [n] fused scores of the calibration normals in their order, each by a fit without it.
       fused_low, fused_scale: the same two numbers of the finished fused map, inside the body.
+      num_groups: patients that the normals come from.
       source, manifest_hash, dtype: of which data set the normals are, the hash of that, and `score.dtype`; "" in files
         of before these were written down.
     """
@@ -91,6 +92,7 @@ class Calibration:
     fused: np.ndarray
     fused_low: float = 0.0
     fused_scale: float = 1.0
+    num_groups: int = 0
     source: str = ""
     manifest_hash: str = ""
     dtype: str = ""
@@ -171,6 +173,7 @@ def load_calibration(path: Path, names: Sequence[str], step: int) -> Calibration
             | {"evidences": tuple(Evidence(*evidence) for evidence in evidences)}
             | {name: str(values[name]) for name in ("fusion", "source", "manifest_hash", "dtype") if name in values}
             | {name: float(values[name]) for name in ("texture_median", "fused_low", "fused_scale")}
+            | {"num_groups": int(values["num_groups"])}
         )
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
@@ -252,7 +255,7 @@ def fit_scores(
     fused = np.empty(len(raw))
     for fold, others in folds:
         fused[fold] = others.fuse(others.corrected(raw[fold], texture[fold]))
-    return dataclasses.replace(whole, fused=fused)
+    return dataclasses.replace(whole, fused=fused, num_groups=len(set(groups)))
 
 
 def fit_folds(

@@ -19,7 +19,7 @@ from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe.calibration import Calibration, check_calibration
-from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
+from mtl_moe.infer import Scorer, calibrate, evidence_maps, own_calibration, restore, router_use
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import Case, ReportData, select_cases, write_report
@@ -30,9 +30,19 @@ from mtl_moe.training_data import calibration_normals, other_training_data
 
 
 def check_score(score: Any, dataset: Dataset) -> None:
-    """Checks `config.score` and the calibration normals before anything is computed; ValueError as it has to be."""
-    normals = dataset.splits.get("calibration")
-    check_calibration(score.fusion, normals.groups if normals else ())
+    """Checks `config.score` and the data before anything is computed; ValueError as it has to be.
+
+    Without training images there have to be test images, normal and abnormal ones: what else would be measured?
+    """
+    if "train" in dataset.splits:
+        normals = dataset.splits.get("calibration")
+        check_calibration(score.fusion, normals.groups if normals else ())
+    elif len(np.unique(dataset.splits["test"].labels if "test" in dataset.splits else ())) != 2:
+        found = ", ".join(f"{len(split)} in {name}/" for name, split in dataset.splits.items())
+        raise ValueError(
+            f"{dataset.name}: without train/ a detector is measured on test/, which has to hold normal and abnormal "
+            f"images (test/good and test/Ungood); found {found}; --mode=predict scores images without labels"
+        )
     if min(score.bootstrap, score.gallery) < 0 or score.batch_size < 1:
         raise ValueError(
             f"score: expected bootstrap and gallery of at least 0 (0: none) and a batch_size of at least 1, found "
@@ -63,7 +73,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     """Restores the newest checkpoint of `workdir`, evaluates, writes all outputs to `result_folder`.
 
     Without a test split the calibration normals are shown instead, each scored by a fit without it, and neither
-    accuracy nor rates are given.
+    accuracy nor rates are given. Without training images the scores are calibrated as those of a prediction are, and
+    there are no floors, which would be fitted on them.
 
     Returns:
       The content of report.json.
@@ -74,19 +85,23 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     start = time.time()
     data = system.config.data
     output = result_folder(data, dataset, workdir)
-    normals, known = calibration_normals(dataset, workdir)
-    dataset = dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals})
     trained = restore(system, workdir)
     scorer = Scorer(system, trained)
-    folder = Path(_source(data)).name
-    calibration = dataclasses.replace(
-        calibrate(system, scorer, normals),
-        source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),
-        manifest_hash=dataset.manifest_hash,
-        dtype=system.config.score.dtype,
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    calibration.save(output / "calibration.npz", trained.step)
+    if has_train := "train" in dataset.splits:
+        normals, known = calibration_normals(dataset, workdir)
+        dataset = dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals})
+        folder = Path(_source(data)).name
+        calibration = dataclasses.replace(
+            calibrate(system, scorer, normals),
+            source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),
+            manifest_hash=dataset.manifest_hash,
+            dtype=system.config.score.dtype,
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        calibration.save(output / "calibration.npz", trained.step)
+    else:
+        calibration, known = own_calibration(system, workdir, trained.step), True
+        output.mkdir(parents=True, exist_ok=True)
     has_test = len(dataset.splits.get("test", ())) > 0
     split = dataset.splits["test" if has_test else "calibration"]
     save_maps = system.config.score.save_maps
@@ -102,8 +117,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     results = Results(dataset.name, split, scored.texture, system.config.score.bootstrap)
     if results.has_both:
         results.add_detector(system, calibration, corrected, fused, scored.maps)
-        results.add_floors(dataset)
-        if system.config.score.untrained:
+        if has_train:
+            results.add_floors(dataset)
+        if has_train and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
     labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test
     thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, labels)
@@ -119,7 +135,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     page = ReportData(
         dataset=dataset.name,
         layout=dataset.layout,
-        headline=_headline(system, dataset, has_test, other_training_data(dataset, workdir), known)
+        headline=_headline(system, dataset, calibration, other_training_data(dataset, workdir), known)
         + unfinished(system, trained.step),
         metrics=results.metrics,
         intervals=results.intervals,
@@ -131,7 +147,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         evidence_scores=evidence_scores,
         calibration_scores=calibration.fused,
         groups=split.groups,
-        num_calibration_groups=len(set(normals.groups)),
+        num_calibration_groups=calibration.num_groups,
         tested=has_test,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
@@ -202,20 +218,23 @@ def _thresholds(rates: Any, calibration: Calibration, fused: np.ndarray, labels:
     return rows
 
 
-def _headline(system: System, dataset: Dataset, has_test: bool, learned_from: str, known: bool) -> str:
+def _headline(system: System, dataset: Dataset, calibration: Calibration, learned_from: str, known: bool) -> str:
     """
     Args:
       learned_from: what was trained on where it is not the data set's training split, else "".
       known: whether the calibration normals are known not to have been trained on.
     """
-    normals = dataset.splits["calibration"]
+    has_train, has_test = "train" in dataset.splits, len(dataset.splits.get("test", ())) > 0
+    which = f"{'' if learned_from else 'more '}that were not trained on" if known else "held-out normals"
+    if not has_train:
+        which = f"held-out normals of {calibration.source or 'its last evaluation'}"
     text = (
         f"{len(system.tasks)} proxy tasks learned from scratch on "
         + (learned_from or f"{len(dataset.splits['train'])} normal images")
-        + f", calibrated on {len(normals)} "
-        + (f"{'' if learned_from else 'more '}that were not trained on" if known else "held-out normals")
-        + f" ({len(set(normals.groups))} patients or groups)."
+        + f", calibrated on {len(calibration.fused)} {which} ({calibration.num_groups} patients or groups)."
     )
+    if not has_train:
+        text += " The data hold no training images: thresholds are those of --mode=predict, and there are no floors."
     if not known:
         text += (
             " Which images this detector learned from was not written down when it was trained: these normals may be "

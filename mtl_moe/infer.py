@@ -18,7 +18,7 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Split
-from mtl_moe.calibration import Calibration, evidence_names, fit_calibration
+from mtl_moe.calibration import Calibration, evidence_names, fit_calibration, fused_names, load_calibration
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
@@ -166,6 +166,23 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     inside = jax.image.resize(body, finished.shape, "nearest") > 0
     low, high = np.quantile(finished[np.asarray(inside)], (0.5, 0.95))
     return dataclasses.replace(calibration, fused_low=float(low), fused_scale=float(max(high - low, 1e-6)))
+
+
+def own_calibration(system: System, workdir: Path, step: int) -> Calibration:
+    """The calibration that the last evaluation of `workdir` on its own data left there.
+
+    Raises:
+      ValueError: if there is none, or it was made for another checkpoint, fusion or dtype.
+    """
+    calibration = load_calibration(workdir / "calibration.npz", fused_names(system.tasks), step)
+    for field in ("fusion", "dtype"):
+        made, now = getattr(calibration, field), system.config.score[field]
+        if made not in ("", now):  # "": a calibration of before the dtype was written down
+            raise ValueError(
+                f"score.{field}={now!r}, but the calibration was made for {made!r}: run --mode=evaluate with the same "
+                f"--config.score.{field} first"
+            )
+    return calibration
 
 
 def evidence_maps(

@@ -12,9 +12,9 @@ from core.files import write_json
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
-from mtl_moe.calibration import Calibration, check_calibration, fused_names, load_calibration
+from mtl_moe.calibration import Calibration, check_calibration
 from mtl_moe.evaluate import gallery
-from mtl_moe.infer import Scorer, calibrate, restore
+from mtl_moe.infer import Scorer, calibrate, own_calibration, restore
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import ReportData, write_report
@@ -48,7 +48,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     split, skipped = load_images(source, config.data, min_size=config.model.patch_size)
     scorer = Scorer(system, trained)
     if normals is None:
-        calibration = _load(system, workdir, trained.step)
+        calibration = own_calibration(system, workdir, trained.step)
     else:
         calibration = _calibrate(system, scorer, workdir, normals, source)
     map_fn = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
@@ -101,18 +101,6 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     )
     write_report(output / "report.html", data)
     return fused
-
-
-def _load(system: System, workdir: Path, step: int) -> Calibration:
-    calibration = load_calibration(workdir / "calibration.npz", fused_names(system.tasks), step)
-    for field in ("fusion", "dtype"):
-        made, now = getattr(calibration, field), system.config.score[field]
-        if made not in ("", now):  # "": a calibration of before the dtype was written down
-            raise ValueError(
-                f"score.{field}={now!r}, but the calibration was made for {made!r}: run --mode=evaluate with the same "
-                f"--config.score.{field} first"
-            )
-    return calibration
 
 
 def _calibrate(system: System, scorer: Scorer, workdir: Path, normals: Path, source: Path) -> Calibration:

@@ -78,7 +78,7 @@ def evaluate(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
     _check_seed(workdir)
     system = build_system(config)
-    dataset = load_dataset(config.data, min_size=config.model.patch_size)
+    dataset = load_dataset(config.data, min_size=config.model.patch_size, require_train=False)
     evaluation.check_score(config.score, dataset)
     folder = evaluation.result_folder(config.data, dataset, workdir)
     _print_report(evaluation.evaluate(system, dataset, workdir), folder)

@@ -44,11 +44,17 @@ def training_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def other_training_data(dataset: Dataset, workdir: Path) -> str:
-    """What the detector of `workdir` learned from, where that is not `dataset`; "" if it is, or nothing is known."""
+    """What the detector of `workdir` learned from, where that is not `dataset`; "" if it is, or nothing is known.
+
+    A data set without training images is another one.
+    """
     path = workdir / FILE
     if not path.exists():
-        return ""
-    there, here = json.loads(path.read_text()), training_data(dataset)
+        return "" if "train" in dataset.splits else "other images"
+    there = json.loads(path.read_text())
+    if "train" not in dataset.splits:
+        return f"{there['num_images']} images of {there['dataset']}"
+    here = training_data(dataset)
     grey = [np.asarray(facts["mean_grey"]) for facts in (there, here)]
     if there["names_hash"] == here["names_hash"] and np.allclose(*grey, rtol=0, atol=TOLERANCE):
         return ""

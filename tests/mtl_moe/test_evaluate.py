@@ -59,7 +59,7 @@ def changed(run, **score):
     return run._replace(system=dataclasses.replace(run.system, config=config))
 
 
-RATES = (0.1, 0.3, 0.6)  # of six calibration normals, which give p-values of sevenths
+RATES = (0.1, 0.3, 0.8)  # of six calibration normals, which give p-values of sevenths
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_thresholds_flag_what_their_p_value_says(tiny_run, report):
         assert row["observed_fpr"] == pytest.approx(np.mean(p[labels == 0] <= row["fpr"]))
         assert row["tpr"] == pytest.approx(np.mean(p[labels == 1] <= row["fpr"]))
     assert np.isfinite(row["threshold"])
-    assert len(set(p)) > 1, "all images are as odd"
+    assert report["thresholds"][0]["tpr"] < row["tpr"], "no rate flags more than another"
     # Six normals cannot support a rate of 0.1: infinite, which strict JSON has no number for.
     stored = strict_json(tiny_run.workdir / "report.json")["thresholds"]
     assert [row["threshold"] is None for row in stored] == [True, False, False]
@@ -295,6 +295,27 @@ def test_a_detector_of_other_images_is_said_to_be(bound_run, caplog):
     stored.write_text(json.dumps({"provenance": {"source": "/another/phantom"}}))
     with pytest.raises(ValueError, match=r"holds the results of /another/phantom, .*move that folder away"):
         evaluate(*run)
+
+
+def test_a_test_split_alone_is_measured_as_predictions_are(bound_run):
+    """Without training images nothing is calibrated anew, nor are there floors."""
+    run, _ = bound_run
+    evaluate(*run)
+    own, files = predictions_of(run.workdir), {path.name: path.read_bytes() for path in run.workdir.glob("*.*")}
+    test = dataclasses.replace(run.dataset, splits={"test": run.dataset.splits["test"]})
+    found = evaluate(run.system, test, run.workdir)
+    folder = run.workdir / "evaluate" / "phantom"
+    assert predictions_of(folder) == own
+    assert {path.name: path.read_bytes() for path in run.workdir.glob("*.*")} == files
+    assert not (folder / "calibration.npz").exists()
+    assert "test/phantom/pixel_auroc" in found["metrics"]
+    assert not [key for key in found["metrics"] if "/floor/" in key]
+    page = (folder / "report.html").read_text()
+    assert "calibrated on 6 held-out normals of phantom" in page
+    assert "hold no training images" in page
+    normals = dataclasses.replace(test, splits={"test": test.splits["test"].take(np.array([0]))})
+    with pytest.raises(ValueError, match=r"without train/ .* normal and abnormal images .*; found 1 in test/"):
+        check_score(run.system.config.score, normals)
 
 
 def without_masks(split, labels):
