@@ -75,6 +75,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --mode={mode} for config.system={system!r}: expected one of {known}")
     if not WORKDIR.value and mode not in WITHOUT_WORKDIR:
         sys.exit("error: --workdir is missing: the folder where checkpoints, metrics and the report go")
+    if DISTRIBUTED.value and mode != "train":
+        sys.exit(f"error: --distributed is for training: --mode={mode} runs on one host, start it there without")
     run = importlib.import_module(f"{system}.run")  # imports JAX: seconds, so that --help need not wait
     workdir = Path(WORKDIR.value)
     commands = {

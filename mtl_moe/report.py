@@ -314,7 +314,13 @@ def _calibration(results: ReportData) -> Markup:
         f"At a false-positive rate of 5 % by design, {100 * flagged:.1f} % of the {len(p_values)} test normals "
         f"({num_test} patients or groups; {num_calibration} calibrate) are flagged"
     )
-    if abs(flagged - rate) > 2 * error:
+    if flagged < rate - 2 * error:
+        text += (
+            ". That is fewer than chance explains: these test normals are easier than the calibration normals (are "
+            "they like training images?), and the thresholds are stricter than stated."
+        )
+        verdict = page.paragraph(text, "callout warn")
+    elif flagged > rate + 2 * error:
         text += (
             ". That is more than chance explains: test and calibration normals differ (another device, other patients, "
             "duplicates), and p-values and thresholds do not hold as stated. With normals of the same origin as the "

@@ -88,11 +88,13 @@ def build_system(config: Any) -> System:
     if model.mlp == "moe" and model.num_experts % config.mesh.expert:
         raise ValueError(f"mesh.expert={config.mesh.expert} does not divide the {model.num_experts} experts")
     tasks = build_tasks(config.tasks, build_geometry(config))
-    if model.mlp == "moe" and model.router == "fixed" and model.num_experts < len(tasks):
+    if model.mlp == "moe" and model.router == "fixed" and model.num_experts != len(tasks):
         logging.warning(
-            "model.router='fixed': %d tasks share %d experts, task number t has expert t %% %d; "
-            "model.num_experts=%d would give each its own",
-            *(len(tasks), model.num_experts, model.num_experts, len(tasks)),
+            "model.router='fixed': %d tasks, %d experts: task number t has expert t %% %d, and %s; "
+            "model.num_experts=%d would give each task its own",
+            *(len(tasks), model.num_experts, model.num_experts),
+            "some share one" if model.num_experts < len(tasks) else "the rest are never used",
+            len(tasks),
         )
     model = Detector(
         config=build_model_config(config.model),

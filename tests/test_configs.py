@@ -101,8 +101,8 @@ def test_one_expert_per_task_takes_a_training_step(tiny_config: Any, caplog: pyt
     assert not caplog.records
     config.model.num_experts = 2
     build_system(config)
-    assert "3 tasks share 2 experts" in caplog.text
-    assert "model.num_experts=3 would give each its own" in caplog.text
+    assert "3 tasks, 2 experts: task number t has expert t % 2, and some share one" in caplog.text
+    assert "model.num_experts=3 would give each task its own" in caplog.text
 
 
 @pytest.mark.parametrize("task", common.TASKS)

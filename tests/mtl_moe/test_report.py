@@ -204,6 +204,18 @@ def test_calibration_is_judged_in_words(tmp_path, shift, said):
     assert said in written(tmp_path, dataclasses.replace(synthetic_results(shift=shift), cases=()))
 
 
+def test_too_few_flagged_normals_are_not_called_too_many(tmp_path):
+    results = synthetic_results()
+    labels, groups = np.zeros(600, int), [str(i) for i in range(600)]
+    changes = dict(labels=labels, groups=groups, names=groups, scores=np.ones(600), p_values=np.full(600, 0.5))
+    html = written(
+        tmp_path, dataclasses.replace(results, **changes, evidence_scores={}, num_calibration_groups=600, cases=())
+    )
+    assert "0.0 % of the 600 test normals" in html
+    assert "fewer than chance explains" in html
+    assert "more than chance explains" not in html
+
+
 def test_slices_of_few_patients_are_not_judged_as_many_images(tmp_path):
     """Twice the rate asked for is news from 60 patients, and chance from two."""
     results = synthetic_results()
