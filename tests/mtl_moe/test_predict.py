@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.workdir import save_config
 from input_pipeline.split import Split
 from mtl_moe import run
+from mtl_moe.evaluate import evaluate
 from mtl_moe.infer import Scorer, calibrate, restore
 from mtl_moe.predict import predict
 from mtl_moe.training_data import bind_training_data
+
+ROOT = Path(__file__).parents[2]
 
 
 def write(split: Split, rows: np.ndarray, folder: Path) -> Path:
@@ -44,6 +49,22 @@ def test_the_normals_of_a_site_calibrate_its_scores(tiny_run, folders, tmp_path)
     np.testing.assert_allclose(np.array(p) * 13, np.round(np.array(p) * 13), atol=1e-3)
     # The work directory is of before what it was trained on was written down.
     assert "12 calibration normals of normals, of which it is not" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_documents_example_gives_what_prediction_does(tiny_run, folders, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "runs" / "scans")
+    save_config(tiny_run.system.config, workdir)
+    shutil.copytree(folders[1], tmp_path / "new_scans")
+    evaluate(*tiny_run._replace(workdir=workdir))
+    names: dict = {}
+    exec(code, names)
+    np.testing.assert_allclose(
+        names["scores"], predict(tiny_run.system, workdir, folders[1], tmp_path / "out"), rtol=1e-5
+    )
+    assert names["maps"].shape == (6, 32, 32)
+    assert names["p_values"].min() > 0
 
 
 def test_folders_that_cannot_calibrate_are_named(tiny_run, folders, tmp_path):
