@@ -14,6 +14,7 @@ from scipy import ndimage, stats
 from mtl_moe.calibration import (
     FOLDS,
     FUSIONS,
+    SCORING,
     TAIL_SHARE,
     TEXTURE,
     check_calibration,
@@ -325,7 +326,7 @@ def test_missing_foreign_and_damaged_files_are_errors(calibration, tmp_path):
     path.write_bytes(whole)
     with np.load(path) as file:
         stored = dict(file)
-    for name, reason in (("kinds", "kinds"), ("scoring", "scores of kind 1, now they are of kind 2")):
+    for name, reason in (("kinds", "kinds"), ("scoring", f"scores of kind 1, now they are of kind {SCORING}")):
         np.savez(path, **{key: value for key, value in stored.items() if key != name})
         again = rf"calibration.npz is damaged or of an earlier version .*{reason}.*--mode=evaluate again"
         with pytest.raises(ValueError, match=again):
