@@ -1,4 +1,4 @@
-"""Files written beside and renamed, so that a failure leaves an earlier file whole; strict JSON."""
+"""Files written beside and renamed, so that a failure leaves an earlier file whole; text and strict JSON."""
 
 import contextlib
 import json
@@ -25,10 +25,15 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Strict JSON: infinite and undefined numbers become null."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
 
 
 def _strict(value: Any) -> Any:

@@ -20,10 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from core.files import replacing
+from core.files import replacing, write_text
 
 # Okabe and Ito's palette (black and yellow left out): told apart under the common colour-vision deficiencies.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, SOFT, GRID = "#1b2733", "#6b7785", "#e8ecf0"  # of figures: what matters most, what stands back, grid lines
+DPI = 150  # of figures
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     source = importlib.resources.files("core").joinpath("report_template.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     html = template.render(title=title, subtitle=subtitle, sections=sections, footer=footer)
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(Path(path), html)
 
 
 def join(parts: Iterable[str]) -> Markup:
@@ -135,6 +136,11 @@ def json_text(values: Mapping[str, object]) -> Markup:
     return Markup("<pre>{}</pre>").format(json.dumps(values, indent=2, default=str))
 
 
+def provenance(values: Mapping[str, object], config: Mapping[str, object], title: str = "Configuration") -> Markup:
+    """What a page was made with and the config, both closed until they are clicked."""
+    return join([details("Provenance", key_values(values)), details(title, json_text(config))])
+
+
 def new_axes(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of `width` x `height` inches outside pyplot's global state, and its axes row by row."""
     fig = Figure(figsize=(width, height), layout="constrained")
@@ -145,11 +151,23 @@ def new_axes(width: float, height: float, columns: int = 1, rows: int = 1) -> tu
     return fig, axes
 
 
-def chart(fig: Figure, alt: str, caption: str = "", dpi: int = 150) -> Markup:
+def curve(history: Iterable[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """Steps, and the values of `key` at them, of those logged records that have it."""
+    records = [record for record in history if key in record]
+    return [record["step"] for record in records], [record[key] for record in records]
+
+
+def save_png(path: Path, fig: Figure) -> None:
+    """The figure as a file of its own."""
+    with replacing(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=DPI)
+
+
+def chart(fig: Figure, alt: str, caption: str = "") -> Markup:
     """The figure as an embedded PNG, shown at its size in CSS inches."""
     buffer = io.BytesIO()
     FigureCanvasAgg(fig)
-    fig.savefig(buffer, format="png", dpi=dpi)
+    fig.savefig(buffer, format="png", dpi=DPI)
     width = round(fig.get_size_inches()[0] * 96)
     return Markup(
         '<figure class="chart"><img src="{}" alt="{}" width="{}"><figcaption>{}</figcaption></figure>'

@@ -8,9 +8,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from core import report as page
+from core.table import markdown_table
 from mtl_moe.ablation_cell import FUSED
 
-INK, SOFT, GRID = "#1b2733", "#6b7785", "#e8ecf0"
 HEADER = (
     "Row",
     "What it is",
@@ -50,18 +50,18 @@ def figure(table: Sequence[Mapping[str, Any]]) -> Figure:
         if entry["interval"]:
             left.plot(entry["interval"], [height, height], color=color, linewidth=1.4)
             left.plot([entry["difference"]], [height], color=color, marker="o", markersize=4)
-    left.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
+    left.axvline(0.0, color=page.INK, linewidth=0.8, linestyle=":")
     left.set_yticks(range(len(found)), [entry["row"] for entry in found], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("difference to the base in image AUROC, 95 % paired interval", fontsize=9)
-    left.grid(axis="x", color=GRID, linewidth=0.8)
+    left.grid(axis="x", color=page.GRID, linewidth=0.8)
     for entry, color in zip(found, colors, strict=True):
         point = (entry["painted_unseen"], entry["image_auroc"])
         right.plot(*point, color=color, marker="o", markersize=4, linestyle="")
-        right.annotate(entry["row"], point, xytext=(3, 3), textcoords="offset points", fontsize=6, color=SOFT)
+        right.annotate(entry["row"], point, xytext=(3, 3), textcoords="offset points", fontsize=6, color=page.SOFT)
     right.set_xlabel("AUROC on painted normals, unseen families", fontsize=9)
     right.set_ylabel("image AUROC on the test split", fontsize=9)
-    right.grid(color=GRID, linewidth=0.8)
+    right.grid(color=page.GRID, linewidth=0.8)
     return fig
 
 
@@ -126,8 +126,7 @@ def markdown(
 ) -> str:
     """The table, what is the same in all its rows, and the choice, as Markdown."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    lines += [f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *table_cells(table))]
-    lines += ["", NOTE, ""]
+    lines += [*markdown_table(HEADER, table_cells(table)), "", NOTE, ""]
     lines += ["## The choice without abnormal images", "", choice_in_words(choice), ""] if choice else []
     lines += [f"- {entry['row']}: {entry['error']}" for entry in table if entry["error"]]
     return "\n".join(lines)
@@ -164,15 +163,7 @@ def write_page(
         page.Section("Rows", page.join(parts)),
         page.Section("Evidences", _evidences(table)),
         page.Section("Painted defects", _painted(table)),
-        page.Section(
-            "Provenance",
-            page.join(
-                [
-                    page.details("Provenance", page.key_values(provenance)),
-                    page.details("Configuration of the base", page.json_text(config)),
-                ]
-            ),
-        ),
+        page.Section("Provenance", page.provenance(provenance, config, "Configuration of the base")),
     ]
     page.write_page(path, title=title, subtitle=facts["data"], sections=sections)
 

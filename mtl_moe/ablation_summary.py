@@ -9,23 +9,19 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from core.bootstrap import bootstrap_difference, possible_resamples
-from core.files import replacing, write_json
+from core.files import write_json, write_text
 from core.provenance import environment
+from core.report import save_png
+from core.table import mean_and_std
 from mtl_moe.ablation_cell import Measured, Stored
 from mtl_moe.ablation_report import figure, markdown, write_page
-
-
-class Titled(Protocol):
-    """A row of the table."""
-
-    title: str
-    trained: bool
+from mtl_moe.ablation_rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Outcome:
     stored: Stored | None = None
 
 
-def summarise(rows: Mapping[str, Titled], outcomes: Sequence[Outcome], num_resamples: int) -> list[dict[str, Any]]:
+def summarise(rows: Mapping[str, Row], outcomes: Sequence[Outcome], num_resamples: int) -> list[dict[str, Any]]:
     """One dict for each row that has outcomes, in the order of `rows`; the first row is the base.
 
     Keys: row, title, trained, n (seeds with results), error; num_params, gflops, num_steps; the means over seeds
@@ -94,8 +90,7 @@ def _means(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     means: dict[str, float | None] = {}
     for key, read in readers.items():
         values = [value for value in map(read, outcomes) if value is not None]
-        means[key] = statistics.fmean(values) if values else None
-        means[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        means[key], means[f"{key}_std"] = mean_and_std(values)
     return means
 
 
@@ -128,8 +123,8 @@ def _difference(outcomes: Sequence[Outcome], others: Sequence[Outcome], num_resa
         scores = (np.stack([pair[side].measured.scores for pair in pairs]) for side in (0, 1))
         labels, groups = reference.labels, reference.groups
         interval = list(bootstrap_difference("auroc", *scores, labels, groups, num_resamples))
-    std = statistics.stdev(differences) if len(differences) > 1 else None
-    return {"difference": statistics.fmean(differences), "interval": interval, "difference_std": std}
+    mean, std = mean_and_std(differences)
+    return {"difference": mean, "interval": interval, "difference_std": std}
 
 
 def choose(
@@ -164,7 +159,7 @@ def choose(
 
 
 def write_summary(
-    config: Any, facts: Mapping[str, str], rows: Mapping[str, Titled], outcomes: Sequence[Outcome], workdir: Path
+    config: Any, facts: Mapping[str, str], rows: Mapping[str, Row], outcomes: Sequence[Outcome], workdir: Path
 ) -> list[dict[str, Any]]:
     """Writes table.md, table.json, table.png and report.html of the outcomes there are; returns `summarise`'s rows.
 
@@ -176,12 +171,10 @@ def write_summary(
     table = summarise(rows, outcomes, resamples)
     choice = choose(table, outcomes, resamples)
     title = f"Ablation on {config.data.name}"
-    with replacing(workdir / "table.md") as temporary:
-        temporary.write_text(markdown(title, facts, table, choice), encoding="utf-8")
+    write_text(workdir / "table.md", markdown(title, facts, table, choice))
     content = {"facts": facts, "rows": table, "choice": choice, "provenance": environment()}
     write_json(workdir / "table.json", content)
-    with replacing(workdir / "table.png") as temporary:
-        figure(table).savefig(temporary, format="png", dpi=150)
+    save_png(workdir / "table.png", figure(table))
     write_page(
         workdir / "report.html",
         title=title,

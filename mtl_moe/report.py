@@ -371,8 +371,7 @@ def _provenance(results: ReportData) -> Markup:
         [key, f"{value:.4f}", span(results.intervals[key]) if key in results.intervals else ""]
         for key, value in results.metrics.items()
     ]
-    parts = [page.details("Provenance", page.key_values(results.provenance))]
-    parts.append(page.details("Configuration", page.json_text(results.config)))
+    parts = [page.provenance(results.provenance, results.config)]
     if rows:
         parts.append(page.details("All metrics", page.table(["Metric", "Value", "95 % interval"], rows)))
     return page.join(parts)

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
-from core.report import COLORS, new_axes
+from core.report import COLORS, GRID, INK, SOFT, curve, new_axes
 
 COLOR_LIMIT = 3.0  # upper end of every map's colour scale, in calibrated units
 OVERLAY_OPACITY = (
     0.65  # of the overlay where the map is 1 or more; it fades to none at 0, so normal tissue stays as it is
 )
 OUTLINE_COLOR = (0, 229, 255)  # cyan: absent from the map's colours, black to yellow by way of purple and red
-NORMAL_COLOR, ABNORMAL_COLOR, CALIBRATION_COLOR = COLORS[0], COLORS[1], "#6b7785"
+NORMAL_COLOR, ABNORMAL_COLOR, CALIBRATION_COLOR = COLORS[0], COLORS[1], SOFT
 CASE_SIDE = 224  # longer side of a case's pictures, in pixels
 EVIDENCE_MAP_SIDE = 88
 
@@ -75,7 +75,7 @@ def roc_figure(fused: tuple[np.ndarray, np.ndarray], evidences: Mapping[str, tup
     ax.plot([0, 1], [0, 1], color="#b8c1ca", linewidth=1, linestyle="--", label="chance")
     for i, (name, (fpr, tpr)) in enumerate(evidences.items()):
         ax.plot(fpr, tpr, color=_color(i), linestyle=_line(i), linewidth=1, alpha=0.8, label=name)
-    ax.plot(*fused, color="#1b2733", linewidth=2.6, label="fused score")
+    ax.plot(*fused, color=INK, linewidth=2.6, label="fused score")
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     ax.set_xlabel("normal images flagged (false-positive rate)", fontsize=9)
     ax.set_ylabel("abnormal images found (true-positive rate)", fontsize=9)
@@ -101,7 +101,7 @@ def score_figure(groups: Mapping[str, np.ndarray], thresholds: Sequence[Mapping[
     top = ax.get_ylim()[1] * 1.12
     reachable = [row for row in thresholds if np.isfinite(row["threshold"])]
     for i, row in enumerate(sorted(reachable, key=lambda row: row["threshold"])):
-        ax.axvline(row["threshold"], color="#1b2733", linewidth=0.9, linestyle=":")
+        ax.axvline(row["threshold"], color=INK, linewidth=0.9, linestyle=":")
         # Staggered, because strict thresholds lie close to one another.
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         height = top * (0.98 - 0.045 * (i % 4))
@@ -123,7 +123,7 @@ def calibration_figure(p_values: np.ndarray, num_test: int, num_calibration: int
     ordered = np.sort(p_values)
     share = np.searchsorted(ordered, p, side="right") / len(ordered)
     ax.step(p, share, where="post", color=NORMAL_COLOR, linewidth=1.8, label=f"test normals ({len(ordered)})")
-    ax.plot([0, 1], [0, 1], color="#6b7785", linewidth=1, linestyle="--")
+    ax.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.set_xlabel("false-positive rate asked for", fontsize=9)
     ax.set_ylabel("test normals flagged", fontsize=9)
@@ -164,15 +164,15 @@ def loss_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """Training losses against the step, from records with `step`, `loss` and `loss/<task>`; others are passed over."""
     fig, (total, tasks) = new_axes(10.6, 3.4, columns=2)
     keys = dict.fromkeys(key for record in history for key in record if key.startswith("loss/"))
-    total.plot(*_curve(history, "loss"), color="#1b2733", linewidth=1.6)
+    total.plot(*curve(history, "loss"), color=INK, linewidth=1.6)
     for i, key in enumerate(keys):
         label = key.removeprefix("loss/")
-        tasks.plot(*_curve(history, key), color=_color(i), linestyle=_line(i), linewidth=1.1, label=label)
+        tasks.plot(*curve(history, key), color=_color(i), linestyle=_line(i), linewidth=1.1, label=label)
     for ax, title in ((total, "total loss"), (tasks, "loss of each task")):
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("training step", fontsize=9)
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-        ax.grid(axis="y", color="#e8ecf0", linewidth=0.8)
+        ax.grid(axis="y", color=GRID, linewidth=0.8)
     if keys:
         tasks.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -181,11 +181,6 @@ def loss_figure(history: Sequence[Mapping[str, float]]) -> Figure:
 def one_in(rate: float) -> str:
     """A rate in (0, 1] in words: 0.05 -> "1 of 20"; above 0.1 in hundredths: 0.3 -> "30 of 100"."""
     return f"1 of {round(1 / rate):,}" if rate <= 0.1 else f"{round(100 * rate)} of 100"
-
-
-def _curve(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    records = [record for record in history if key in record]
-    return [record["step"] for record in records], [record[key] for record in records]
 
 
 def _color(index: int) -> str:

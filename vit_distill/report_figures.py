@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.report import COLORS, new_axes
+from core.report import COLORS, GRID, INK, SOFT, curve, new_axes
 
-INK, SOFT, GRID = "#1b2733", "#6b7785", "#e8ecf0"
 MARKERS = "osD^vPX*"
 
 
@@ -22,11 +21,11 @@ def loss_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """The loss against the update, and beside it the L1 of all, cls and patch tokens where they were logged."""
     keys = [key for key in ("l1", "cls_l1", "patch_l1") if any(key in record for record in history)]
     fig, axes = new_axes(10.6 if keys else 5.4, 3.4, columns=2 if keys else 1)
-    axes[0].plot(*_curve(history, "loss"), color=INK, linewidth=1.6)
+    axes[0].plot(*curve(history, "loss"), color=INK, linewidth=1.6)
     axes[0].set_title("loss", fontsize=9)
     names = {"l1": "all tokens", "cls_l1": "cls token", "patch_l1": "patch tokens"}
     for color, key in zip(COLORS, keys, strict=False):
-        axes[1].plot(*_curve(history, key), color=color, linewidth=1.3, label=names[key])
+        axes[1].plot(*curve(history, key), color=color, linewidth=1.3, label=names[key])
     if keys:
         axes[1].set_title("mean absolute difference of the features", fontsize=9)
         axes[1].legend(fontsize=8, frameon=False)
@@ -116,8 +115,3 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 def _style(ax: Axes, x_label: str) -> None:
     ax.set_xlabel(x_label, fontsize=9)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
-
-
-def _curve(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    records = [record for record in history if key in record]
-    return [record["step"] for record in records], [record[key] for record in records]

@@ -33,7 +33,7 @@ def write_page(path: str | Path, results: ReportData) -> None:
         page.Section("Adapters", _adapters(results)) if results.singular_values else None,
         page.Section("Model card", _card(results)) if results.facts else None,
         page.Section("Weights that were loaded", _loaded(results)) if results.load_report else None,
-        page.Section("Provenance", _provenance(results)),
+        page.Section("Provenance", page.provenance(results.provenance, results.config)),
     ]
     page.write_page(
         path,
@@ -224,11 +224,6 @@ def _card(results: ReportData) -> Markup:
 
 def _loaded(results: ReportData) -> Markup:
     return Markup("<pre>{}</pre>").format("\n".join(results.load_report))
-
-
-def _provenance(results: ReportData) -> Markup:
-    parts = [page.details("Provenance", page.key_values(results.provenance))]
-    return page.join([*parts, page.details("Configuration", page.json_text(results.config))])
 
 
 def _listed(blocks: Sequence[int]) -> str:

@@ -5,13 +5,14 @@ A cell is the JSON of one trained (or copied) and probed student, see table.py. 
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.files import replacing, write_json
+from core.files import write_json, write_text
 from core.provenance import environment
+from core.report import save_png
+from core.table import markdown_table, mean_and_std
 from vit_distill.report_data import ReportData
 from vit_distill.report_figures import cost_figure
 from vit_distill.report_page import EDGES, TABLE_HEADER, table_cells, write_page
@@ -68,8 +69,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["probe_at_grid_edge"] = any(member["probe"]["at_grid_edge"] for member in members)
         for key in ("accuracy", "valid_accuracy", "l1", "cls_l1", "loss", "seconds"):
             values = [member[key] for member in members if member[key] is not None]
-            row[key] = statistics.fmean(values) if values else None
-            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            row[key], row[f"{key}_std"] = mean_and_std(values)
         rows.append(row)
     return rows
 
@@ -132,7 +132,7 @@ def _find(rows: Sequence[Mapping[str, Any]], name: str, ratio: float, reduction:
 def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The table, what is the same in all its rows (`facts`), and the verdicts, as Markdown."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    lines += _table([name.format(metric=metric) for name in TABLE_HEADER], table_cells(rows))
+    lines += markdown_table([name.format(metric=metric) for name in TABLE_HEADER], table_cells(rows))
     lines += ["", f"Mean ± standard deviation over n seeds; {EDGES}.", ""]
     judged = verdicts(rows)
     if judged:
@@ -140,13 +140,9 @@ def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, A
             [v["claim"], v["where"], f"{v['difference']:+.4f}", f"{v['margin']:.4f}", v["verdict"]] for v in judged
         ]
         lines += ["## Row against row", ""]
-        lines += [*_table(["claim", "where", "difference", "margin", "verdict"], cells), ""]
+        lines += [*markdown_table(["claim", "where", "difference", "margin", "verdict"], cells), ""]
         lines += [verdict_note(rows, judged), ""]
     return "\n".join(lines)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def shared_facts(bench: Bench) -> dict[str, Any]:
@@ -174,8 +170,7 @@ def write_tables(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
     """Writes table.md and table.json of the cells there are; returns the rows of `summarise`."""
     rows = summarise(cells)
     text = markdown(f"Students of {bench.teacher.name}", shared_facts(bench), rows, bench.metric)
-    with replacing(workdir / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(workdir / "table.md", text)
     content = {"metric": bench.metric, "facts": shared_facts(bench), "rows": rows, "verdicts": verdicts(rows)}
     write_json(workdir / "table.json", content | {"cells": list(cells), "provenance": environment()})
     return rows
@@ -185,8 +180,7 @@ def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
     """As `write_tables`, with table.png and report.html; prints the table."""
     rows = write_tables(bench, cells, workdir)
     judged = verdicts(rows)
-    with replacing(workdir / "table.png") as temporary:
-        cost_figure(rows, bench.metric).savefig(temporary, format="png", dpi=150)
+    save_png(workdir / "table.png", cost_figure(rows, bench.metric))
     write_page(
         workdir / "report.html",
         ReportData(

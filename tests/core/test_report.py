@@ -100,9 +100,9 @@ def test_other_pixels_are_refused(bad):
 def test_chart_is_drawn_at_its_size():
     fig, (left, _) = report.new_axes(4.0, 2.0, columns=2)
     left.plot([0, 1], [0, 1], color=report.COLORS[0])
-    html = report.chart(fig, "a <line>", "cap", dpi=100)
+    html = report.chart(fig, "a <line>", "cap")
     pixels = decode(html)
-    assert pixels.shape == (200, 400, 3)
+    assert pixels.shape == (300, 600, 3)
     assert np.any(np.all(pixels == (0x00, 0x72, 0xB2), axis=-1))
     assert 'alt="a &lt;line&gt;"' in html
     assert 'width="384"' in html
