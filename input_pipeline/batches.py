@@ -1,6 +1,6 @@
 """Batches whose order is a pure function of (seed, step).
 
-Axis alphabet: B batch (of all hosts), N images of a split, H W C image, M mask side.
+Axis alphabet: B batch (in training of all hosts), N images of a split, H W C image, M mask side.
 """
 
 from collections.abc import Iterator
@@ -66,18 +66,15 @@ def train_batches(
         yield {"image": image, "index": index}
 
 
-def eval_batches(
-    split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every image exactly once over all hosts, in order; every host gets the same number of equal batches.
+def eval_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Every image exactly once, in order, in equal batches.
 
     Yields:
-      {image: uint8 [B_local, H, W, C], label: int32 [B_local], index: int32 [B_local], valid: bool [B_local]} and, if
-      the split has masks, mask: uint8 {0, 1} [B_local, M, M, 1]. Rows that fill up the last batch repeat the last image
-      and have valid False.
+      {image: uint8 [B, H, W, C], label: int32 [B], index: int32 [B], valid: bool [B]} and, if the split has masks,
+      mask: uint8 {0, 1} [B, M, M, 1]. Rows that fill up the last batch repeat the last image and have valid False.
     """
-    part, n = _host_slice(batch_size, process_index, process_count), len(split)
-    positions = [np.arange(start, start + batch_size)[part] for start in range(0, n, batch_size)]
+    n = len(split)
+    positions = [np.arange(start, start + batch_size) for start in range(0, n, batch_size)]
     indices = [np.minimum(p, n - 1).astype(np.int32) for p in positions]
     different = [np.unique(index) for index in indices]  # the last image is read once, not for every row it fills
     batches = split.pixels.batches(lambda: different, with_masks=split.has_masks)

@@ -21,11 +21,10 @@ from input_pipeline.bmad import index_bmad
 from input_pipeline.cache import load_npz
 from input_pipeline.decode import largest_value, read_native_mask
 from input_pipeline.dicom import check_window
-from input_pipeline.folder import index_folder
 from input_pipeline.groups import check_groups, groups_in, groups_of
 from input_pipeline.index import DataError, Example, Index, calibration_rows
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
-from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, refuse_masks
+from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, read_tree, refuse_masks
 
 KINDS = ("phantom", "bmad", "folder", "npz")
 
@@ -52,7 +51,7 @@ def build_index(data: ConfigDict, require_train: bool = True) -> Index:
     options = dict(calibration_fraction=data.calibration_fraction, seed=data.seed, groups=check_groups(data.groups))
     options["require_train"] = require_train
     index_fn = {"bmad": lambda: index_bmad(data.name, data.root, **options)}
-    index_fn["folder"] = lambda: index_folder(data.root, data.name, **options)
+    index_fn["folder"] = lambda: read_tree(data.root, data.name, **options)
     index = index_fn[data.kind]()
     logging.info("%s: %s", index.dataset, index.layout)
     for warning in index.warnings:

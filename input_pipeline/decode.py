@@ -165,9 +165,9 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     return values
 
 
-def read_native(path: Path, channels: int, min_size: int = 1) -> np.ndarray:
+def read_native(path: Path, channels: int) -> np.ndarray:
     """One image at its own size: uint8 [H, W, channels]. Rules and errors as `read_image`."""
-    return _to_array(_read(path, channels, min_size), channels)
+    return _to_array(_read(path, channels, min_size=1), channels)
 
 
 def _read(path: Path, channels: int, min_size: int, window: Window = ()) -> Image.Image:

@@ -59,7 +59,7 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
         )
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder for the slices")
-    index = read_tree(Path(root), Path(root).resolve().name, calibration_fraction=0, suffixes=SUFFIXES)
+    index = read_tree(root, calibration_fraction=0, suffixes=SUFFIXES)
     for warning in index.warnings:
         logging.warning("%s: %s", root, warning)
     output.parent.mkdir(parents=True, exist_ok=True)

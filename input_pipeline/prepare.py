@@ -25,11 +25,12 @@ FLAT = 32  # of 255: nor were images whose brightest pixel is no more than so mu
 COLOURED, COLOURED_SHARE = 32, 0.01
 COLOUR_SAMPLE = 64  # images looked at
 SHRUNK = 4  # images that shrink by more lose what a larger data.image_size would keep
+SHOWN = 10  # entries of a list on the terminal
 
 _PART = {"calibration": "train"}  # calibration images are training images to these checks
 
 
-def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, reader: str = "auto") -> dict:
+def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1) -> dict:
     """Checks every image of `config.data` (kind 'bmad' or 'folder') and writes the .npz cache to `out_path`.
 
     The cache is written when every file can be decoded, or with `data.skip_corrupt` from those that can.
@@ -57,7 +58,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1, read
 
     # A set that fits memory is written from there; of another nothing is kept, and writing decodes it again.
     limit = data.memory_limit_gb if out_path else 0.0
-    dataset = dataset_from_index(index, data, True, limit, min_size, reader, look)
+    dataset = dataset_from_index(index, data, True, limit, min_size, look=look)
     kept = {name for split in dataset.splits.values() for name in split.names}
     bad = [e for examples in index.splits.values() for e in examples if e.name not in kept]
     corrupt = {e.name: _reason(e, data, min_size) for e in bad}
@@ -172,12 +173,12 @@ def _shrunk_images(native_sizes: dict[str, int], image_size: int) -> list[str]:
     ]
 
 
-def format_report(report: dict, limit: int = 10) -> str:
-    """The report as text for a terminal: lists longer than `limit` are cut, saying so (corrupt files never are)."""
+def format_report(report: dict) -> str:
+    """The report as text for a terminal: lists longer than SHOWN are cut, saying so (corrupt files never are)."""
 
     def shown(items: list[str]) -> list[str]:
-        rest = len(items) - limit
-        return [f"  {item}" for item in items[:limit]] + ([f"  ... and {rest} more"] if rest > 0 else [])
+        rest = len(items) - SHOWN
+        return [f"  {item}" for item in items[:SHOWN]] + ([f"  ... and {rest} more"] if rest > 0 else [])
 
     lines = [f"{report['dataset']}: {report['layout']}"]
     for key, count in report["counts"].items():

@@ -97,8 +97,7 @@ def read_bmad(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[
     set and not by anything in the images. Use kind 'folder' on train/good for unlabelled images.
     """
     folder = existing_root(root, "bmad", BMAD_EXPECTED)
-    title = name or folder.resolve().name
-    index = read_tree(folder, title, calibration_fraction=0, require_train=False, groups=groups)
+    index = read_tree(folder, name, calibration_fraction=0, require_train=False, groups=groups)
     sets = {}
     for split in ("valid", "test"):
         examples = index.splits.get(split, ())

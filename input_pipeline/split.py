@@ -173,7 +173,7 @@ class Split:
     def take(self, rows: Rows) -> "Split":
         """The split of the given rows, of the same kind (in memory or on disk)."""
         rows = np.asarray(rows)
-        if isinstance(self.pixels, ArrayPixels):
+        if self.in_memory:
             mask = None if self.pixels.mask is None else self.pixels.mask[rows]
             pixels = ArrayPixels(self.pixels.image[rows], mask, self.pixels.mask_size)
         else:
@@ -187,7 +187,7 @@ def join(parts: Sequence[Split]) -> Split:
     pixels = [part.pixels for part in parts]
     names, groups = ([value for part in parts for value in getattr(part, field)] for field in ("names", "groups"))
     order = sorted(range(len(names)), key=names.__getitem__)
-    if isinstance(pixels[0], ArrayPixels):
+    if parts[0].in_memory:
         image = np.empty((len(names), *pixels[0].image.shape[1:]), np.uint8)
         ends = np.cumsum([len(part) for part in pixels])[:-1]
         for part, rows in zip(pixels, np.split(np.argsort(order), ends), strict=True):

@@ -235,8 +235,8 @@ def _match_masks(
 
 
 def read_tree(
-    root: Path,
-    dataset: str,
+    root: str | Path,
+    dataset: str = "",
     calibration_fraction: float = 0.1,
     seed: int = 0,
     require_train: bool = True,
@@ -247,8 +247,8 @@ def read_tree(
 
     Args:
       root: folder of one data set; folders that only wrap it are gone through.
-      dataset: name given to the index.
-      calibration_fraction, seed: see `index.calibration_rows`.
+      dataset: name given to the index; the folder's own name if empty.
+      calibration_fraction, seed: the training normals held out, see `index.calibration_rows`.
       require_train: without training normals, raise (True) or return the other splits (False: evaluation only).
       suffixes: of the files that are images and masks.
       groups: see `groups.groups_of`.
@@ -257,7 +257,8 @@ def read_tree(
       DataError: an unknown folder, unlabelled or abnormal training images, a mask without image or the reverse, no
         training normals.
     """
-    root = unwrap(root)
+    dataset = dataset or Path(root).resolve().name
+    root = unwrap(Path(root))
     folders, others = find_images(root, suffixes)
     if not folders:
         raise DataError(f"{no_image(root, others, suffixes)}; {EXPECTED}")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from trees import BRAIN, make_tree, picture, write
 
-from input_pipeline.folder import index_folder
 from input_pipeline.groups import check_groups, group_of
 from input_pipeline.index import DataError, Example, calibration_rows, split_calibration
+from input_pipeline.tree import read_tree
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_split_calibration_keeps_every_example_once(tmp_path):
 
 def test_manifest_hash_follows_the_data_not_the_seed_or_the_place(tmp_path):
     root = make_tree(tmp_path / "a", BRAIN)
-    reference = index_folder(root, seed=0).manifest_hash()
-    assert reference == index_folder(root, seed=5).manifest_hash()
+    reference = read_tree(root, seed=0).manifest_hash()
+    assert reference == read_tree(root, seed=5).manifest_hash()
     moved = shutil.copytree(root, tmp_path / "b")
-    assert reference == index_folder(moved).manifest_hash()
+    assert reference == read_tree(moved).manifest_hash()
     (moved / "test/good/img/00000_96.png").rename(moved / "test/good/img/00001_96.png")
-    assert reference != index_folder(moved).manifest_hash()
+    assert reference != read_tree(moved).manifest_hash()
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_single_group_is_explained(groups, message):
 def test_images_can_be_said_to_be_independent(tmp_path):
     root = make_tree(tmp_path, {".": [f"cohort2_{k:04d}.png" for k in range(10)]})
     with pytest.raises(DataError, match="of one, 'cohort2'"):
-        index_folder(root)
-    index = index_folder(root, groups="image")
+        read_tree(root)
+    index = read_tree(root, groups="image")
     assert {split: len(found) for split, found in index.splits.items()} == {"train": 9, "calibration": 1}
     assert all(e.group == e.name for found in index.splits.values() for e in found)
 
@@ -110,13 +110,13 @@ def test_images_can_be_said_to_be_independent(tmp_path):
 def test_the_patient_may_be_said_by_a_regular_expression(tmp_path):
     names = [f"{patient}_{k:02d}.png" for patient in ("smith", "P-017", "a_b") for k in range(3)]
     root = make_tree(tmp_path, {"train/good": names, "test/good": ["smith_09.png"]})
-    by_name = index_folder(root, groups="([^/]+)_[^/]*$", calibration_fraction=0.3)
+    by_name = read_tree(root, groups="([^/]+)_[^/]*$", calibration_fraction=0.3)
     assert {e.group for found in by_name.splits.values() for e in found} == {"smith", "P-017", "a_b"}
     assert len(by_name.splits["calibration"]) == 3  # all of one patient
     if "smith" not in {e.group for e in by_name.splits["calibration"]}:
         assert by_name.crossing_groups() == {"smith": ["test", "train"]}
     with pytest.raises(DataError, match=r"finds no patient in 7 of 10 names, 'test/good/smith_09.png' the first"):
-        index_folder(root, groups="(P-017|nobody)_")
+        read_tree(root, groups="(P-017|nobody)_")
 
 
 @pytest.mark.parametrize("groups", ["patient", "(a)(b)", "(a"])
@@ -130,13 +130,13 @@ def test_names_that_no_report_could_hold_are_refused_at_once(tmp_path):
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.png"))
     write(tmp_path / "b.png", picture(1)).rename(odd)
     with pytest.raises(DataError, match=r"M\?ller\.png: the file's name is not UTF-8.*rename it"):
-        index_folder(tmp_path)
+        read_tree(tmp_path)
     odd.rename(tmp_path / "M\u00fcller.png")
-    assert len(index_folder(tmp_path, calibration_fraction=0).splits["train"]) == 2
+    assert len(read_tree(tmp_path, calibration_fraction=0).splits["train"]) == 2
 
 
 def test_patients_on_both_sides_of_a_split(tmp_path):
     # by hand: train and calibration hold patients 00000 to 00004; valid 00025, 00124; test 00000, 00002, 00025, 00200
-    index = index_folder(make_tree(tmp_path, BRAIN | {"test/good/img": ["00000_96.png", "00025_97.png"]}))
+    index = read_tree(make_tree(tmp_path, BRAIN | {"test/good/img": ["00000_96.png", "00025_97.png"]}))
     assert index.crossing_groups() == {"00000": ["test", "train"], "00002": ["test", "train"]}
-    assert index_folder(tmp_path, groups="image").crossing_groups() == {}
+    assert read_tree(tmp_path, groups="image").crossing_groups() == {}

@@ -1,12 +1,13 @@
 """Every folder layout that exists, and every one that must be refused."""
 
+import cProfile
+
 import pytest
 from trees import BRAIN, TRAIN, make_tree, picture, write
 
-from input_pipeline import tree
 from input_pipeline.bmad import BMAD, index_bmad
-from input_pipeline.folder import index_folder
 from input_pipeline.index import DataError
+from input_pipeline.tree import read_tree
 
 G, U = ["00000_96.png", "00100_97.png"], ["00002_60.png", "00200_68.png"]
 
@@ -70,7 +71,7 @@ def check_brain(index):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_one_set_are_read_alike(tmp_path, layout):
     root = make_tree(tmp_path / "Brain_AD", LAYOUTS[layout])
-    check_brain(index_folder(root, calibration_fraction=0.2))
+    check_brain(read_tree(root, calibration_fraction=0.2))
     for given in (root, tmp_path):  # the set's folder or its parent
         check_brain(index_bmad("brain", given, calibration_fraction=0.2))
 
@@ -134,13 +135,13 @@ def test_repacked_copy_without_train_is_for_evaluation_only(tmp_path):
 def test_flat_folder_is_all_normal_training(tmp_path, folder):
     root = make_tree(tmp_path, {folder: [f"{i}.png" for i in range(10)]})
     (root / "notes.txt").write_text("left out")
-    index = index_folder(root)
+    index = read_tree(root)
     assert {split: len(found) for split, found in index.splits.items()} == {"train": 9, "calibration": 1}
     assert index.warnings == ("1 files are no images and were left out: .txt",)
 
 
 def test_train_and_test_without_good_below_train(tmp_path):
-    index = index_folder(make_tree(tmp_path, {"train": TRAIN, "test/normal": G, "test/abnormal": U}), "mine")
+    index = read_tree(make_tree(tmp_path, {"train": TRAIN, "test/normal": G, "test/abnormal": U}), "mine")
     assert index.dataset == "mine"
     assert [e.label for e in index.splits["test"]] == [1, 1, 0, 0]  # by name: test/abnormal before test/normal
     assert "valid" not in index.splits
@@ -149,7 +150,7 @@ def test_train_and_test_without_good_below_train(tmp_path):
 def test_mvtec_layout(tmp_path):
     folders = {"train/good": TRAIN, "test/good": ["000.png"], "test/Hole": ["000.png"], "test/crack": ["000.png"]}
     folders |= {"ground_truth/Hole": ["000_mask.png"], "ground_truth/crack": ["000_mask.png"]}
-    index = index_folder(make_tree(tmp_path, folders))
+    index = read_tree(make_tree(tmp_path, folders))
     test = {e.name: e for e in index.splits["test"]}
     assert {name: e.label for name, e in test.items()} == {
         "test/good/000.png": 0,
@@ -163,7 +164,7 @@ def test_mvtec_layout(tmp_path):
 
 def test_mask_of_another_format_has_the_same_stem(tmp_path):
     folders = {"train": TRAIN, "test/good": ["a.jpg"], "test/Ungood/img": ["b.jpg"], "test/Ungood/mask": ["b.png"]}
-    (example,) = (e for e in index_folder(make_tree(tmp_path, folders)).splits["test"] if e.label)
+    (example,) = (e for e in read_tree(make_tree(tmp_path, folders)).splits["test"] if e.label)
     assert example.mask.name == "b.png"
 
 
@@ -198,7 +199,7 @@ BAD = {
 def test_bad_trees(tmp_path, case):
     folders, message = BAD[case]
     with pytest.raises(DataError, match=message):
-        index_folder(make_tree(tmp_path, folders))
+        read_tree(make_tree(tmp_path, folders))
 
 
 TREES = {  # images by folder, and their groups in the order of their names
@@ -229,7 +230,7 @@ def test_trees_without_known_words_hold_normals(tmp_path, case):
     folders, groups = TREES[case]
     root = make_tree(tmp_path, folders)
     (root / "readme.txt").write_text("keeps the only folder from being gone through")
-    index = index_folder(root, calibration_fraction=0)
+    index = read_tree(root, calibration_fraction=0)
     assert list(index.splits) == ["train"]
     assert [e.group for e in index.splits["train"]] == groups
     assert {(e.label, e.mask) for e in index.splits["train"]} == {(0, None)}
@@ -239,7 +240,7 @@ def test_trees_without_known_words_hold_normals(tmp_path, case):
 
 
 def test_folders_that_stand_for_the_patient_are_said(tmp_path, caplog):
-    index_folder(make_tree(tmp_path, {f"pat{k}": ["s1_001.png", "s2_001.png"] for k in "AB"}))
+    read_tree(make_tree(tmp_path, {f"pat{k}": ["s1_001.png", "s2_001.png"] for k in "AB"}))
     assert "begin alike in several first-level folders (s1 in patA, patB), so that the folder is taken" in caplog.text
 
 
@@ -259,14 +260,14 @@ def test_trees_that_are_divided_are_no_normals(tmp_path, folders, named):
     root = make_tree(tmp_path, {folder: ["1.png"] for folder in folders})
     (root / "labels.csv").write_text("")
     with pytest.raises(DataError, match=rf"{named}: no folder is called train.*reads like .* set data\.root to the"):
-        index_folder(root)
+        read_tree(root)
 
 
 @pytest.mark.parametrize("name", ["sub-01_T1w_seg.png", "mask.png", "x-label.png", "y_mask_1.png"])
 def test_masks_in_such_a_tree_are_no_normals(tmp_path, name):
     make_tree(tmp_path, {"a": ["x.png"], "b": [name, "y_masked_out.png"]})
     with pytest.raises(DataError, match=rf"{name}: a mask by its name \(1 such\).*move the masks out"):
-        index_folder(tmp_path)
+        read_tree(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -280,31 +281,31 @@ def test_masks_in_such_a_tree_are_no_normals(tmp_path, name):
 def test_masks_beside_their_images_are_no_images(tmp_path, folders):
     make_tree(tmp_path, folders)
     with pytest.raises(DataError, match=r"normal \(1\)_mask(_1)?\.png: a mask by its name \(1 such\).*move the masks"):
-        index_folder(tmp_path)
+        read_tree(tmp_path)
     for path in tmp_path.rglob("*_mask*"):
         path.rename(path.with_name("b_mask.png"))  # of no image there: a name like others
-    assert index_folder(tmp_path).splits
+    assert read_tree(tmp_path).splits
 
 
 def test_one_known_word_makes_all_others_errors(tmp_path):
     root = make_tree(tmp_path, {"PAT0/ST0": ["1.png"], "PAT1/good": ["1.png"]})
     with pytest.raises(DataError, match="'PAT0' is not a known label"):
-        index_folder(root)
+        read_tree(root)
 
 
 def test_empty_and_foreign_folders(tmp_path):
     with pytest.raises(DataError, match=r"no image .* other files: none; expected images"):
-        index_folder(tmp_path)
+        read_tree(tmp_path)
     (tmp_path / "scan.nii").write_bytes(b"x")
     with pytest.raises(DataError, match=r"other files: \.nii; volumes are cut into images by --mode=slices"):
-        index_folder(tmp_path)
+        read_tree(tmp_path)
 
 
 def test_hidden_files_and_mac_leftovers_are_no_images(tmp_path):
     make_tree(tmp_path, {"train": TRAIN})
     write(tmp_path / "__MACOSX" / "x.png", picture(0))
     write(tmp_path / "train" / "._00000_60.png", picture(0))
-    index = index_folder(tmp_path)
+    index = read_tree(tmp_path)
     assert len(index.splits["train"] + index.splits["calibration"]) == len(TRAIN)
 
 
@@ -314,16 +315,18 @@ def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path, caplog):
     (root / "a").mkdir()
     for link, target in (("a/loop", ".."), ("a/latest", "../b"), ("linked", "../elsewhere"), ("z", "../elsewhere")):
         (root / link).symlink_to(target, target_is_directory=True)
-    index = index_folder(root, calibration_fraction=0)
+    index = read_tree(root, calibration_fraction=0)
     assert [e.name for e in index.splits["train"]] == ["b/1.png", "c/2.png", "linked/3.png"]
     for link, first in (("a/loop", root), ("a/latest", root / "b"), ("z", root / "linked")):
         assert f"{root / link}: left out, it is the same folder as {first}" in caplog.messages
 
 
-def test_masks_of_normals_are_not_compared_with_every_image(tmp_path, monkeypatch):
-    normals = [f"{k}.png" for k in range(30)]
-    make_tree(tmp_path, BRAIN | {"test/good/img": normals, "test/good/label": [f"{k}_mask.png" for k in range(30)]})
-    calls, stem_of = [], tree.stem_of
-    monkeypatch.setattr(tree, "stem_of", lambda name: (calls.append(name), stem_of(name))[1])
-    index_folder(tmp_path)
-    assert len(calls) < 500  # a few for each of the 77 files; 30 x 30 and more if each is compared with all
+def test_masks_of_normals_are_not_compared_with_every_image(tmp_path):
+    def num_calls(num):
+        folders = {"test/good/img": [f"{k}.png" for k in range(num)]}
+        folders["test/good/label"] = [f"{k}_mask.png" for k in range(num)]
+        root, profile = make_tree(tmp_path / str(num), BRAIN | folders), cProfile.Profile()
+        profile.runcall(read_tree, root)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    assert num_calls(200) < 10 * num_calls(20)  # as the files, not as their pairs
