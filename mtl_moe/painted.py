@@ -49,12 +49,12 @@ def sources(num_normals: int, most: int) -> np.ndarray:
     return even_rows(num_normals, most)
 
 
-def painted_normals(normals: Split, most: int, seed: int = 0) -> Split:
+def painted_normals(normals: Split, most: int) -> Split:
     """At most `most` of the normals, evenly spaced, once for each of KINDS in that order: n rows as they are, then n
     rows with a defect of the first family, and so on."""
     chosen = normals.take(sources(len(normals), most))
     images = chosen.images(np.arange(len(chosen)))
-    kinds = np.concatenate([images if kind == CLEAN else paint(images, kind, seed) for kind in KINDS])
+    kinds = np.concatenate([images if kind == CLEAN else paint(images, kind, seed=0) for kind in KINDS])
     names = [f"{kind}/{name}" for kind in KINDS for name in chosen.names]
     labels = np.tile(chosen.labels, len(KINDS))
     return Split(names, chosen.groups * len(KINDS), labels, False, ArrayPixels(kinds, None, images.shape[1]))

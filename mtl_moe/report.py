@@ -167,8 +167,8 @@ def _scores(results: ReportData) -> Markup:
     return page.block([roc, histogram], "row")
 
 
-def _ranking(results: ReportData, num_shown: int = 20) -> Markup:
-    order = np.argsort(-results.scores, kind="stable")[:num_shown]
+def _ranking(results: ReportData) -> Markup:
+    order = np.argsort(-results.scores, kind="stable")[:20]
     num = len(results.calibration_scores)
     rows = [
         [
