@@ -32,8 +32,9 @@ from configs.mtl_moe import folder as recipe
 from core.loop import train_loop
 from core.mesh import make_mesh, shard_batch
 from core.optim import build_optimizer
+from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.cache import load_npz, save_npz
-from input_pipeline.dataset import eval_batches, load_dataset, train_batches
+from input_pipeline.dataset import load_dataset
 from mtl_moe.system import build_system
 from mtl_moe.train import make_update_fn
 

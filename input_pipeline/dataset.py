@@ -1,4 +1,4 @@
-"""From `config.data` to splits of decoded images; the functions of `batches.py` can be had from here too.
+"""From `config.data` to splits of decoded images.
 
 Axis alphabet: N images of a split, H W C image, M mask side.
 """
@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline import phantom
-from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.bmad import index_bmad
 from input_pipeline.cache import load_npz
 from input_pipeline.decode import largest_value, read_native_mask
@@ -34,10 +33,8 @@ __all__ = [
     "Split",
     "build_index",
     "dataset_from_index",
-    "eval_batches",
     "load_dataset",
     "load_images",
-    "train_batches",
 ]
 
 

@@ -28,7 +28,8 @@ from core.state import TrainState, init_state
 from core.step import make_train_step_fn
 from core.tree import fingerprint, num_params
 from core.workdir import check_config, save_config
-from input_pipeline.dataset import Dataset, train_batches
+from input_pipeline.batches import train_batches
+from input_pipeline.dataset import Dataset
 from mtl_moe.cost import score_macs
 from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scorer, Trained, restore

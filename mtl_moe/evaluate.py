@@ -22,7 +22,8 @@ from mtl_moe.calibration import Calibration, check_calibration
 from mtl_moe.infer import Scorer, calibrate, evidence_maps, own_calibration, restore, router_use
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import check_source, provenance, unfinished
-from mtl_moe.report import Case, ReportData, select_cases, write_report
+from mtl_moe.report import write_report
+from mtl_moe.report_data import Case, ReportData, select_cases
 from mtl_moe.results import FLOORS, Results
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System

@@ -17,7 +17,8 @@ from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, own_calibration, restore
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import provenance, unfinished
-from mtl_moe.report import ReportData, write_report
+from mtl_moe.report import write_report
+from mtl_moe.report_data import ReportData
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 from mtl_moe.training_data import new_normals

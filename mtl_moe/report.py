@@ -13,9 +13,7 @@ from core import report as page
 from core.metrics import roc_curve
 from mtl_moe import report_figures as figures
 from mtl_moe.calibration import TEXTURE
-from mtl_moe.report_data import Case, ReportData, select_cases, span
-
-__all__ = ["Case", "ReportData", "p_value_phrase", "select_cases", "write_report"]
+from mtl_moe.report_data import Case, ReportData, span
 
 DISCLAIMER = (
     "For research use. Not a medical device: not evaluated for, and not to be used for, diagnosis or any decision "

@@ -17,7 +17,8 @@ from core.optim import build_optimizer
 from core.state import TrainState
 from core.step import make_train_step_fn
 from core.workdir import save_config
-from input_pipeline.dataset import Dataset, train_batches
+from input_pipeline.batches import train_batches
+from input_pipeline.dataset import Dataset
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import System, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.input import SIZE, Photos, Waiting, data_config, write_photos
-from input_pipeline.dataset import eval_batches, load_dataset
+from input_pipeline.batches import eval_batches
+from input_pipeline.dataset import load_dataset
 
 
 @pytest.mark.parametrize("channels", [1, 3])

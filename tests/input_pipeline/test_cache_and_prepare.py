@@ -13,8 +13,9 @@ from labelled import files
 from trees import BRAIN, TRAIN, data_config, equal_batches, make_tree, picture, write
 
 from input_pipeline import cache, reader
+from input_pipeline.batches import eval_batches
 from input_pipeline.cache import load_npz, save_npz
-from input_pipeline.dataset import eval_batches, load_dataset
+from input_pipeline.dataset import load_dataset
 from input_pipeline.index import DataError
 from input_pipeline.prepare import format_report, prepare
 from input_pipeline.split import ArrayPixels, Dataset, Split
@@ -73,7 +74,8 @@ def test_training_from_a_cache_needs_no_tensorflow(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests/input_pipeline'); sys.modules['tensorflow'] = None\n"
         "from trees import data_config\n"
-        "from input_pipeline.dataset import load_dataset, train_batches\n"
+        "from input_pipeline.batches import train_batches\n"
+        "from input_pipeline.dataset import load_dataset\n"
         f"split = load_dataset(data_config({str(tmp_path / 'set.npz')!r}, kind='npz')).splits['train']\n"
         "print(sum(len(b['index']) for b in train_batches(split, 4, 0, 0, 3)))"
     )

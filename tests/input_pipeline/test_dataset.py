@@ -9,8 +9,9 @@ from PIL import Image
 from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
 
 from input_pipeline import reader
+from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.cache import save_npz
-from input_pipeline.dataset import eval_batches, load_dataset, load_images, train_batches
+from input_pipeline.dataset import load_dataset, load_images
 from input_pipeline.decode import read_image, read_mask
 from input_pipeline.index import DataError
 from input_pipeline.split import ArrayPixels, Split

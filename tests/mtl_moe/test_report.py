@@ -9,7 +9,8 @@ from scipy import ndimage
 
 from core.metrics import auroc
 from mtl_moe import report_figures
-from mtl_moe.report import Case, ReportData, p_value_phrase, select_cases, write_report
+from mtl_moe.report import p_value_phrase, write_report
+from mtl_moe.report_data import Case, ReportData, select_cases
 
 TASKS = ("masked", "denoise", "synthetic", "jigsaw", "transform", "intensity", "cluster", "self_distill")
 NUM_CALIBRATION = 199
