@@ -78,6 +78,8 @@ def main(argv: list[str]) -> None:
     if DISTRIBUTED.value and mode != "train":
         sys.exit(f"error: --distributed is for training: --mode={mode} runs on one host, start it there without")
     run = importlib.import_module(f"{system}.run")  # imports JAX: seconds, so that --help need not wait
+    from core.mesh import check_one_host
+
     workdir = Path(WORKDIR.value)
     commands = {
         "train": lambda: run.train_and_evaluate(config, workdir, DISTRIBUTED.value),
@@ -90,6 +92,8 @@ def main(argv: list[str]) -> None:
         "export": lambda: run.export(config, workdir, EXPORT.value, OUTPUT.value),
     }
     try:
+        if mode != "train" and mode not in WITHOUT_WORKDIR:
+            check_one_host(f"--mode={mode}")
         commands[mode]()
     except (ValueError, OSError) as error:
         logging.debug("traceback", exc_info=True)
@@ -111,12 +115,11 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     """Adds --config=configs/workdir.py:WORKDIR where there is a --workdir of an earlier run and no --config."""
     names = [argument.split("=", 1)[0].lstrip("-") if argument.startswith("-") else "" for argument in arguments]
     if "config" in names:
+        _check_python(_value(arguments, names.index("config")).partition(":")[0])
         return arguments
     workdir = ""
     if "workdir" in names:
-        position = names.index("workdir")
-        _, sign, workdir = arguments[position].partition("=")
-        workdir = workdir if sign else "".join(arguments[position + 1 : position + 2])
+        workdir = _value(arguments, names.index("workdir"))
         if (Path(workdir) / "config.json").exists():
             config = Path(__file__).parent / "configs" / "workdir.py"
             return [arguments[0], f"--config={config}:{workdir}", *arguments[1:]]
@@ -128,6 +131,22 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     if any(name.startswith("config.") for name in names):  # absl would call the field an unknown flag
         sys.exit(f"error: {_no_config_in(workdir) if workdir else NO_CONFIG}")
     return arguments
+
+
+def _value(arguments: list[str], position: int) -> str:
+    """What the flag there is given: after its sign, or as the next argument."""
+    _, sign, value = arguments[position].partition("=")
+    return value if sign else "".join(arguments[position + 1 : position + 2])
+
+
+def _check_python(path: str) -> None:
+    """A run's config.json would be executed as a config file is."""
+    if not path.endswith(".py"):
+        folder = Path(path).parent if Path(path).name == "config.json" else "RUN"
+        sys.exit(
+            f"error: --config={path}: expected a Python file, such as configs/mtl_moe/folder.py; to go on with a run, "
+            f"or to evaluate it, leave --config out and name its folder: --workdir={folder}"
+        )
 
 
 def _no_config_in(workdir: str) -> str:
@@ -142,7 +161,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except OSError as error:
         sys.exit(f"error: --config: {_reason(error)}")
-    except SyntaxError as error:  # of a config file, or of one that is no Python
+    except SyntaxError as error:  # of a config file
         sys.exit(f"error: --config: {error}")
     except flags.Error as error:  # one of a config file holds a whole traceback, whose last line says what is wrong
         flag, sign, trace = str(error).partition(": Error whilst parsing config file:")
@@ -151,6 +170,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:  # ConfigDict raises either, the first around the second
         reason = error.args[0]
         text = str(reason.args[0] if isinstance(reason, KeyError) else reason)
+        if "'get_config'" in text:
+            sys.exit("error: --config: the file has no function get_config: expected one of configs/, or one like them")
         sys.exit(f"error: unknown config field {' '.join(text.split())}")
 
 

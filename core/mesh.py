@@ -34,6 +34,15 @@ def make_mesh(expert: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     return mesh
 
 
+def check_one_host(what: str) -> None:
+    """ValueError where JAX spans several hosts, all of which would write the same files; `what` names the command."""
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"{what} runs on one host, and JAX found {count}: start it on one, without --distributed; on a host of a "
+            "TPU slice with JAX_PLATFORMS=cpu before it"
+        )
+
+
 def shardings(abstract: Any, mesh: Mesh) -> Any:
     """Tree of `NamedSharding` for a tree of parameters or optimizer state (arrays or ShapeDtypeStructs)."""
     is_expert = tree.mask(abstract, EXPERT_PATTERN)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from core.compilation import enable_compilation_cache
+from core.mesh import check_one_host
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, Split, load_dataset
 from mtl_moe.ablation_cell import FREE_FIELDS as CELL_FREE_FIELDS
@@ -75,8 +76,7 @@ def run_ablation(config: Any, workdir: Path) -> list[dict[str, Any]]:
         `workdir` of another config.
     """
     enable_compilation_cache()
-    if jax.process_count() > 1:
-        raise ValueError("the ablation runs on one host: start it without --distributed")
+    check_one_host("the ablation")
     tasks = build_system(config).tasks
     rows = build_rows(config, tasks)
     check_config(config, workdir, FREE_FIELDS)

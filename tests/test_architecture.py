@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # What of ours each package may import beside itself.
 DIRECTION = {
-    "main": {"mtl_moe", "vit_distill"},
+    "main": {"core", "mtl_moe", "vit_distill"},
     "configs": {"core"},  # core.workdir alone, which imports nothing slow: --help reads configs
     "core": set(),
     "input_pipeline": set(),

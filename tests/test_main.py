@@ -8,6 +8,7 @@ they stop before training.
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,6 +122,21 @@ def test_every_mode_calls_its_command_with_what_was_given(monkeypatch, program, 
     assert (module, name, found) == (f"{config.system}.run", command, expected)
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
+@pytest.mark.parametrize("mode", ["evaluate", "predict", "compress", "export"])
+def test_only_training_runs_on_several_hosts(monkeypatch, program, capsys, mode):
+    """All of them would write the same files."""
+    monkeypatch.setattr(run, mode, lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    flags.FLAGS.unparse_flags()
+    program._parse_flags(["main.py", QUICKSTART, "--workdir=w", f"--mode={mode}"])
+    with pytest.raises(SystemExit):
+        program.main(["main.py"])
+    flags.FLAGS.unparse_flags()
+    said = capsys.readouterr().err
+    assert f"error: --mode={mode} runs on one host, and JAX found 2: start it on one, without --distributed" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
@@ -131,8 +147,16 @@ def test_every_mode_calls_its_command_with_what_was_given(monkeypatch, program, 
         (["--config.data.root=d"], ["error: --config is missing"]),
         (["--config=nowhere.py", "--workdir=w"], ["error: --config: ", "No such file or directory: 'nowhere.py'"]),
         (["--config=nowhere.py", "--config.seed=3"], ["error: --config: ", "No such file or directory: 'nowhere.py'"]),
-        (["--config=.", "--workdir=w"], ["error: --config: [Errno 21] Is a directory: '.'"]),
-        ([f"--config={ROOT / 'README.md'}", "--workdir=w"], ["error: --config: ", "(README.md, line"]),
+        (
+            ["--config=.", "--workdir=w"],
+            ["--config=.: expected a Python file", "name its folder: --workdir=RUN"],
+        ),
+        (["--config=w/config.json"], ["error: --config=w/config.json: expected a Python file", "--workdir=w\n"]),
+        (["--config", "w/config.json", "--workdir=w"], ["leave --config out and name its folder: --workdir=w\n"]),
+        (
+            [f"--config={ROOT / 'configs' / 'common.py'}", "--workdir=w"],
+            ["error: --config: the file has no function get_config"],
+        ),
         (["--workdir"], ["Missing value for flag --workdir"]),
         ([QUICKSTART], ["--workdir is missing"]),
         ([QUICKSTART, "--workdir=w", "--mode=plan"], ["--mode=plan for config.system='mtl_moe': expected one of"]),
@@ -155,6 +179,11 @@ def test_a_wrong_command_line_is_explained(arguments: list[str], messages: list[
     if arguments:  # else the usage is shown
         assert text.startswith("error: "), text
         assert text.count("\n") == 1, text
+
+
+def test_a_syntax_error_of_a_config_file_is_named(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def get_config(:\n")
+    assert re.fullmatch(r"error: --config: .*\(mine\.py, line 1\)\n", call(f"--config={tmp_path / 'mine.py'}").stderr)
 
 
 def test_saved_config_is_found_in_both_spellings(tmp_path: Path):

@@ -10,6 +10,7 @@ import numpy as np
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
+from core.mesh import check_one_host
 from core.provenance import environment, print_devices
 from core.workdir import LOGGING, READING, check_config, save_config
 from input_pipeline.classification import LabelledSet, corrupt_rows, load_labelled
@@ -51,8 +52,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         jax.distributed.initialize()
     print_devices()
     if config.command in COMMANDS:
-        if jax.process_count() > 1:
-            raise ValueError(f"command {config.command!r} runs on one host: start it without --distributed")
+        check_one_host(f"command {config.command!r}")
         module, name = COMMANDS[config.command].split(":")
         getattr(importlib.import_module(module), name)(config, workdir)
     elif config.command == "distill":
