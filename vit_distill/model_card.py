@@ -64,7 +64,8 @@ def _origin(student: Student) -> dict[str, Any]:
         rows["Updates"] = f"{facts['updates']} of {facts['num_steps']}"
     if student.lora is not None:
         rows["Ranks"] = ", ".join(f"{target} {rank}" for target, rank in student.lora.ranks)
-        rows["Adapters"] = f"{'DoRA' if student.lora.dora else 'LoRA'}, scaling {student.lora.scaling}"
+        alpha = f", alpha {student.lora.alpha:g}" * (student.lora.scaling != "one")  # which does not use it
+        rows["Adapters"] = f"{'DoRA' if student.lora.dora else 'LoRA'}, scaling {student.lora.scaling}{alpha}"
     if loss:
         rows["Loss"] = ", ".join(f"{name} {value}" for name, value in loss.items())
     rows |= {

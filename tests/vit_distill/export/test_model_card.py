@@ -26,6 +26,16 @@ def test_card_names_teacher_licence_blocks_rank_manifest_and_metrics(make_studen
     assert rows["Seed"] == "3"
 
 
+@pytest.mark.parametrize(
+    ("scaling", "alpha", "row"),
+    [("one", 1.0, "LoRA, scaling one"), ("alpha", 2.0, "LoRA, scaling alpha, alpha 2")],
+)
+def test_card_says_how_adapters_are_scaled(make_student, scaling, alpha, row):
+    student = make_student()
+    lora = dataclasses.replace(student.lora, scaling=scaling, alpha=alpha)
+    assert _rows(model_card(dataclasses.replace(student, lora=lora)))["Adapters"] == row
+
+
 def test_card_says_what_the_model_expects(make_student):
     card = model_card(make_student())
     rows = _rows(card)
