@@ -41,7 +41,7 @@ from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
-FREE_FIELDS = (*DETECTOR, "score.")
+FREE_FIELDS = (*DETECTOR, "score.", "compress.save_every")
 TIMING_ROUNDS = 7  # batches scored by each detector, in turn; the median counts
 MAX_HELD_OUT = 256  # normals on which tokens are compared
 
@@ -119,7 +119,8 @@ def _claim(output: Path, facts: Mapping[str, Any], config: Any) -> dict[str, Any
         if (output / "config.json").exists() or (output / "checkpoints").exists():
             raise ValueError(f"{output} is the work directory of another run: choose another --output")
         return {}
-    different = [name for name, value in facts.items() if found.get(name) != json.loads(json.dumps(value))]
+    compared = {name: value for name, value in facts.items() if f"compress.{name}" not in FREE_FIELDS}
+    different = [name for name, value in compared.items() if found.get(name) != json.loads(json.dumps(value))]
     if different:
         lines = [f"  {name}: there {found.get(name)}, now {facts[name]}" for name in different]
         raise ValueError(
