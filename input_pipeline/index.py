@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -54,12 +54,8 @@ class Index:
     warnings: tuple[str, ...] = ()
 
     def crossing_groups(self) -> dict[str, list[str]]:
-        """{group: [split, ...]} of the patients or groups that stand in train (or calibration) and in valid or test."""
-        splits = defaultdict(set)
-        for key, examples in self.splits.items():
-            for example in examples:
-                splits[example.group].add("train" if key == "calibration" else key)
-        return {group: sorted(found) for group, found in sorted(splits.items()) if {"train"} < found}
+        """See the function of this name."""
+        return crossing_groups({key: [e.group for e in examples] for key, examples in self.splits.items()})
 
     def manifest_hash(self) -> str:
         """sha256 over (name, file size in bytes, label) of every image and (name, size) of every mask, in name order.
@@ -71,6 +67,19 @@ class Index:
             mask = (example.mask.name, _size(example.mask)) if example.mask else ("", 0)
             digest.update(repr((example.name, _size(example.image), example.label, *mask)).encode())
         return digest.hexdigest()
+
+
+def crossing_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """{group: [split, ...]} of the patients or groups that stand in train (or calibration) and in valid or test.
+
+    Args:
+      groups: group of each image, by split.
+    """
+    splits = defaultdict(set)
+    for key, found in groups.items():
+        for group in found:
+            splits[group].add("train" if key == "calibration" else key)
+    return {group: sorted(found) for group, found in sorted(splits.items()) if {"train"} < found}
 
 
 def _size(path: Path) -> int:

@@ -296,11 +296,17 @@ def test_every_image_by_itself_from_files_and_from_their_cache(tmp_path):
 
 
 def test_patients_on_both_sides_are_said_at_training_time(tmp_path, caplog):
-    load_dataset(data_config(make_tree(tmp_path, BRAIN)))
-    assert "2 patients or groups stand in train and in valid or test (00000, 00002)" in caplog.text
-    caplog.clear()
-    load_dataset(data_config(tmp_path, groups="image"))
-    assert "stand in train" not in caplog.text
+    """Of files, and of their cache."""
+    root, cache = make_tree(tmp_path / "set", BRAIN), str(tmp_path / "set.npz")
+    save_npz(load_dataset(data_config(root)), cache)
+    for config in (data_config(root), data_config(cache=cache), data_config(cache, kind="npz")):
+        caplog.clear()
+        load_dataset(config)
+        assert caplog.text.count("2 patients or groups stand in train and in valid or test (00000, 00002)") == 1
+        caplog.clear()
+        config.groups = "image"
+        load_dataset(config)
+        assert "stand in train" not in caplog.text
 
 
 def dot(value):
