@@ -1,6 +1,7 @@
 """Loading of teachers: strictness, overrides, bad input."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from core import tree
 from core.vit import VisionTransformer
+from vit_distill.formats import canonical, reading
 from vit_distill.formats.timm import to_timm, write_timm_folder
 from vit_distill.teacher import Teacher, load_teacher
 
@@ -49,6 +51,25 @@ def test_folder_round_trip(teacher: Teacher, tmp_path: Path) -> None:
     assert again.report.missing == again.report.unused == again.report.reshaped == ()
     assert len(again.report.matched) == 4 + 12 * 3 + 2 + 2
     json.dumps(dict(again.source))
+
+
+def test_the_documents_format_reads_what_it_describes(teacher: Teacher, tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text().partition("## A teacher format")[2]
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    state = canonical.from_params(teacher.config, teacher.params)
+    state["pos_embed"] = state["pos_embed"][0]
+    state = {f"module.{names['NAMES'].source(name)}": array for name, array in state.items()}
+    assert "module.layer2.to_q.weight" in state
+    path = write(tmp_path, state)
+    with pytest.raises(ValueError, match=r"not a vision transformer of a known format"):
+        load_teacher(path)
+    monkeypatch.setattr(reading, "READERS", (*reading.READERS, names["READER"]))
+    found = load_teacher(path)
+    assert (found.config, found.report.format) == (teacher.config, "mine")
+    assert tree.fingerprint(found.params) == tree.fingerprint(teacher.params)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing: 'module.layer1.to_k.bias'"):
+        load_teacher(write(tmp_path, {name: a for name, a in state.items() if name != "module.layer1.to_k.bias"}))
 
 
 def test_random_is_seeded_and_named(teacher: Teacher) -> None:
