@@ -27,7 +27,7 @@ from mtl_moe.report_data import Case, ReportData, select_cases
 from mtl_moe.results import FLOORS, Results
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
-from mtl_moe.training_data import calibration_normals, other_training_data
+from mtl_moe.training_data import calibration_normals, other_training_data, seen_in_training
 
 
 def check_score(score: Any, dataset: Dataset) -> None:
@@ -137,7 +137,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         dataset=dataset.name,
         layout=dataset.layout,
         headline=_headline(system, dataset, calibration, other_training_data(dataset, workdir), known)
-        + unfinished(system, trained.step),
+        + unfinished(system, trained.step)
+        + seen_in_training(scored.hashes, workdir),
         metrics=results.metrics,
         intervals=results.intervals,
         tasks=[task.name for task in system.tasks],

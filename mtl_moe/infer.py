@@ -24,6 +24,7 @@ from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.system import System
 from mtl_moe.tasks.base import to_float
+from mtl_moe.training_data import image_hashes
 
 MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
 
@@ -45,12 +46,14 @@ class Scored:
       raw: [N, S] raw scores; texture: [N] log mean gradients.
       maps: finished fused maps [N, M, M] in calibrated units, or None where they were not asked for.
       kept: {"maps" [n, S, H, W], "body" [n, H, W]} of the n rows that were asked for.
+      hashes: `image_hashes` of the N images.
     """
 
     raw: np.ndarray
     texture: np.ndarray
     maps: np.ndarray | None = None
     kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    hashes: Sequence[str] = ()
 
 
 def restore(system: System, workdir: Path) -> Trained:
@@ -112,11 +115,12 @@ class Scorer:
           write: gets names, images and finished maps of each batch.
           keep_maps: whether the finished maps are in the result too, which are of the size of the whole split.
         """
-        raw, textures, maps, kept, start = [], [], None, {"maps": [], "body": []}, 0
+        raw, textures, hashes, maps, kept, start = [], [], [], None, {"maps": [], "body": []}, 0
         with progress_bar(len(split), description=description) as bar:
             for images, result, finished in self._one_ahead(split, map_fn):
                 count = len(images)
                 textures.append(log_mean_gradient(images))
+                hashes += image_hashes(images)
                 raw.append(np.asarray(result["raw"])[:count])
                 if finished is not None:
                     finished = np.asarray(finished)[:count]
@@ -131,7 +135,7 @@ class Scorer:
                 start += count
                 bar.update(count)
         found = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
-        return Scored(np.concatenate(raw), np.concatenate(textures), maps, found)
+        return Scored(np.concatenate(raw), np.concatenate(textures), maps, found, hashes)
 
     def _one_ahead(self, split: Split, map_fn: Callable[[jax.Array, jax.Array], jax.Array] | None) -> Iterator[Any]:
         """(images, results, finished maps or None) batch by batch: when one is handed out the devices have the next."""

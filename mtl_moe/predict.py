@@ -21,7 +21,7 @@ from mtl_moe.report import write_report
 from mtl_moe.report_data import ReportData
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
-from mtl_moe.training_data import new_normals
+from mtl_moe.training_data import new_normals, seen_in_training
 
 
 def source_of(source: Path, normals: Path | None) -> str:
@@ -83,7 +83,8 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         layout=f"{len(split)} images below {name}"
         + (f", {len(skipped)} more could not be read: {', '.join(skipped)}" if skipped else ""),
         headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals "
-        f"of {calibration.source or 'its last evaluation'}.{unfinished(system, trained.step)}",
+        f"of {calibration.source or 'its last evaluation'}.{unfinished(system, trained.step)}"
+        + seen_in_training(scored.hashes, workdir),
         metrics={},
         tasks=[task.name for task in system.tasks],
         names=split.names,

@@ -8,6 +8,7 @@ one image more in a folder, and the draw of the held-out ones is wholly another.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,27 @@ def _without(split: Split, trained: set[str]) -> Split:
 
 
 def pixel_hashes(split: Split) -> list[str]:
-    """Of each image 16 hexadecimal digits that its decoded pixels determine; decodes the whole split."""
-    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for images in image_batches(split) for image in images]
+    """`image_hashes` of a split; decodes the whole of it."""
+    return [key for images in image_batches(split) for key in image_hashes(images)]
+
+
+def image_hashes(images: np.ndarray) -> list[str]:
+    """Of each of the uint8 images [n, H, W, C] 16 hexadecimal digits that its pixels determine."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images]
+
+
+def seen_in_training(hashes: Sequence[str], workdir: Path) -> str:
+    """A sentence, logged too, where some of the images with these `image_hashes` are ones that the detector of
+    `workdir` was trained on; else, and where that is not known, "".
+    """
+    path = workdir / FILE
+    trained = set(json.loads(path.read_text()).get("images", ()) if path.exists() else ())
+    count = sum(key in trained for key in hashes)
+    if not count:
+        return ""
+    text = f"{count} of the {len(hashes)} images scored were trained on: they look more normal than new ones would."
+    logging.warning(text)
+    return f" {text}"
 
 
 def bind_training_data(dataset: Dataset, workdir: Path) -> None:

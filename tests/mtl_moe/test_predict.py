@@ -92,6 +92,32 @@ def test_normals_that_were_trained_on_do_not_calibrate(tiny_run, folders, tmp_pa
     assert "6 calibration normals of normals." in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_images_that_were_trained_on_are_counted(tiny_run, folders, tmp_path, caplog):
+    """By their pixels, in a prediction and in an evaluation on another folder; nothing is said of new ones."""
+    trained_on, source = folders
+    system, dataset, _ = tiny_run
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "w")
+    bind_training_data(dataset, workdir)
+    evaluate(system, dataset, workdir)
+    predict(system, workdir, source, tmp_path / "new")
+    assert "trained on: they look" not in caplog.text
+    images = shutil.copytree(source, tmp_path / "images")
+    for name in ("00.png", "11.png"):
+        shutil.copy(trained_on / name, images / f"again_{name}")
+    said = "2 of the 8 images scored were trained on: they look more normal"
+    predict(system, workdir, images, tmp_path / "out")
+    assert said in caplog.text
+    assert said in (tmp_path / "out" / "report.html").read_text()
+    caplog.clear()
+    config = system.config.copy_and_resolve_references()
+    config.data.update(kind="folder", name="other", root=str(tmp_path / "other"))
+    shutil.copytree(images, tmp_path / "other" / "test" / "good")
+    write(dataset.splits["test"], np.flatnonzero(dataset.splits["test"].labels), tmp_path / "other/test/Ungood")
+    run.evaluate(config, workdir)
+    assert "2 of the " in caplog.text
+    assert "were trained on: they look more normal" in (workdir / "evaluate/other/report.html").read_text()
+
+
 def test_predictions_stay_apart_and_say_what_they_are_of(tiny_run, folders, tmp_path, caplog):
     """Through the command: a damaged file left out, maps of the rest, and another folder of the same name refused."""
     normals, source = folders
