@@ -46,6 +46,12 @@ class ModelConfig:
     def __post_init__(self):
         if self.mlp not in MLP_KINDS:
             raise ValueError(f"model.mlp: expected one of {MLP_KINDS}, found {self.mlp!r}")
+        for name in ("width", "num_heads", "patch_size", "mlp_dim", "expert_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("num_dense_layers", "num_moe_layers", "num_neck_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}: expected at least 0, found {getattr(self, name)}")
 
 
 def expert_blocks(config: ModelConfig) -> list[str]:
@@ -223,7 +229,7 @@ def build_geometry(config: Any) -> Geometry:
       ValueError: if the image side is not a whole number of patches.
     """
     size, patch = config.data.image_size, config.model.patch_size
-    if size % patch or size < patch:
+    if patch < 1 or size < patch or size % patch:
         raise ValueError(f"data.image_size={size} is not a multiple of model.patch_size={patch}")
     return Geometry(size, patch, config.data.channels, config.model.width)
 

@@ -232,7 +232,13 @@ def test_wrong_fields_and_sizes_are_errors(config):
         build_model_config(wrong.model)
     with pytest.raises(ValueError, match=r"model: missing \['width'\], unknown \['depth'\]"):
         build_model_config({**{k: v for k, v in config.model.items() if k != "width"}, "depth": 3})
+    for name, value, least in (("width", 0, 1), ("num_heads", 0, 1), ("mlp_dim", -1, 1), ("num_moe_layers", -1, 0)):
+        with pytest.raises(ValueError, match=f"model.{name}: expected at least {least}, found {value}"):
+            build_model_config({**config.model, name: value})
     for size in (30, 4):
         wrong.data.image_size = size
         with pytest.raises(ValueError, match=rf"data.image_size={size} is not a multiple of model.patch_size=8"):
             build_geometry(wrong)
+    wrong.model.patch_size = 0
+    with pytest.raises(ValueError, match=r"is not a multiple of model\.patch_size=0"):
+        build_geometry(wrong)
