@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, check_scores
+from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, PAIRS_AT_ONCE, check_scores
 
 BOOTSTRAP_METRICS = ("auroc", "average_precision")
 MAX_SAMPLE = 1_000_000  # pixels that say where the bins are
@@ -155,6 +155,44 @@ def bootstrap_difference(
     first, second = np.atleast_2d(scores), np.atleast_2d(other_scores)
     values = _bootstrap([*first, *second], labels, groups, num_resamples, seed)[:, _index(metric)]
     return _interval(values[: len(first)].mean(axis=0) - values[len(first) :].mean(axis=0), level)
+
+
+def matched_interval(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    covariate: np.ndarray,
+    tolerance: float,
+    groups: np.ndarray | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """`bootstrap_interval` of `core.metrics.matched_auroc`, on the resamples that hold a matched pair.
+
+    A pair counts as often as both its images are drawn. Pairs are looked at PAIRS_AT_ONCE at a time.
+
+    Args:
+        scores, labels, covariate: [N], tolerance: as in `core.metrics.matched_auroc`; one pair at least is that close.
+        groups and the others: as in `bootstrap_interval`.
+    """
+    scores, labels = check_scores(scores, labels)
+    covariate = np.asarray(covariate)
+    group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)[1]
+    counts = _resampled_counts(np.random.default_rng(seed), labels, group, num_resamples).astype(np.float32)
+    positive, negative = np.flatnonzero(labels), np.flatnonzero(~labels)
+    wins, pairs = np.zeros(num_resamples), np.zeros(num_resamples)
+    rows = max(1, PAIRS_AT_ONCE // len(negative))
+    for start in range(0, len(positive), rows):
+        some = positive[start : start + rows]
+        matched = np.abs(covariate[some, None] - covariate[negative]) < tolerance
+        first, second = scores[some, None], scores[negative]
+        won = matched * (1 + (first > second).astype(np.float32) - (first < second)) / 2  # a tie counts half
+        for total, weight in ((wins, won), (pairs, matched)):
+            total += (counts[:, some] @ weight.astype(np.float32) * counts[:, negative]).sum(axis=1, dtype=np.float64)
+    drawn = pairs > 0
+    if not drawn.any():
+        raise ValueError(f"expected pairs whose covariate differs by less than {tolerance}, found none")
+    return _interval(wins[drawn] / pairs[drawn], level)
 
 
 def pixel_intervals(

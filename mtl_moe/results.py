@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from core.bootstrap import bootstrap_intervals, pixel_intervals, possible_resamples
+from core.bootstrap import bootstrap_intervals, matched_interval, pixel_intervals, possible_resamples
 from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
 from core.optim import build_optimizer
 from input_pipeline.batches import image_batches
@@ -125,6 +125,9 @@ class Results:
             for key, found in zip(keys, intervals, strict=True):
                 self.intervals[key + "image_auroc"] = found["auroc"]
                 self.intervals[key + "image_ap"] = found["average_precision"]
+            if pairs:  # of the fused scores alone: every pair is counted in every resample
+                of_pairs = (labels, self._texture, MATCHED_TOLERANCE, groups, self._num_resamples)
+                self.intervals[keys[0] + "matched_auroc"] = matched_interval(scores[""], *of_pairs)
 
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:

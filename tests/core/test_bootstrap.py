@@ -107,6 +107,24 @@ def test_intervals_of_many_scores_are_those_of_each_drawn_once(monkeypatch):
     assert len(drawn) == 1
 
 
+def test_matched_interval_is_that_of_the_images_drawn(monkeypatch):
+    rng = np.random.default_rng(3)
+    labels, groups = rng.random(60) < 0.5, rng.integers(0, 20, 60)
+    scores, covariate = rng.integers(0, 8, 60) + labels, rng.normal(size=60)
+    monkeypatch.setattr(bootstrap, "PAIRS_AT_ONCE", 100)  # several blocks
+    counts = bootstrap._resampled_counts(
+        np.random.default_rng(5), labels, np.unique(groups, return_inverse=True)[1], 40
+    ).astype(int)
+    values = []
+    for drawn in counts:
+        rows = np.repeat(np.arange(60), drawn)
+        values.append(metrics.matched_auroc(scores[rows], labels[rows], covariate[rows], 0.3)[0])
+    found = bootstrap.matched_interval(scores, labels, covariate, 0.3, groups, 40, seed=5)
+    np.testing.assert_allclose(found, np.quantile(values, [0.025, 0.975]), atol=1e-6)  # float32 sums of small counts
+    with pytest.raises(ValueError, match="found none"):
+        bootstrap.matched_interval(scores, labels, np.arange(60), 0.5, groups, 40)
+
+
 def test_bootstrap_difference_is_paired():
     scores, labels = _random_scores(4, num=200)
     assert bootstrap.bootstrap_difference("auroc", scores, 3 * scores + 1, labels) == (0.0, 0.0)
