@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from input_pipeline.decode import Resize
 from input_pipeline.groups import check_groups
-from input_pipeline.index import DataError
+from input_pipeline.index import DataError, warn_of_crossing
 from input_pipeline.segmentation import read_segmentation
 from input_pipeline.sources import ArraySource, LabelledSet, Sizes
 from input_pipeline.sources_arrays import read_digits, read_npz
@@ -85,6 +85,9 @@ def load_labelled(
             f"{'labels or masks and ' * (split == 'test')}two patients or groups in a class"
         )
     found = sets[split]
+    if split != "train" and "train" in sets:
+        crossing = sorted(set(sets["train"].groups) & set(found.groups))
+        warn_of_crossing(found.name, crossing, "sort each patient's images into one split")
     if data.skip_corrupt and check:
         found = _without_corrupt(found, split)
     logging.info("%s %s: %d images; %s", found.name, split, len(found), found.layout)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from input_pipeline.cache import load_npz
 from input_pipeline.decode import largest_value, read_native_mask
 from input_pipeline.dicom import check_window
 from input_pipeline.groups import check_groups, groups_in, groups_of
-from input_pipeline.index import DataError, Example, Index, calibration_rows, crossing_groups
+from input_pipeline.index import DataError, Example, Index, calibration_rows, crossing_groups, warn_of_crossing
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
 from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, read_tree, refuse_masks
 
@@ -53,19 +53,8 @@ def build_index(data: ConfigDict, require_train: bool = True) -> Index:
     logging.info("%s: %s", index.dataset, index.layout)
     for warning in index.warnings:
         logging.warning("%s: %s", index.dataset, warning)
-    _warn_of_crossing(index.dataset, index.crossing_groups())
+    warn_of_crossing(index.dataset, list(index.crossing_groups()))
     return index
-
-
-def _warn_of_crossing(dataset: str, crossing: Mapping[str, Sequence[str]]) -> None:
-    if crossing:
-        logging.warning(
-            "%s: %d patients or groups stand in train and in valid or test (%s): what is measured on patients of the "
-            "training set looks too good; --mode=prepare on the files lists them",
-            dataset,
-            len(crossing),
-            ", ".join([*list(crossing)[:3], *["..."] * (len(crossing) > 3)]),
-        )
 
 
 def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto", require_train: bool = True) -> Dataset:
@@ -189,7 +178,8 @@ def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
         splits = {key: replace(split, groups=groups_in(split.names, data.groups)) for key, split in splits.items()}
     if "train" not in splits:
         raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
-    _warn_of_crossing(dataset.name, crossing_groups({key: split.groups for key, split in splits.items()}))
+    crossing = crossing_groups({key: split.groups for key, split in splits.items()})
+    warn_of_crossing(dataset.name, list(crossing))
     parts = [splits.pop(key) for key in ("train", "calibration") if key in splits]
     dataset.splits = {}
     train = join(parts)

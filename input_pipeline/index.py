@@ -82,6 +82,21 @@ def crossing_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
     return {group: sorted(found) for group, found in sorted(splits.items()) if {"train"} < found}
 
 
+def warn_of_crossing(
+    dataset: str, crossing: Sequence[str], advice: str = "--mode=prepare on the files lists them"
+) -> None:
+    """Logs how many groups cross the splits, if any do, the first of them and `advice`."""
+    if crossing:
+        logging.warning(
+            "%s: %d patients or groups stand in train and in valid or test (%s): what is measured on patients of the "
+            "training set looks too good; %s",
+            dataset,
+            len(crossing),
+            ", ".join([*crossing[:3], *["..."] * (len(crossing) > 3)]),
+            advice,
+        )
+
+
 def _size(path: Path) -> int:
     """File size in bytes, -1 of a link to nothing: where the file is read it is named, or left out."""
     try:

@@ -154,6 +154,20 @@ def test_groups_are_never_cut():
     assert not {groups[r] for r in np.flatnonzero(rows)} & {groups[r] for r in np.flatnonzero(~rows)}
 
 
+def test_patients_on_both_sides_of_one_s_own_splits_are_said(tmp_path, caplog):
+    images = {"train/a": ["p1_0.png", "p2_0.png"], "valid/a": ["p3_0.png"], "test/a": ["p1_1.png", "p2_1.png"]}
+    make_tree(tmp_path, images)
+    config = data("folder", tmp_path, groups="([^/]+)_[^/]*$")
+    for split in ("train", "valid"):
+        load_labelled(config, split, 8)
+    assert "stand in train" not in caplog.text
+    load_labelled(config, "test", 8)
+    assert "2 patients or groups stand in train and in valid or test (p1, p2)" in caplog.text
+    caplog.clear()
+    load_labelled(data("folder", tmp_path), "test", 8)
+    assert "stand in train" not in caplog.text
+
+
 def test_a_class_of_one_group_stays_in_train():
     rows = carve(grouped(["x"] * 4 + ["y", "z"], [0] * 4 + [1, 1]), 0.5, 0)
     assert rows[:4].sum() == 0
