@@ -118,7 +118,10 @@ def few_shot_images(config: Any, teacher: Any, workdir: Path | None) -> tuple[La
 
 
 def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.ndarray) -> LabelledSet | None:
-    """Images to measure on that were not trained on: `rest` of `images`, else some of the validation split, if any."""
+    """Images to measure on that were not trained on: `rest` of `images`, else some of the validation split, if any.
+
+    Where that split is the user's own, those of its patients (groups) that stand in `images` too are left out.
+    """
     if len(rest):
         return images.take(rest)
     if config.data.split != "train":
@@ -127,7 +130,9 @@ def held_out_images(config: Any, teacher: Any, images: LabelledSet, rest: np.nda
         valid = _load(config, teacher, "valid")
     except DataError:  # the training split was read: there is just no validation split
         return None
-    return valid.take(_some(config, valid, np.arange(len(valid))))
+    trained_on = set(images.groups)
+    rows = _some(config, valid, np.flatnonzero([group not in trained_on for group in valid.groups]))
+    return valid.take(rows) if len(rows) else None
 
 
 def _load(config: Any, teacher: Any, split: str) -> LabelledSet:

@@ -283,6 +283,20 @@ def test_images_of_patients_that_are_trained_on_are_not_held_out(teacher: Path, 
     assert not set(patients[few]) & set(patients[rest])
 
 
+def test_patients_of_train_are_not_held_out_of_one_s_own_validation_split_either(teacher: Path, tmp_path: Path):
+    for name in ("train/a0", "train/a1", "train/b0", "valid/a2", "valid/b1", "valid/c0", "test/d0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    config = make_config(teacher)
+    config.data.update(kind="folder", root=str(tmp_path), groups=r"([a-f])\d")
+    config.few_shot.update(per_class=0)
+    loaded = load_teacher_of(config)
+    images, _, rest = run.few_shot_images(config, loaded, None)
+    assert run.held_out_images(config, loaded, images, rest).names == ("valid/c0.png",)
+    (tmp_path / "valid/c0.png").unlink()
+    assert run.held_out_images(config, loaded, images, rest) is None
+
+
 def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
