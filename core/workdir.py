@@ -16,6 +16,7 @@ LATER_FIELDS = {
     "compress.kind": "adamw",
     "score.save_maps": False,
     "teacher.overrides.position_resize": None,
+    "table.probe_data.groups": "",
     "table.probe.neighbours": [1, 5, 10, 20, 50],
     "table.probe.learning_rates": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
     "table.probe.linear_batch_size": 512,

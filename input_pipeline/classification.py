@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline.decode import Resize
-from input_pipeline.groups import check_groups
+from input_pipeline.groups import GROUPS, check_groups
 from input_pipeline.index import DataError, warn_of_crossing
 from input_pipeline.segmentation import read_segmentation
 from input_pipeline.sources import ArraySource, LabelledSet, Sizes
@@ -29,12 +29,13 @@ SOURCES: dict[str, Source] = {
     "folder": lambda data, sizes: read_folder(data.root, data.name, sizes, data.groups),
     "bmad": lambda data, sizes: read_bmad(data.root, data.name, sizes, data.groups),
     "tfds": lambda data, sizes: read_tfds(data.root, data.name, sizes),
-    "chestxray14": lambda data, sizes: read_chestxray14(data.root, data.name, sizes),
-    "inat19": lambda data, sizes: read_inat19(data.root, data.name, sizes),
-    "segmentation": lambda data, sizes: read_segmentation(data.root, data.name, sizes),
+    "chestxray14": lambda data, sizes: read_chestxray14(data.root, data.name, sizes, data.groups),
+    "inat19": lambda data, sizes: read_inat19(data.root, data.name, sizes, data.groups),
+    "segmentation": lambda data, sizes: read_segmentation(data.root, data.name, sizes, data.groups),
     "npz": lambda data, sizes: read_npz(data.root, data.name, sizes),
     "digits": lambda data, sizes: read_digits(sizes),
 }
+NUMBERED = ("tfds", "npz", "digits")  # of arrays: their names are numbers, in which no expression finds a patient
 
 __all__ = ["SOURCES", "LabelledSet", "carve", "corrupt_rows", "load_labelled"]
 
@@ -51,9 +52,9 @@ def load_labelled(
     Parts of train are drawn by class and whole groups, from `seed` and the names alone, and train is what they leave.
 
     Args:
-      data: kind (a key of SOURCES), name, root, channels (1: luminance, 3: RGB), groups (of files, see
-        `sources_folder.read_folder`), skip_corrupt, memory_limit_gb (decoded images below it stay in memory),
-        valid_fraction, test_fraction, seed.
+      data: kind (a key of SOURCES), name, root, channels (1: luminance, 3: RGB), groups (see
+        `sources_folder.read_folder`; no expression for NUMBERED kinds), skip_corrupt, memory_limit_gb (decoded images
+        below it stay in memory), valid_fraction, test_fraction, seed.
       split: "train", "valid" or "test".
       image_size: S. The short side is resized to it, then the middle square is cut out.
       interpolation: "bicubic", "bilinear" or "nearest".
@@ -64,7 +65,7 @@ def load_labelled(
       A set with images uint8 [n, S, S, channels] (grey is repeated for 3).
 
     Raises:
-      ValueError: an unknown kind, split or interpolation, an impossible size.
+      ValueError: an unknown kind, split or interpolation, an impossible size, groups that the kind cannot have.
       DataError: data that is missing or not as it has to be, or a split that cannot be had from it.
     """
     if data.kind not in SOURCES:
@@ -75,7 +76,11 @@ def load_labelled(
         raise ValueError(
             f"expected an image_size above 0 and data.channels 1 or 3, found {image_size} and {data.channels}"
         )
-    check_groups(data.groups)
+    if check_groups(data.groups) not in GROUPS and data.kind in NUMBERED:
+        raise ValueError(
+            f"data.groups: expected auto or image for data.kind '{data.kind}', whose images have numbers for names, "
+            f"found '{data.groups}'; to keep patients together cut the splits yourself, or read image files"
+        )
     sizes = Sizes(image_size, image_size, data.channels, Resize(crop=True, interpolation=interpolation))
     sets = _split_up(SOURCES[data.kind](data, sizes), data)
     if split not in sets:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.decode import native_size, read_class_mask
+from input_pipeline.groups import groups_of_labelled
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, SelectedPixels, Sizes, existing_root, set_of_files
 from input_pipeline.split import FilePixels, Rows
@@ -65,8 +66,11 @@ class ClassMasks:
             yield self.images(batch), self.masks(batch) if with_masks else None
 
 
-def read_segmentation(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
+def read_segmentation(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:
     """The splits of a segmentation set; labels are -1, `masks` gives the class of each pixel.
+
+    Args:
+      groups: as of `sources_folder.read_folder`.
 
     Raises:
       DataError: no such folder or split, an image without mask or the reverse, a mask of another size than its image,
@@ -76,7 +80,7 @@ def read_segmentation(root: str, name: str, sizes: Sizes) -> dict[str, LabelledS
     splits = {SPLIT_WORDS[c.name.lower()]: c for c in sorted(folder.iterdir()) if c.name.lower() in SPLIT_WORDS}
     if "train" not in splits:
         raise DataError(f"{folder}: no train/. {EXPECTED}")
-    pairs = {split: _pairs(splits[split], folder) for split in ("train", "valid", "test") if split in splits}
+    pairs = {split: _pairs(splits[split], folder, groups) for split in ("train", "valid", "test") if split in splits}
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda pair: _ids(*pair), itertools.chain(*pairs.values())))
     ids = np.unique(np.concatenate(found))
@@ -138,7 +142,7 @@ def _class_names(folder: Path, number: int) -> tuple[str, ...]:
     return classes
 
 
-def _pairs(split: Path, root: Path) -> list[tuple[Example, Path]]:
+def _pairs(split: Path, root: Path, groups: str) -> list[tuple[Example, Path]]:
     """(image, mask) of each stem, sorted by the image's name."""
     by_stem = {}
     for word in ("images", "masks"):
@@ -155,4 +159,5 @@ def _pairs(split: Path, root: Path) -> list[tuple[Example, Path]]:
         raise DataError(f"{split}: {len(images)} images, {len(masks)} masks, without partner {odd[:5]}. {EXPECTED}")
     names = {stem: path.relative_to(root).as_posix() for stem, path in images.items()}
     stems = sorted(images, key=names.__getitem__)
-    return [(Example(names[stem], images[stem], -1, None, names[stem]), masks[stem]) for stem in stems]
+    found = zip(stems, groups_of_labelled(root, [names[stem] for stem in stems], groups), strict=True)
+    return [(Example(names[stem], images[stem], -1, None, group), masks[stem]) for stem, group in found]

@@ -7,8 +7,7 @@ import logging
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from input_pipeline.dicom import patients_of
-from input_pipeline.groups import groups_in
+from input_pipeline.groups import groups_of_labelled
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
 from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree, refuse_masks
@@ -25,8 +24,7 @@ def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dic
 
     Args:
       groups: "auto": DICOM files of one patient are a group; all other images, and with "image" all images, are a group
-        each; or a regular expression on the name, see `groups.groups_in`. Under "auto" names say nothing here:
-        n01440764_10026 and cat1_0002 would make a group of every class.
+        each; or a regular expression on the name, see `groups.groups_of_labelled`.
 
     Raises:
       DataError: no folder, no image, images beside class folders, an empty class, or a class unknown to train.
@@ -82,12 +80,9 @@ def _read_split(split: Path, root: Path, classes: tuple[str, ...], name: str, si
 def _examples(split: Path, root: Path, labels: dict[PurePosixPath, int], groups: str) -> list[Example]:
     """Of files given relative to `split`, named relative to `root`."""
     below = split.relative_to(root)
-    names = {(below / file).as_posix(): label for file, label in labels.items()}
-    if groups == "auto":
-        patients = patients_of(root, names)
-    else:
-        patients = {} if groups == "image" else dict(zip(names, groups_in(names, groups), strict=True))
-    return [Example(name, root / name, label, None, patients.get(name, name)) for name, label in names.items()]
+    names = [(below / file).as_posix() for file in labels]
+    found = zip(names, labels.values(), groups_of_labelled(root, names, groups), strict=True)
+    return [Example(name, root / name, label, None, group) for name, label, group in found]
 
 
 def read_bmad(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline.groups import groups_of, groups_of_labelled
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
 from input_pipeline.sources_folder import read_folder
@@ -30,8 +31,11 @@ EXPECTED_INAT = (
 )
 
 
-def read_chestxray14(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
-    """Official splits "train" and "test" of ChestX-ray14: 14 findings and No Finding, groups are patients.
+def read_chestxray14(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:
+    """Official splits "train" and "test" of ChestX-ray14: 14 findings and No Finding.
+
+    Args:
+      groups: "auto": the CSV's patients; else as `groups.groups_of`, of the names in the lists.
 
     Raises:
       DataError: a missing file, an unknown finding, list entries without a row in the CSV or without an image file.
@@ -56,7 +60,10 @@ def read_chestxray14(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSe
         labels = np.zeros((len(names), len(FINDINGS)), np.float32)
         for row, image in enumerate(names):
             labels[row, _findings(rows[image]["Finding Labels"], image, tables[0])] = 1
-        examples = [Example(image, paths[image], -1, None, rows[image]["Patient ID"]) for image in names]
+        auto = groups == "auto"
+        patients = [rows[image]["Patient ID"] for image in names] if auto else groups_of(folder, names, groups)
+        found = zip(names, patients, strict=True)
+        examples = [Example(image, paths[image], -1, None, patient) for image, patient in found]
         layout = f"ChestX-ray14, {len(names)} images of {list_name}"
         sets[split] = set_of_files(name or "chestxray14", layout, FINDINGS, examples, sizes, labels)
     return sets
@@ -84,8 +91,11 @@ def _check_listed(listed: Path, names: Iterable[str], known: dict[str, Any], wha
         )
 
 
-def read_inat19(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
+def read_inat19(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dict[str, LabelledSet]:
     """Splits "train" and "valid" of iNaturalist 2019, by its JSON files or from class folders.
+
+    Args:
+      groups: as of `sources_folder.read_folder`.
 
     Raises:
       DataError: no such folder, a damaged JSON file, or images it names that do not exist.
@@ -93,7 +103,7 @@ def read_inat19(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
     folder = existing_root(root, "inat19", EXPECTED_INAT)
     if not (folder / "train2019.json").is_file():
         try:
-            return read_folder(root, name or "inat19", sizes)
+            return read_folder(root, name or "inat19", sizes, groups)
         except DataError as error:
             raise DataError(f"{error}. {EXPECTED_INAT}") from error
     classes, sets = (), {}
@@ -113,7 +123,8 @@ def read_inat19(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
         number = {key: row for row, key in enumerate(ids)}
         existing = {image: None for image, _ in images if (folder / image).is_file()}
         _check_listed(path, [image for image, _ in images], existing, "image file")
-        examples = [Example(image, folder / image, number[key], None, image) for image, key in images]
+        found = zip(images, groups_of_labelled(folder, [image for image, _ in images], groups), strict=True)
+        examples = [Example(image, folder / image, number[key], None, group) for (image, key), group in found]
         layout = f"iNaturalist 2019, {len(images)} images of {file}"
         sets[split] = set_of_files(name or "inat19", layout, classes, examples, sizes)
     return sets

@@ -134,7 +134,7 @@ def probed_data(config: Any) -> Any:
     if "kind" not in named:
         raise ValueError(f"table.probe_data: expected a kind, as of data.kind, found {named}")
     data = config.data.copy_and_resolve_references()
-    data.update(config.table.probe_data)
+    data.update({**config.table.probe_data, "groups": config.table.probe_data.groups or data.groups})
     return data
 
 

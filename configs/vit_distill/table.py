@@ -30,7 +30,7 @@ def get_config(arg=None):
         tune_steps=0,  # updates of the runs that choose it; 0: as many as in the table
         held_out=256,  # validation images whose feature loss chooses it
         # Labelled set that students are probed on, where it is another than `data`, which then needs no labels.
-        probe_data=dict(kind="", name="", root=""),
+        probe_data=dict(kind="", name="", root="", groups=""),  # groups "": as of `data`
         probe=dict(
             kind="logistic",  # linear | logistic | knn
             per_class=100,  # training images of each class; 0: all

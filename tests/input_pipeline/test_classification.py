@@ -168,6 +168,12 @@ def test_patients_on_both_sides_of_one_s_own_splits_are_said(tmp_path, caplog):
     assert "stand in train" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["digits", "npz", "tfds"])
+def test_no_expression_finds_patients_among_numbers(kind):
+    with pytest.raises(ValueError, match=rf"data\.groups: expected auto or image for data\.kind '{kind}'"):
+        load_labelled(data(kind, groups=r"(\d+)$"), "train", 8)
+
+
 def test_a_class_of_one_group_stays_in_train():
     rows = carve(grouped(["x"] * 4 + ["y", "z"], [0] * 4 + [1, 1]), 0.5, 0)
     assert rows[:4].sum() == 0

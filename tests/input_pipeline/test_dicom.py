@@ -262,14 +262,20 @@ def test_a_report_among_images_to_score_is_left_out(tmp_path):
     assert "DICOM without a picture" in skipped["b.dcm"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "segmentation"])
 @pytest.mark.parametrize("groups", ["auto", "image"])
-def test_slices_of_a_patient_stay_in_one_split_of_class_folders(tmp_path, groups: str):
+def test_slices_of_a_patient_stay_in_one_split_of_labelled_sets(tmp_path, kind: str, groups: str):
     for patient in range(8):
+        folder = tmp_path / "train" / ("images" if kind == "segmentation" else "ab"[patient % 2])
         for k in range(4):
-            file = tmp_path / "ab"[patient % 2] / f"{patient}-{k}.dcm"
-            make_dicom(file, RAMP + 4 * patient + k, PatientID=f"hospital-{patient}")
-    config = labelled_config("folder", tmp_path, groups=groups)
-    parts = [{n[:3] for n in load_labelled(config, split, 16).names} for split in ("train", "valid", "test")]
+            make_dicom(folder / f"{patient}-{k}.dcm", RAMP + 4 * patient + k, PatientID=f"hospital-{patient}")
+    if kind == "segmentation":
+        (tmp_path / "train/masks").mkdir()
+        for file in folder.iterdir():
+            np.save(tmp_path / f"train/masks/{file.stem}.npy", RAMP % 2)
+    config = labelled_config(kind, tmp_path, groups=groups)
+    splits = (load_labelled(config, split, 16).names for split in ("train", "valid", "test"))
+    parts = [{name.split("/")[-1][0] for name in names} for names in splits]
     crossing = parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
     assert bool(crossing) == (groups == "image")
 

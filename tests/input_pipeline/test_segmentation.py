@@ -75,6 +75,18 @@ def test_train_alone_gives_its_test_split_too(sea, monkeypatch):
         load_labelled(config, "test", 8)
 
 
+def test_slices_of_a_patient_stay_in_one_split(tmp_path):
+    slices = [f"{patient}_{k}.png" for patient in ("smith", "jones", "brown", "green", "black") for k in range(4)]
+    make_tree(tmp_path, {"train/images": slices, "train/masks": slices})
+    config = data("segmentation", tmp_path, groups="([^/]+)_[^/]*$")
+    train, valid, test = (set(load_labelled(config, split, 8).groups) for split in ("train", "valid", "test"))
+    assert train | valid | test == {"smith", "jones", "brown", "green", "black"}
+    assert not train & valid | train & test | valid & test
+    config.groups = "(nobody)"
+    with pytest.raises(DataError, match=r"data\.groups: '\(nobody\)' finds no patient in 20 of 20 names"):
+        load_labelled(config, "train", 8)
+
+
 def test_masks_of_0_and_255_are_binary(tmp_path):
     make_tree(tmp_path, {"train/images": files(2), "train/masks": files(2)})
     train = read_segmentation(str(tmp_path), "", SIZES)["train"]

@@ -255,6 +255,11 @@ def test_chestxray14(chest):
     parts = [load_labelled(data("chestxray14", chest, valid_fraction=0.4), s, 8) for s in ("train", "valid")]
     assert len(parts[1]) >= 2
     assert not set(parts[0].groups) & set(parts[1].groups)
+    config = data("chestxray14", chest, valid_fraction=0.0, groups="image")
+    train = load_labelled(config, "train", 8)
+    assert train.groups == train.names
+    config.groups = r"(\d)_000"
+    assert load_labelled(config, "train", 8).groups == tuple("01234")
 
 
 @pytest.mark.parametrize(
@@ -303,6 +308,8 @@ def test_inat19(tmp_path):
     assert sets["train"].names[0] == "train_val2019/Birds/7/000.png"
     assert sets["train"].labels.tolist() == [1, 1, 0, 0, 0]
     assert sets["valid"].labels.tolist() == [1]
+    assert sets["train"].groups == sets["train"].names
+    assert read_inat19(str(tmp_path), "", SIZES, r"/(\w+)/\d/")["train"].groups == ("Birds",) * 2 + ("Plants",) * 3
     (tmp_path / names[5]).unlink()
     with pytest.raises(DataError, match=r"val2019\.json: 1 of its images have no image file"):
         read_inat19(str(tmp_path), "", SIZES)

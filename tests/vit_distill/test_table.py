@@ -424,6 +424,13 @@ def test_students_can_be_probed_on_another_set_than_they_are_distilled_on(tmp_pa
     assert "digits, 40 train" in facts["probe"]
     assert config.data.kind == "folder"
 
+    config.data.groups = r"(\d+)\.png"
+    with pytest.raises(ValueError, match=r"data\.groups: expected auto or image for data\.kind 'digits'"):
+        table_bench.load_bench(config, make_teacher(), tmp_path)
+    config.table.probe_data.groups = "auto"
+    names = table_bench.load_bench(config, make_teacher(), tmp_path).probe_sets[2].names
+    assert names == bench.probe_sets[2].names
+
     config.table.probe_data.update(kind="", root="somewhere")
     with pytest.raises(ValueError, match=r"table\.probe_data: expected a kind"):
         table_bench.load_bench(config, make_teacher(), tmp_path)
