@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_softmax
 
 from core.metrics import auroc
 from vit_distill.linear_probe import train_linear
 
 KINDS = ("linear", "logistic", "knn")
 HYPER_PARAMETERS = {"linear": "learning_rate", "logistic": "c", "knn": "neighbours"}
+SUMMARIES = ("top1", "balanced_accuracy", "auc", "mean_auc")  # of `score_metrics`, told of valid too
 TEMPERATURE = 0.07  # of the votes of k-NN: Caron et al., DINO, arXiv 2104.14294
 
 Predict = Callable[[np.ndarray], np.ndarray]  # features [n, D] -> scores [n, F]
@@ -33,7 +35,7 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeOptions:
-    """Budgets and grids; the grids are ascending. Of equals the more regular classifier is chosen.
+    """Budgets and grids; the grids are ascending.
 
     Attributes:
       epochs, warmup_epochs, batch_size: of the linear probe.
@@ -63,7 +65,10 @@ def probe(
     classes: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
 ) -> dict[str, float]:
-    """Fits on `train`, chooses on `valid`, scores `test` once.
+    """Fits on `train`, chooses on `valid` by `wanted_metric`, scores `test` once.
+
+    Equals of class ids are told apart by the cross-entropy on `valid` (k-NN has none); of what is equal then, and of
+    findings, the more regular classifier is chosen.
 
     Args:
       kind: "linear" (batch norm and LARS: the protocol of MAE and WeCoLoRA), "logistic" (regression on standardised
@@ -72,9 +77,11 @@ def probe(
       seeds: of initial weights and order, one run each; logistic regression and k-NN have neither and run once.
 
     Returns:
-      Flat: the metrics of `score_metrics` on test (mean over seeds), each also with "_std" where there are several
-      seeds; the chosen hyper-parameter under its name (HYPER_PARAMETERS); "valid_top1" or "valid_mean_auc" behind the
-      choice; "at_grid_edge" 1.0 if a wider grid might do better; "num_seeds".
+      Flat: of class ids "majority_share", the top1 on test of always naming its most frequent class; the metrics of
+      `score_metrics` on test (mean over seeds), each also with "_std" where there are several seeds; "valid_top1",
+      "valid_balanced_accuracy", "valid_auc" and "valid_mean_auc", those there are; the chosen hyper-parameter under
+      its name (HYPER_PARAMETERS); "at_grid_edge" 1.0 if a wider grid might do better; "all_tied" 1.0 if `wanted_metric`
+      is the same for all of several values; "num_seeds".
 
     Raises:
       ValueError: for another kind, or sets that do not fit together.
@@ -87,30 +94,64 @@ def probe(
     names = names or [str(i) for i in range(num_classes)]
     fit = {"linear": _fit_linear, "logistic": _fit_logistic, "knn": _fit_knn}[kind]
     runs = fit(train, num_classes, options, tuple(seeds))
-    wanted = "top1" if valid.labels.ndim == 1 else "mean_auc"
-    on_valid = {
-        value: float(np.mean([score_metrics(predict(valid.features), valid.labels, names)[wanted] for predict in fits]))
-        for value, fits in runs.items()
-    }
-    chosen, at_edge = choose(on_valid)
-    on_test = [score_metrics(predict(test.features), test.labels, names) for predict in runs[chosen]]
-    return mean_over_seeds(on_test) | {
+    findings = valid.labels.ndim == 2
+    # Logits are not comparable between images, as an AUC of one class against the rest needs; shares of votes are.
+    logits = kind != "knn" and not findings
+
+    def scores_of(predict: Predict, found: Labelled) -> np.ndarray:
+        scores = predict(found.features)
+        return log_softmax(scores.astype(np.float64), axis=1) if logits else scores
+
+    on_valid, likelihoods = {}, {}
+    for value, fits in runs.items():
+        scores = [scores_of(predict, valid) for predict in fits]
+        on_valid[value] = mean_over_seeds([score_metrics(each, valid.labels, names) for each in scores])
+        likelihoods[value] = float(np.mean([_likelihood(each, valid.labels) for each in scores])) if logits else 0.0
+    wanted = wanted_metric(num_classes, valid.labels)
+    criterion = {value: found[wanted] for value, found in on_valid.items()}
+    chosen, at_edge = choose(criterion, likelihoods)
+    on_test = [score_metrics(scores_of(predict, test), test.labels, names) for predict in runs[chosen]]
+    result = mean_over_seeds(on_test) | {
         HYPER_PARAMETERS[kind]: float(chosen),
-        f"valid_{wanted}": on_valid[chosen],
+        **{f"valid_{name}": on_valid[chosen][name] for name in SUMMARIES if name in on_valid[chosen]},
         # Fewer than one neighbour there is not.
         "at_grid_edge": float(at_edge and not (kind == "knn" and chosen == 1)),
+        "all_tied": float(len(criterion) > 1 and len(set(criterion.values())) == 1),
         "num_seeds": float(len(on_test)),
     }
+    if findings:
+        return result
+    return {"majority_share": float(np.unique(test.labels, return_counts=True)[1].max() / len(test.labels))} | result
 
 
-def choose(on_valid: Mapping[float, float]) -> tuple[float, bool]:
-    """The value with the highest score, of equals the first; and whether a wider grid might hold a better one.
+def wanted_metric(num_classes: int, *labels: np.ndarray) -> str:
+    """What probes are compared by: a metric that sees rare classes and is defined on each of `labels`.
+
+    "mean_auc" of findings; "auc" of two classes, where both occur; "balanced_accuracy" of others. By top1 a classifier
+    that always names the most frequent class would do well where the other classes are rare.
+    """
+    if labels[0].ndim == 2:
+        return "mean_auc"
+    both = num_classes == 2 and all(len(np.unique(found)) == 2 for found in labels)
+    return "auc" if both else "balanced_accuracy"
+
+
+def _likelihood(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Mean log-probability of the right class (minus the cross-entropy), over images of classes seen in training."""
+    own = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
+    seen = own > -np.inf
+    return float(own[seen].mean()) if seen.any() else 0.0
+
+
+def choose(on_valid: Mapping[float, float], ties: Mapping[float, float] | None = None) -> tuple[float, bool]:
+    """The value with the highest score, and whether a wider grid might hold a better one.
 
     Args:
       on_valid: score of each value, in the order of the grid, the most regular first.
+      ties: of equals the value for which this is highest is taken, of what is equal then, or without it, the first.
     """
     grid, scores = list(on_valid), list(on_valid.values())
-    best = int(np.argmax(scores))
+    best = max(range(len(grid)), key=lambda i: (scores[i], ties[grid[i]] if ties else 0.0))
     inner = scores[1:2] if best == 0 else scores[best - 1 : best]
     return grid[best], best in (0, len(grid) - 1) and any(scores[best] > other for other in inner)
 
@@ -124,24 +165,30 @@ def mean_over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def score_metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """Metrics of scores [N, F] (higher: more likely).
+    """Metrics of scores [N, F] (higher: more likely, of one image and among images).
 
-    Class ids: "top1"; "top5" with more than five classes; "auc" of the second of two. Equal scores are ranked by class
-    id. Several findings: "auc/<name>" for each and "mean_auc" over those that are defined (NaN where all or no image
-    has the finding).
+    Class ids: "top1"; "top5" with more than five classes; "balanced_accuracy", the mean recall of the classes that
+    occur; where two classes occur at least, "auc" of the second of two, or "mean_auc" of each against the rest. Equal
+    scores are ranked by class id. Several findings: "auc/<name>" for each and "mean_auc" over those that are defined
+    (NaN where all or no image has the finding).
 
     Raises:
       ValueError: if no finding has both kinds of images.
     """
     if labels.ndim == 1:
-        own = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
+        labels = labels.astype(np.int64)
+        own = np.take_along_axis(scores, labels[:, None], axis=1)
         earlier = np.arange(scores.shape[1])[None] < labels[:, None]
         rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
         metrics = {"top1": float(np.mean(rank < 1))}
         if scores.shape[1] > 5:
             metrics["top5"] = float(np.mean(rank < 5))
-        if scores.shape[1] == 2 and 0 < labels.sum() < len(labels):
+        occur, counts = np.unique(labels, return_counts=True)
+        metrics["balanced_accuracy"] = float(np.mean(np.bincount(labels, rank < 1)[occur] / counts))
+        if len(occur) > 1 and scores.shape[1] == 2:
             metrics["auc"] = auroc(scores[:, 1] - scores[:, 0], labels)
+        elif len(occur) > 1:
+            metrics["mean_auc"] = float(np.mean([auroc(scores[:, i], labels == i) for i in occur]))
         return metrics
     defined = (labels > 0.5).any(0) & (labels <= 0.5).any(0)
     if not defined.any():

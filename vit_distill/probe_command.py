@@ -127,7 +127,7 @@ def write_probe_report(
 ) -> dict[str, Any]:
     """Writes and prints report.json of a probe; `results` are those of `probe` or `segment_probe`, by kind."""
     name = sets["test"].name
-    settings = {*HYPER_PARAMETERS.values(), "at_grid_edge", "num_seeds"}
+    settings = {*HYPER_PARAMETERS.values(), "at_grid_edge", "all_tied", "num_seeds"}
     metrics = {}
     for kind, result in results.items():
         for key, value in result.items():
@@ -149,7 +149,9 @@ def write_probe_report(
     for kind, result in results.items():
         chosen = next((key for key in HYPER_PARAMETERS.values() if key in result), "")
         edge = ", at the edge of its grid: widen it" if result["at_grid_edge"] else ""
-        print(f"{kind}: {chosen} {result[chosen]:g} chosen on valid{edge}")
+        # A probe of tokens does not say it: the IoU of so many pixels does not tie.
+        tied = "; all of its grid do equally well there: more validation images" if result.get("all_tied") else ""
+        print(f"{kind}: {chosen} {result[chosen]:g} chosen on valid{edge}{tied}")
         for key, value in result.items():
             if key not in settings and not key.endswith("_std"):
                 spread = f" +- {result[f'{key}_std']:.4f}" if f"{key}_std" in result else ""

@@ -3,8 +3,8 @@ r"""How well a frozen student or teacher's features tell classes apart: linear p
 Command: python main.py --config=configs/vit_distill/probe.py --config.student.workdir=W --config.data.root=DIR \
            --workdir=P
      or: the same with --config.teacher.checkpoint=FILE_OR_FOLDER for the teacher itself
-Each probe's hyper-parameter is chosen on the validation split (data.valid_fraction of train where there is none); the
-test split is scored once.
+Each probe's hyper-parameter is chosen on the validation split (data.valid_fraction of train where there is none), of
+two classes and of findings by AUC, of more classes by balanced accuracy; the test split is scored once.
 """
 
 from configs import common

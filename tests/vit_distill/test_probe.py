@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from vit_distill import probe as module
@@ -109,11 +109,14 @@ def test_every_probe_learns_and_repeats(kind: str, multi: bool):
 def test_logistic_probe_equals_scikit_learn():
     train, valid, test = (make_set(n, s, noise=3.0) for n, s in ((60, 0), (60, 1), (90, 2)))
     mean, std = train.features.mean(0), train.features.std(0)
-    scores = {}
+    scores, losses = {}, {}
     for c in OPTIONS.c_values:
         model = LogisticRegression(C=c, max_iter=1000).fit((train.features - mean) / std, train.labels)
         scores[c] = [model.score((s.features - mean) / std, s.labels) for s in (valid, test)]
-    best = max(scores, key=lambda c: scores[c][0])
+        losses[c] = log_loss(valid.labels, model.predict_proba((valid.features - mean) / std))
+    assert scores[0.01][0] == scores[1.0][0]  # as many images of each class: their balanced accuracies are equal too
+    best = min(losses, key=losses.get)
+    assert best == 1.0  # not the first
     found = probe(train, valid, test, "logistic", options=OPTIONS)
     assert found["c"] == best
     assert [found["valid_top1"], found["top1"]] == pytest.approx(scores[best])
@@ -197,9 +200,12 @@ def test_metrics_by_hand():
     scores = np.array([[0.1, 0.7, 0.2, 0, 0, 0], [6, 5, 4, 3, 2, 1], [1, 1, 0, 0, 0, 0]], np.float32)
     found = score_metrics(scores, np.array([1, 5, 1]), list("abcdef"))
     # Right; last of six; equal to class 0, which goes first.
-    assert found == pytest.approx({"top1": 1 / 3, "top5": 2 / 3})
+    # Of class 1 half was found, of 5 nothing; class 1 is ranked behind the other image, class 5 before both.
+    assert found == pytest.approx({"top1": 1 / 3, "top5": 2 / 3, "balanced_accuracy": 0.25, "mean_auc": 0.5})
     found = score_metrics(np.array([[0, 0.1], [0, 0.4], [0, 0.3], [0, 0.8]]), np.array([0, 0, 1, 1]), ["no", "yes"])
-    assert found == pytest.approx({"top1": 0.5, "auc": 0.75})
+    assert found == pytest.approx({"top1": 0.5, "balanced_accuracy": 0.5, "auc": 0.75})
+    found = score_metrics(np.eye(2)[[0, 0, 1]], np.array([0, 0, 0]), ["no", "yes"])
+    assert found == pytest.approx({"top1": 2 / 3, "balanced_accuracy": 2 / 3})  # one class: no AUC
     labels = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]], np.float32)
     found = score_metrics(np.array([[2, 1, 0], [1, 1, 0], [0, 0, 0.0]]), labels, ["x", "y", "z"])
     assert found == pytest.approx({"mean_auc": 0.625, "auc/x": 0.5, "auc/y": 0.75, "auc/z": np.nan}, nan_ok=True)
@@ -213,6 +219,65 @@ def test_choice_takes_the_first_of_equals_and_sees_the_edge():
     assert module.choose({1: 0.8, 2: 0.7, 3: 0.6}) == (1, True)
     assert module.choose({1: 0.5, 2: 0.7, 3: 0.8}) == (3, True)
     assert module.choose({1: 0.5}) == (1, False)
+    assert module.choose({1: 0.7, 2: 0.7, 3: 0.6}, {1: -2.0, 2: -1.0, 3: 0.0}) == (2, False)
+    assert module.choose({1: 0.7, 2: 0.7}, {1: -1.0, 2: -1.0}) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "labels", "wanted"),
+    [
+        (2, [[0, 1, 1], [0, 1]], "auc"),
+        (2, [[0, 1, 1], [0, 0]], "balanced_accuracy"),  # no AUC of the second
+        (3, [[0, 1, 1]], "balanced_accuracy"),
+        (2, [[[0, 1], [1, 1]]], "mean_auc"),
+    ],
+)
+def test_what_is_wanted_is_defined(num_classes: int, labels: list, wanted: str):
+    assert module.wanted_metric(num_classes, *map(np.asarray, labels)) == wanted
+
+
+def make_rare(num: int, seed: int, classes: int = 2, share: float = 0.06) -> Labelled:
+    """Class 0 but for a share of images, which lie a little aside, each class in a direction of its own."""
+    rng = np.random.default_rng(seed)
+    labels = np.where(np.arange(num) < share * num, 1 + np.arange(num) % (classes - 1), 0)
+    return Labelled((rng.normal(size=(num, 24)) + 1.2 * np.eye(24)[labels]).astype(np.float32), labels)
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic"])
+def test_a_rare_class_has_a_say_in_the_choice(kind: str):
+    """By top1 every value that always says "normal" would be as good, and the first of them barely trained."""
+    options = replace(OPTIONS, epochs=20, batch_size=128, learning_rates=(0.01, 100.0), c_values=(1e-6, 0.1))
+    sets = make_rare(400, 0), make_rare(100, 1), make_rare(400, 2)
+    found = probe(*sets, kind, options=options)
+    assert found[HYPER_PARAMETERS[kind]] in (100.0, 0.1)
+    assert found["auc"] > 0.8
+    assert found["valid_auc"] > 0.7
+    assert (found["majority_share"], found["all_tied"]) == (0.94, 0.0)
+
+
+def test_values_that_are_all_equal_are_said():
+    options = replace(OPTIONS, c_values=(1e-6, 1e-5, 1e-4))
+    found = probe(make_rare(200, 0, 3), make_rare(60, 1, 3), make_rare(100, 2, 3), "logistic", options=options)
+    assert (found["all_tied"], found["valid_balanced_accuracy"], found["balanced_accuracy"]) == (1.0, 1 / 3, 1 / 3)
+    assert found["top1"] == found["majority_share"] == 0.94
+    assert found["c"] == 1e-4  # by the cross-entropy
+    assert probe(*SETS, "logistic", options=replace(options, c_values=(1.0,)))["all_tied"] == 0.0
+
+
+def test_metrics_of_uneven_classes_equal_scikit_learn():
+    train, valid, test = (make_rare(n, s, 4, share=0.4) for n, s in ((300, 0), (100, 1), (500, 2)))
+    mean, std = train.features.mean(0), train.features.std(0)
+    model = LogisticRegression(C=1.0, max_iter=1000).fit((train.features - mean) / std, train.labels)
+    found = probe(train, valid, test, "logistic", options=replace(OPTIONS, c_values=(1.0,)))
+    for prefix, (features, labels) in (("", test), ("valid_", valid)):
+        shares = model.predict_proba((features - mean) / std)
+        assert found[f"{prefix}balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, shares.argmax(1)))
+        expected = roc_auc_score(labels, shares, multi_class="ovr")
+        assert found[f"{prefix}mean_auc"] == pytest.approx(expected, abs=1e-4)
+    neighbours = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    expected = roc_auc_score(test.labels, neighbours.fit(*train).predict_proba(test.features), multi_class="ovr")
+    found = probe(train, valid, test, "knn", options=replace(OPTIONS, neighbours=(5,)))
+    assert found["mean_auc"] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", module.KINDS)

@@ -4,6 +4,7 @@ Axes: N images, H W C image.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,12 @@ def test_probe_writes_a_report(probe_toy: ConfigDict, tmp_path: Path, monkeypatc
         assert report["metrics"][f"test/toy/probe/{kind}/top1"] > 0.85
         assert report["metrics"][f"valid/toy/probe/{kind}/top1"] > 0.85
         assert report["metrics"][f"test/toy/probe/{kind}/auc"] == 1.0
+        assert report["metrics"][f"test/toy/probe/{kind}/majority_share"] == 0.5
         assert f"{kind}: " in printed
     assert "test/toy/probe/linear/top1_std" in report["metrics"]
-    assert "test/toy/probe/linear/learning_rate" not in report["metrics"]
+    assert not {"test/toy/probe/linear/learning_rate", "test/toy/probe/linear/all_tied"} & set(report["metrics"])
+    assert report["probes"]["logistic"]["all_tied"] == 1.0  # every value tells dark from bright
+    assert re.search(r"logistic: c \S+ chosen on valid.*; all of its grid do equally well there", printed)
     assert report["probes"]["linear"]["learning_rate"] in (3.0, 30.0)
     assert {split: data["num_images"] for split, data in report["data"].items()} == dict(train=32, valid=16, test=24)
     assert report["model"]["teacher"]["sha256"]
