@@ -29,6 +29,8 @@ from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 from mtl_moe.training_data import calibration_normals, other_training_data, seen_in_training
 
+LEFT_OUT = "the floors that are fitted on training images and the untrained network"  # without training images
+
 
 def check_score(score: Any, dataset: Dataset) -> None:
     """Checks `config.score` and the data before anything is computed; ValueError as it has to be.
@@ -75,7 +77,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
 
     Without a test split the calibration normals are shown instead, each scored by a fit without it, and neither
     accuracy nor rates are given. Without training images the scores are calibrated as those of a prediction are, and
-    there are no floors, which would be fitted on them.
+    what would be fitted on them is left out: `LEFT_OUT`.
 
     Returns:
       The content of report.json.
@@ -118,8 +120,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     results = Results(dataset.name, split, scored.texture, system.config.score.bootstrap)
     if results.has_both:
         results.add_detector(system, calibration, corrected, fused, scored.maps)
-        if has_train:
-            results.add_floors(dataset)
+        results.add_floors(dataset)
         if has_train and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
     labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test
@@ -128,7 +129,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         "metrics": results.metrics,
         "intervals": results.intervals,
         "thresholds": thresholds,
-        "provenance": provenance(system, _facts(data, dataset), workdir, trained.step, time.time() - start),
+        "provenance": provenance(
+            system, _facts(data, dataset, calibration), workdir, trained.step, time.time() - start
+        ),
     }
     evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
     write_predictions(output / "predictions.csv", split, fused, p, evidence_scores)
@@ -168,14 +171,18 @@ def _source(data: Any) -> str:
     return str(Path(data.cache or data.root).resolve()) if data.cache or data.root else ""
 
 
-def _facts(data: Any, dataset: Dataset) -> dict[str, Any]:
+def _facts(data: Any, dataset: Dataset, calibration: Calibration) -> dict[str, Any]:
     """What the report's provenance says of the data."""
-    return {
+    facts = {
         "dataset": dataset.name,
         "source": _source(data),
         "manifest_hash": dataset.manifest_hash,
         "counts": {name: len(part) for name, part in dataset.splits.items()},
     }
+    if "train" not in dataset.splits:
+        facts["calibration"] = {"source": calibration.source, "manifest_hash": calibration.manifest_hash}
+        facts["left_out"] = LEFT_OUT
+    return facts
 
 
 def gallery(
@@ -236,7 +243,9 @@ def _headline(system: System, dataset: Dataset, calibration: Calibration, learne
         + f", calibrated on {len(calibration.fused)} {which} ({calibration.num_groups} patients or groups)."
     )
     if not has_train:
-        text += " The data hold no training images: thresholds are those of --mode=predict, and there are no floors."
+        text += (
+            f" The data hold no training images: thresholds are those of --mode=predict, and {LEFT_OUT} are left out."
+        )
     if not known:
         text += (
             " Which images this detector learned from was not written down when it was trained: these normals may be "

@@ -150,7 +150,7 @@ def _nearest_distance(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(np.concatenate(nearest), 0.0))
 
 
-def floor_scores(fit: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def floor_scores(fit: Mapping[str, np.ndarray] | None, new: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Trivial anomaly scores of each test image; higher is called more anomalous.
 
     One-sided scores come with one sign only: the other sign's AUROC is 1 minus it.
@@ -165,29 +165,27 @@ def floor_scores(fit: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -
       32 x 32; `nearest_neighbour`: Euclidean distance to the nearest training image at 32 x 32.
 
     Args:
-        fit: `statistics` of the normal images that the floors are fitted on.
+        fit: `statistics` of the normal images that the floors are fitted on; None: only those that need no fit,
+            `mean_intensity`, `low_gradient` and `band_<i>_low`.
         new: `statistics` of the M test images.
 
     Returns:
-        name -> [M] floats, in the order of the table.
+        name -> [M] floats.
     """
-    scores = {
-        "mean_intensity": new["intensity"],
-        "intensity_distance": _distance(fit["intensity"], new["intensity"]),
-        "low_gradient": -new["gradient"],
-        "gradient_distance": _distance(fit["gradient"], new["gradient"]),
-    }
-    band_distance = _distance(fit["bands"], new["bands"])
-    for band in range(len(BAND_SIGMAS) - 1):
-        scores[f"band_{band}_low"] = -new["bands"][:, band]
-        scores[f"band_{band}_distance"] = band_distance[:, band]
+    scores = {"mean_intensity": new["intensity"], "low_gradient": -new["gradient"]}
+    scores |= {f"band_{i}_low": -band for i, band in enumerate(new["bands"].T)}
+    if fit is None:
+        return scores
+    scores["intensity_distance"] = _distance(fit["intensity"], new["intensity"])
+    scores["gradient_distance"] = _distance(fit["gradient"], new["gradient"])
+    scores |= {f"band_{i}_distance": far for i, far in enumerate(_distance(fit["bands"], new["bands"]).T)}
     scores["histogram_distance"] = np.abs(new["histogram"] - fit["histogram"].mean(axis=0)).mean(axis=1)
     scores["pca_error"] = (_make_residual_fn(fit["thumbnail"])(new["thumbnail"]) ** 2).mean(axis=1)
     scores["nearest_neighbour"] = _nearest_distance(fit["thumbnail"], new["thumbnail"])
     return scores
 
 
-def make_floor_map_fn(fit: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def make_floor_map_fn(fit: Mapping[str, np.ndarray] | None) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The function of uint8 images [M, H, W, C] that gives name -> [M, H, W] float32: trivial anomaly maps.
 
     Higher is called more anomalous.
@@ -197,19 +195,19 @@ def make_floor_map_fn(fit: Mapping[str, np.ndarray]) -> Callable[[np.ndarray], d
     - `pca_error`: squared residual of the 32 x 32 image, as in `floor_scores`, interpolated linearly to the image size.
 
     Args:
-        fit: `statistics` of normal images.
+        fit: `statistics` of normal images; None: only `smoothed_intensity`, which needs no fit.
     """
-    residuals = _make_residual_fn(fit["thumbnail"])
+    residuals = _make_residual_fn(fit["thumbnail"]) if fit else None
 
     def floor_maps(images: np.ndarray) -> dict[str, np.ndarray]:
         height, width = images.shape[1:3]
         sigma = 4.0 * np.sqrt(height * width) / 224.0
-        thumbnails = _statistics([images], ("thumbnail",))["thumbnail"]
-        errors = (residuals(thumbnails) ** 2).astype(np.float32).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-        zoom = (1.0, height / THUMBNAIL_SIZE, width / THUMBNAIL_SIZE)
-        return {
-            "smoothed_intensity": ndimage.gaussian_filter(_grey(images), (0.0, sigma, sigma)),
-            "pca_error": ndimage.zoom(errors, zoom, order=1, mode="nearest", grid_mode=True),
-        }
+        maps = {"smoothed_intensity": ndimage.gaussian_filter(_grey(images), (0.0, sigma, sigma))}
+        if residuals:
+            thumbnails = _statistics([images], ("thumbnail",))["thumbnail"]
+            errors = (residuals(thumbnails) ** 2).astype(np.float32).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+            zoom = (1.0, height / THUMBNAIL_SIZE, width / THUMBNAIL_SIZE)
+            maps["pca_error"] = ndimage.zoom(errors, zoom, order=1, mode="nearest", grid_mode=True)
+        return maps
 
     return floor_maps

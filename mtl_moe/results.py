@@ -81,8 +81,9 @@ class Results:
         self._images({f"leave_out/{task}/": calibration.fuse(corrected, leave_out=names) for task, names in parts})
 
     def add_floors(self, dataset: Dataset) -> None:
-        """Scores and maps that learn next to nothing, fitted on the same training normals."""
-        fit = floors.statistics(_some_images(dataset.splits["train"]))
+        """Scores and maps that learn next to nothing, fitted on the same training normals; without these, those that
+        need no fit."""
+        fit = floors.statistics(_some_images(dataset.splits["train"])) if "train" in dataset.splits else None
         scores = floors.floor_scores(fit, floors.statistics(image_batches(self._split)))
         self._images({f"floor/{name}/": values for name, values in scores.items()})
         if self._split.has_masks:

@@ -298,9 +298,9 @@ def test_a_detector_of_other_images_is_said_to_be(bound_run, caplog):
 
 
 def test_a_test_split_alone_is_measured_as_predictions_are(bound_run):
-    """Without training images nothing is calibrated anew, nor are there floors."""
+    """Without training images nothing is calibrated anew, and of the floors there are those that need no fit."""
     run, _ = bound_run
-    evaluate(*run)
+    whole = evaluate(*changed(run, untrained=True))["metrics"]
     own, files = predictions_of(run.workdir), {path.name: path.read_bytes() for path in run.workdir.glob("*.*")}
     test = dataclasses.replace(run.dataset, splits={"test": run.dataset.splits["test"]})
     found = evaluate(run.system, test, run.workdir)
@@ -309,10 +309,17 @@ def test_a_test_split_alone_is_measured_as_predictions_are(bound_run):
     assert {path.name: path.read_bytes() for path in run.workdir.glob("*.*")} == files
     assert not (folder / "calibration.npz").exists()
     assert "test/phantom/pixel_auroc" in found["metrics"]
-    assert not [key for key in found["metrics"] if "/floor/" in key]
+    floors = {key: value for key, value in found["metrics"].items() if "/floor/" in key}
+    unfitted = {"mean_intensity", "low_gradient", *(f"band_{i}_low" for i in range(4)), "smoothed_intensity"}
+    assert {key.split("/")[3] for key in floors} == unfitted
+    assert floors == {key: whole[key] for key in floors}
+    facts = strict_json(folder / "report.json")["provenance"]
+    assert facts["calibration"] == {"source": "phantom", "manifest_hash": run.dataset.manifest_hash}
+    assert "untrained network" in facts["left_out"]
     page = (folder / "report.html").read_text()
     assert "calibrated on 6 held-out normals of phantom" in page
     assert "hold no training images" in page
+    assert f"and {facts['left_out']} are left out" in page
     normals = dataclasses.replace(test, splits={"test": test.splits["test"].take(np.array([0]))})
     with pytest.raises(ValueError, match=r"without train/ .* normal and abnormal images .*; found 1 in test/"):
         check_score(run.system.config.score, normals)

@@ -156,6 +156,18 @@ def test_floor_maps():
     np.testing.assert_allclose(maps["pca_error"], expected, atol=1e-6 * expected.max())
 
 
+def test_without_training_images_there_are_those_floors_that_need_no_fit():
+    train, test = _images(14, 50), _images(15, 3)
+    fit, new = floors.statistics([train]), floors.statistics([test])
+    fitted, found = floors.floor_scores(fit, new), floors.floor_scores(None, new)
+    assert set(found) == {"mean_intensity", "low_gradient", *(f"band_{i}_low" for i in range(4))}
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, fitted[name], err_msg=name)
+    maps = floors.make_floor_map_fn(None)(test)
+    assert list(maps) == ["smoothed_intensity"]
+    np.testing.assert_array_equal(maps["smoothed_intensity"], floors.make_floor_map_fn(fit)(test)["smoothed_intensity"])
+
+
 def test_floors_refuse():
     images = _images(0, 3)
     with pytest.raises(ValueError, match="found float32"):
