@@ -45,7 +45,7 @@ def build_schedule(config: Any, num_steps: int, learning_rate: Any = None) -> op
 
 
 def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config.kind` names; without the field it is AdamW.
+    """The optimizer that `config.kind` names.
 
     `update(grads, state, params, learning_rate=peak)` goes before `config.learning_rate`: as an argument of a compiled
     function the rate is no constant of it, so that one program serves all rates.
@@ -58,12 +58,11 @@ def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation
     Raises:
       ValueError: for another kind.
     """
-    kind = getattr(config, "kind", "adamw")
-    if kind not in KINDS:
-        raise ValueError(f"optim.kind: expected one of {KINDS}, found {kind!r}")
+    if config.kind not in KINDS:
+        raise ValueError(f"optim.kind: expected one of {KINDS}, found {config.kind!r}")
 
     def with_schedule(learning_rate: Any = None) -> optax.GradientTransformation:
-        return _chain(config, kind, build_schedule(config, num_steps, learning_rate))
+        return _chain(config, build_schedule(config, num_steps, learning_rate))
 
     def update(grads: Any, state: Any, params: Any = None, *, learning_rate: Any = None) -> tuple[Any, Any]:
         return with_schedule(learning_rate).update(grads, state, params)
@@ -71,8 +70,8 @@ def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(with_schedule().init, update)
 
 
-def _chain(config: Any, kind: str, schedule: optax.Schedule) -> optax.GradientTransformation:
-    if kind == "muon":
+def _chain(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if config.kind == "muon":
         optimizer = optax.contrib.muon(
             schedule,
             weight_decay=config.weight_decay,

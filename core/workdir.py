@@ -1,4 +1,4 @@
-"""The config of a work directory: written once, compared ever after."""
+"""The config of a work directory: written once, read and compared ever after."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,21 +7,26 @@ from typing import Any
 
 from core.files import write_json
 
-# Fields that came later, and the value that says what was done before there was a choice. They complete the config of a
-# work directory that was made without them (configs/workdir.py), and stand in for what its config.json lacks here.
+# Fields that came later, by system, and the value that says what was done before there was a choice.
 LATER_FIELDS = {
-    "data.window": [],
-    "data.groups": "auto",
-    "optim.kind": "adamw",
-    "compress.kind": "adamw",
-    "score.save_maps": False,
-    "teacher.overrides.position_resize": None,
-    "table.probe_data.groups": "",
-    "table.probe.neighbours": [1, 5, 10, 20, 50],
-    "table.probe.learning_rates": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
-    "table.probe.linear_batch_size": 512,
-    "table.probe.epochs": 90,
-    "table.probe.warmup_epochs": 10,
+    "mtl_moe": {
+        "data.window": (),
+        "data.groups": "auto",
+        "optim.kind": "adamw",
+        "compress.kind": "adamw",
+        "score.save_maps": False,
+    },
+    "vit_distill": {
+        "data.groups": "auto",
+        "optim.kind": "adamw",
+        "teacher.overrides.position_resize": None,
+        "table.probe_data.groups": "",
+        "table.probe.neighbours": (1, 5, 10, 20, 50),
+        "table.probe.learning_rates": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        "table.probe.linear_batch_size": 512,
+        "table.probe.epochs": 90,
+        "table.probe.warmup_epochs": 10,
+    },
 }
 
 # Free fields of most commands (`check_config`): folders move, damaged files are left out by name, logs change nothing.
@@ -43,6 +48,26 @@ def save_config(config: Any, workdir: Path) -> None:
         write_json(workdir / "config.json", plain(config))
 
 
+def read_config(workdir: Path) -> dict[str, Any]:
+    """`workdir/config.json` with tuples for lists, and the fields that came later in sections it has."""
+    config = _tuples(json.loads((workdir / "config.json").read_text()))
+    for name, value in LATER_FIELDS.get(config.get("system"), {}).items():
+        *path, field = name.split(".")
+        section = config
+        for part in path:
+            section = section.get(part) if section is not None else None
+        if section is not None:
+            section.setdefault(field, value)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; configs use tuples (a list field cannot be overridden on the command line)."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
 def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None:
     """Compares with `workdir/config.json` if there is one.
 
@@ -53,11 +78,9 @@ def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None
     Raises:
       ValueError: naming the fields that differ, if the work directory was made with another config.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         return
-    old, new = _flat(json.loads(path.read_text())), _flat(plain(config))
-    old |= {name: json.dumps(value) for name, value in LATER_FIELDS.items() if name in new and name not in old}
+    old, new = _flat(read_config(workdir)), _flat(plain(config))
     names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(tuple(free_fields))})
     steps = "train.num_steps"
     if steps in old and steps in new and int(new[steps]) < int(old[steps]):

@@ -183,7 +183,12 @@ def _statistics(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _optimizer(options: SegmentOptions) -> optax.GradientTransformation:
     """Of peak 1: AdamW's updates are proportional to the rate, so one compiled step serves the whole grid."""
     section = SimpleNamespace(
-        learning_rate=1.0, warmup_steps=options.warmup_steps, weight_decay=options.weight_decay, b2=0.999, clip_norm=1.0
+        kind="adamw",
+        learning_rate=1.0,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        b2=0.999,
+        clip_norm=1.0,
     )
     return build_optimizer(section, options.num_steps)
 

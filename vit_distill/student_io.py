@@ -14,6 +14,7 @@ from core.checkpoint import Checkpointer
 from core.files import write_json
 from core.optim import build_optimizer
 from core.tree import num_params
+from core.workdir import read_config
 from vit_distill.distill import Distiller, build_distiller, restore_target
 from vit_distill.lora import truncate
 from vit_distill.student import Student
@@ -152,7 +153,7 @@ def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, d
             "configs/vit_distill/distill.py after training"
         )
     if config is None:
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        config = ConfigDict(read_config(workdir))
     facts = read_facts(workdir)
     teacher = load_teacher_of(config)
     check_teacher(workdir, teacher)

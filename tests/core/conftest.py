@@ -44,7 +44,7 @@ def make_batch(step: int, noise: float = 0.5, rows: int = 8) -> dict[str, np.nda
 
 @pytest.fixture(scope="session")
 def toy() -> SimpleNamespace:
-    optim = ConfigDict(dict(learning_rate=0.05, warmup_steps=2, weight_decay=0.1, b2=0.95, clip_norm=1.0))
+    optim = ConfigDict(dict(kind="adamw", learning_rate=0.05, warmup_steps=2, weight_decay=0.1, b2=0.95, clip_norm=1.0))
     return SimpleNamespace(
         init_fn=init_fn,
         loss_fn=loss_fn,

@@ -5,11 +5,18 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from core.workdir import check_config, save_config
+from core.workdir import check_config, read_config, save_config
 
 
 def make_config() -> ConfigDict:
-    return ConfigDict({"data": {"window": (), "root": "a"}, "train": {"num_steps": 4}, "optim": {"kind": "adamw"}})
+    return ConfigDict(
+        {
+            "system": "mtl_moe",
+            "data": {"window": (), "groups": "auto", "root": "a"},
+            "train": {"num_steps": 4},
+            "optim": {"kind": "adamw"},
+        }
+    )
 
 
 def test_equal_and_free_fields_pass_and_others_are_named(tmp_path):
@@ -41,6 +48,14 @@ def test_fields_of_later_versions_stand_for_what_was_done_before_them(tmp_path):
     del old["data"]["window"], old["optim"]["kind"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     check_config(config, tmp_path, ())
+    assert read_config(tmp_path) == config.to_dict()  # tuples too; no section that was not there
     config.data.window = (40.0, 400.0)
     with pytest.raises(ValueError, match=r"data.window: there \[\], now \[40.0, 400.0\]"):
         check_config(config, tmp_path, ())
+
+
+def test_a_later_field_of_the_other_system_is_not_added(tmp_path):
+    config = ConfigDict({"system": "vit_distill", "data": {"groups": "auto"}, "teacher": {"overrides": {}}})
+    save_config(config, tmp_path)
+    config.teacher.overrides.position_resize = None
+    assert read_config(tmp_path) == config.to_dict()

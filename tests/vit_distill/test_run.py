@@ -163,6 +163,15 @@ def test_another_teacher_file_is_refused(workdir: Path, tmp_path: Path):
         load_student(copy)
 
 
+def test_a_student_of_before_optimisers_had_a_kind_is_read(workdir: Path, tmp_path: Path):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["optim"]["kind"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert load_student(copy).blocks == load_student(workdir).blocks
+
+
 def test_a_folder_without_a_student_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"config\.json, student\.json missing"):
         load_student(tmp_path)
