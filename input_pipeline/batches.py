@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from input_pipeline.index import DataError
+from input_pipeline.sources import LabelledSet
 from input_pipeline.split import Split
 
 
@@ -34,7 +35,7 @@ def _train_rows(num_images: int, batch_size: int, seed: int, start_step: int, nu
 
 
 def train_batches(
-    split: Split,
+    split: Split | LabelledSet,
     batch_size: int,
     seed: int,
     start_step: int,
@@ -84,7 +85,7 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray
         yield batch | ({"mask": mask[of_row]} if split.has_masks else {})
 
 
-def image_batches(split: Split, batch_size: int = 256) -> Iterator[np.ndarray]:
+def image_batches(split: Split | LabelledSet, batch_size: int = 256) -> Iterator[np.ndarray]:
     """Every image once, in order: uint8 [n, H, W, C] with n = `batch_size`, less in the last batch."""
     rows = [np.arange(start, min(start + batch_size, len(split))) for start in range(0, len(split), batch_size)]
     for image, _ in split.pixels.batches(lambda: rows, with_masks=False):

@@ -22,7 +22,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One image. `name` is its path relative to the data root (posix), `label` 0 normal or 1 abnormal."""
+    """One image. `name` is its path relative to the data root (posix).
+
+    `label` is 0 normal or 1 abnormal; in a set of classes (`sources_folder`) the class, -1 where it is not known.
+    """
 
     name: str
     image: Path
