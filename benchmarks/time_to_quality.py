@@ -27,8 +27,8 @@ from core.mesh import shard_batch
 from core.optim import build_optimizer
 from core.vit import VisionTransformer, VitConfig
 from vit_distill.distill import build_distiller, build_state, make_step_fn
+from vit_distill.images import few_shot_images
 from vit_distill.lora import merge
-from vit_distill.run import few_shot_images
 from vit_distill.teacher import load_teacher
 from vit_distill.train import start_values, training_batches
 
@@ -119,7 +119,7 @@ def main() -> None:
     config.lora.rank, config.optim.learning_rate, config.calibration.num_images = args.rank, args.learning_rate, 500
     config.train.batch_size, config.optim.warmup_steps = args.batch, min(config.optim.warmup_steps, args.steps // 5)
     teacher = load_teacher(args.teacher)
-    images, few, rest = few_shot_images(config, teacher, None)
+    images, few, rest = few_shot_images(config, teacher.preprocessing, None)
     few = images.take(few)
     few.pixels.images(np.arange(2))  # reads the files
     rest = teacher.preprocessing.evaluate(jnp.asarray(images.pixels.images(rest[: args.held_out])))

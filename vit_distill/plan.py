@@ -24,7 +24,7 @@ from core.vit import VitConfig
 from vit_distill import flops
 from vit_distill.forward import forward_parts, make_forward, micro_batches
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
-from vit_distill.student_io import load_teacher_of
+from vit_distill.teacher import load_teacher_of
 from vit_distill.weight_copy import choose_blocks
 
 ESTIMATE = "a lower bound: all products at the measured speed of one large matrix product; real runs are slower"

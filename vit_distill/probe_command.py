@@ -17,7 +17,8 @@ from input_pipeline.classification import load_labelled
 from vit_distill.features import cached_features, extract_features, make_feature_fn, model_fingerprint
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.probe import HYPER_PARAMETERS, KINDS, Labelled, ProbeOptions, probe
-from vit_distill.student_io import FACTS, load_student, load_teacher_of
+from vit_distill.student_io import FACTS, load_student
+from vit_distill.teacher import load_teacher_of
 
 SPLITS = ("train", "valid", "test")
 # Fields that may differ between a work directory's config and the one it is run with.

@@ -17,9 +17,9 @@ from core.files import write_json
 from core.loop import NonFiniteLossError
 from core.workdir import LOGGING, READING, check_config, save_config
 from vit_distill.plan import make_plan
-from vit_distill.student_io import load_teacher_of
 from vit_distill.table_bench import Bench, Trained, held_out_metrics, load_bench, probe_model, train_student
 from vit_distill.table_summary import write_report, write_tables
+from vit_distill.teacher import load_teacher_of
 
 ENHANCED = {"student.method": "lora", "lora.preset": "enhanced"}
 # Title of each row, and the config fields that make it. "teacher" and "copy" use no images and are run once.

@@ -19,6 +19,7 @@ from input_pipeline.few_shot import select_few_shot
 from input_pipeline.sources import LabelledSet
 from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_targets_fn
 from vit_distill.features import extract_features, make_feature_fn
+from vit_distill.images import draw
 from vit_distill.losses import LossConfig
 from vit_distill.probe import Labelled, ProbeOptions, probe
 from vit_distill.sampling import even_rows
@@ -111,7 +112,7 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
             f"table.held_out={section.held_out}: expected a multiple of {HELD_OUT_BATCH} (or less than that), at most "
             f"the {len(valid)} validation images"
         )
-    rows = np.sort(np.random.default_rng((config.few_shot.seed, 3)).permutation(len(valid))[: section.held_out])
+    rows = draw(np.arange(len(valid)), section.held_out, config.few_shot.seed)
     held_out, hashed = (
         np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows)))),
         valid.take(rows).manifest_hash(),

@@ -117,6 +117,45 @@ def load_teacher(
     return _load(_weight_file(path), overrides, allow_missing, allow_unused)
 
 
+def load_teacher_of(config: Any) -> Teacher:
+    """The teacher that `config.teacher` names, its load report printed.
+
+    Raises:
+      ValueError: without a checkpoint, and as `load_teacher`.
+    """
+    section = config.teacher
+    if not section.checkpoint:
+        raise ValueError(
+            "teacher.checkpoint is empty: set --config.teacher.checkpoint to a weight file, a folder of timm or "
+            "Hugging Face, hf-hub:ORGANISATION/NAME, or random:NAME"
+        )
+    overrides = {name: value for name, value in section.overrides.items() if value is not None}
+    teacher = load_teacher(
+        section.checkpoint,
+        overrides=overrides,
+        allow_missing=tuple(section.allow_missing),
+        allow_unused=tuple(section.allow_unused),
+    )
+    print(teacher.report)
+    print("\n".join(describe(teacher)))
+    return teacher
+
+
+def describe(teacher: Teacher) -> list[str]:
+    """What was read or assumed of a teacher, as lines for the console."""
+    config, preprocessing = teacher.config, teacher.preprocessing
+    tokens = f"{config.num_registers} registers, " * bool(config.num_registers) + f"{config.pool} pooling"
+    mean, std = ((", ".join(f"{value:.4g}" for value in values)) for values in (preprocessing.mean, preprocessing.std))
+    return [
+        f"teacher   {teacher.name}: {config.depth} blocks of width {config.width}, {config.num_heads} heads, patch "
+        f"{config.patch_size} at {config.image_size} px, {tokens}",
+        f"          {config.activation if config.mlp == 'mlp' else config.mlp}, norm epsilon {config.norm_eps:g}"
+        + ", layer scale" * config.layer_scale,
+        f"images    resize {preprocessing.resize_size} ({preprocessing.interpolation}), crop "
+        f"{preprocessing.image_size}, mean {mean}, std {std}",
+    ]
+
+
 def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(overrides) - set(OVERRIDES))
     if unknown:

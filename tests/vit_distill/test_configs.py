@@ -16,7 +16,7 @@ from core.step import make_train_step_fn
 from core.tree import num_params, spec
 from core.vit import VitConfig
 from core.workdir import LOGGING, READING, check_config, save_config
-from vit_distill import probe_command, run, supervised
+from vit_distill import probe_command, run, student_io, supervised
 from vit_distill import table as run_table
 from vit_distill.distill import Distiller, make_loss_fn
 from vit_distill.flops import abstract_params
@@ -48,7 +48,7 @@ def test_every_config_names_a_command_of_the_distiller(name):
 @pytest.mark.parametrize(
     ("config", "fields", "bound"),
     [
-        (distill.get_config(), run.FREE_FIELDS, ()),
+        (distill.get_config(), student_io.FREE_FIELDS, ()),
         (table.get_config(), run_table.FREE_FIELDS, ()),
         (teacher.get_config(), supervised.FREE_FIELDS, ("data.skip_corrupt",)),
         (probe.get_config(), probe_command.FREE_FIELDS, LOGGING),  # which it has not

@@ -17,7 +17,7 @@ from configs.vit_distill import probe as probe_config
 from configs.vit_distill import segment as segment_config
 from vit_distill import probe_command
 from vit_distill.probe_command import run_probe
-from vit_distill.segment import run_segment
+from vit_distill.segment_command import run_segment
 
 
 def tiny(config: ConfigDict) -> ConfigDict:

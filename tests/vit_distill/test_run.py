@@ -23,10 +23,12 @@ from core.workdir import check_config
 from input_pipeline.classification import load_labelled
 from vit_distill import run
 from vit_distill.formats.timm import write_timm_folder
+from vit_distill.images import few_shot_images, held_out_images
 from vit_distill.model_card import model_card
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.sampling import even_rows
-from vit_distill.student_io import load_student, load_teacher_of
+from vit_distill.student_io import FREE_FIELDS, load_student
+from vit_distill.teacher import load_teacher_of
 
 CONFIG = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=4, image_size=8)
 
@@ -194,19 +196,19 @@ def test_the_manifest_of_an_earlier_run_gives_the_same_images(workdir: Path, tea
     config = make_config(teacher)
     config.few_shot.update(per_class=0, manifest=str(workdir / "manifest.json"))
     loaded = load_teacher_of(config)
-    images, few, rest = run.few_shot_images(config, loaded, tmp_path)
+    images, few, rest = few_shot_images(config, loaded.preprocessing, tmp_path)
     assert len(few) == 20
     assert not set(few) & set(rest)
     assert [images.names[row] for row in few] == json.loads((workdir / "manifest.json").read_text())["names"]
     # The run's own manifest wins over the config, once the run was accepted.
     config.few_shot.manifest = ""
-    assert np.array_equal(run.few_shot_images(config, loaded, workdir)[1], few)
+    assert np.array_equal(few_shot_images(config, loaded.preprocessing, workdir)[1], few)
     shutil.copy(workdir / "manifest.json", tmp_path)
-    assert len(run.few_shot_images(config, loaded, tmp_path)[1]) > 1000
+    assert len(few_shot_images(config, loaded.preprocessing, tmp_path)[1]) > 1000
     # Two ways to choose are one too many, and the record names the one that chose.
     config.few_shot.update(manifest=str(workdir / "manifest.json"), ratio=0.5)
     with pytest.raises(ValueError, match=r"few_shot\.manifest names the images: .*found ratio=0\.5"):
-        run.few_shot_images(config, loaded, tmp_path)
+        few_shot_images(config, loaded.preprocessing, tmp_path)
     config.few_shot.ratio, config.student.method = 1.0, "copy"
     run.train_and_evaluate(config, tmp_path / "w")
     selection = json.loads((tmp_path / "w" / "manifest.json").read_text())["selection"]
@@ -259,25 +261,25 @@ def test_a_damaged_image_is_found_first_and_left_out_in_the_same_folder(
     # The field is free: another value is no other config.
     config.data.skip_corrupt = False
     with pytest.raises(ValueError, match=broken.name):
-        run.few_shot_images(config, load_teacher_of(config), None)[0].images(np.arange(12))
-    check_config(config, tmp_path / "w", run.FREE_FIELDS)
+        few_shot_images(config, load_teacher_of(config).preprocessing, None)[0].images(np.arange(12))
+    check_config(config, tmp_path / "w", FREE_FIELDS)
 
 
 def test_without_a_validation_split_nothing_is_held_out(teacher: Path):
     config = make_config(teacher)
     config.few_shot.per_class = 0
     loaded = load_teacher_of(config)
-    images, few, rest = run.few_shot_images(config, loaded, None)
+    images, few, rest = few_shot_images(config, loaded.preprocessing, None)
     assert len(few) == len(images)
     valid = load_labelled(config.data, "valid", 10)
-    held_out = run.held_out_images(config, loaded, images, rest)
+    held_out = held_out_images(config, loaded.preprocessing, images, rest)
     assert len(held_out) == 8
     assert set(held_out.names) <= set(valid.names)
     assert len(set(held_out.labels)) > 3
     config.data.split = "valid"
-    assert run.held_out_images(config, loaded, images, rest) is None
+    assert held_out_images(config, loaded.preprocessing, images, rest) is None
     config.data.update(split="train", valid_fraction=0.0)
-    assert run.held_out_images(config, loaded, images, rest) is None
+    assert held_out_images(config, loaded.preprocessing, images, rest) is None
 
 
 def test_images_of_patients_that_are_trained_on_are_not_held_out(teacher: Path, tmp_path: Path):
@@ -286,7 +288,7 @@ def test_images_of_patients_that_are_trained_on_are_not_held_out(teacher: Path, 
     config = make_config(teacher)
     config.data.update(kind="folder", root=str(tmp_path), valid_fraction=0.2, groups="([a-f])")
     config.few_shot.update(per_class=2)
-    images, few, rest = run.few_shot_images(config, load_teacher_of(config), None)
+    images, few, rest = few_shot_images(config, load_teacher_of(config).preprocessing, None)
     patients = np.asarray(images.groups)
     assert len(rest) == 8
     assert not set(patients[few]) & set(patients[rest])
@@ -320,7 +322,7 @@ def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
     monkeypatch.setattr(run, "build_distiller", lambda c, t, s, b: seen.append(s) or real_build(c, t, s, b))
     monkeypatch.setattr(run, "compare", lambda d, t, s: seen.append(s) or real_compare(d, t, s))
     run.train_and_evaluate(config, tmp_path / "w")
-    images, few, _ = run.few_shot_images(config, load_teacher_of(config), tmp_path / "w")
+    images, few, _ = few_shot_images(config, load_teacher_of(config).preprocessing, tmp_path / "w")
     for found in seen:
         np.testing.assert_array_equal(found, images.images(few[even_rows(len(few), 8)]))
     assert len(seen) == 2

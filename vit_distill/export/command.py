@@ -5,9 +5,9 @@ from typing import Any
 
 from core.workdir import check_config
 from vit_distill.export.export import KINDS, export
-from vit_distill.run import FREE_FIELDS, few_shot_images
+from vit_distill.images import few_shot_images
 from vit_distill.sampling import even_rows
-from vit_distill.student_io import load_student
+from vit_distill.student_io import FREE_FIELDS, load_student
 
 NUM_IMAGES = 16  # for the comparison
 
@@ -24,7 +24,7 @@ def run_export(config: Any, workdir: Path, kind: str, output: str = "") -> None:
     # Adapters are cut by --mode=evaluate, which measures what is left.
     check_config(config, workdir, [field for field in FREE_FIELDS if field != "lora.truncate_to"])
     student = load_student(workdir, config)
-    images, rows, _ = few_shot_images(config, student, workdir)
+    images, rows, _ = few_shot_images(config, student.preprocessing, workdir)
     chosen = rows[even_rows(len(rows), NUM_IMAGES)]
     folder = Path(output) if output else Path(workdir) / "export" / kind
     result = export(student, kind, folder, images.pixels.images(chosen))
