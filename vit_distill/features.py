@@ -82,16 +82,16 @@ def model_fingerprint(config: VitConfig, params: Any, preprocessing: Preprocessi
 
 
 def extract_features(
-    apply: FeatureFn, labelled: ImageSet, batch_size: int, *, name: str = "pooled", description: str = "features"
-) -> dict[str, np.ndarray]:
-    """{name: float32 [N, ...]}: the features of every image, once, in the set's order.
+    apply: FeatureFn, labelled: ImageSet, batch_size: int, *, description: str = "features"
+) -> np.ndarray:
+    """float32 [N, ...]: the features of every image, once, in the set's order.
 
     The last batch is filled up with its last image, so one shape is compiled; what fills it is cut off.
 
     Raises:
       ValueError: for an empty set, or a feature that is not finite (naming the row).
     """
-    return {name: _extract(apply, _batches(labelled, batch_size), len(labelled), batch_size, description)}
+    return _extract(apply, _batches(labelled, batch_size), len(labelled), batch_size, description)
 
 
 def cached_features(
@@ -101,10 +101,9 @@ def cached_features(
     labelled: ImageSet,
     batch_size: int,
     *,
-    name: str = "pooled",
     description: str = "features",
-) -> dict[str, np.ndarray]:
-    """As `extract_features`, through files in `folder`.
+) -> np.ndarray:
+    """As `extract_features` of pooled features, through files in `folder`.
 
     A file is used only for the same model (`model_fingerprint`), the same names and labels, and the same pixels: the
     images are read and hashed each time, the model is not run. Other models' features lie beside it.
@@ -112,22 +111,22 @@ def cached_features(
     Raises:
       ValueError: as `extract_features`, and for a file that cannot be read.
     """
-    key = hashlib.sha256(f"{name} {model_hash} {labelled.manifest_hash()}".encode()).hexdigest()
-    path = folder / f"{name}_{key[:24]}.npz"
+    key = hashlib.sha256(f"pooled {model_hash} {labelled.manifest_hash()}".encode()).hexdigest()
+    path = folder / f"pooled_{key[:24]}.npz"
     if path.exists():
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                features, pixels, found = stored[name], str(stored["pixels"]), str(stored["key"])
+                features, pixels, found = stored["pooled"], str(stored["pixels"]), str(stored["key"])
         except Exception as error:  # numpy and zipfile raise half a dozen kinds on a damaged file
             raise ValueError(f"{path} is no cache of features that can be read: delete it ({error})") from error
         if found == key and pixels == pixels_hash(labelled, batch_size):
-            return {name: features}
+            return features
     digest = hashlib.sha256()
     features = _extract(apply, _hashed(_batches(labelled, batch_size), digest), len(labelled), batch_size, description)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: features, "key": key, "pixels": digest.hexdigest()})
-    return {name: features}
+        np.savez(file, pooled=features, key=key, pixels=digest.hexdigest())
+    return features
 
 
 def pixels_hash(labelled: ImageSet, batch_size: int) -> str:

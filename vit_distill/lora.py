@@ -238,12 +238,12 @@ def singular_values(adapters: Adapters) -> dict[str, np.ndarray]:
     return {layer: _svd(leaves[f"{layer}/a"], leaves[f"{layer}/b"])[1] for layer in layers}
 
 
-def suggested_rank(values: Mapping[str, np.ndarray], energy: float = 0.95) -> dict[str, int]:
-    """Of `singular_values`: for each layer the smallest rank, 1 at least, that keeps this share of the squared sum."""
+def suggested_rank(values: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Of `singular_values`: for each layer the smallest rank, 1 at least, that keeps 95 % of the squared sum."""
     ranks = {}
     for layer, singular in values.items():
         squares = np.square(singular)
-        ranks[layer] = 1 + int((np.cumsum(squares) < energy * squares.sum()).sum())
+        ranks[layer] = 1 + int((np.cumsum(squares) < 0.95 * squares.sum()).sum())
     return ranks
 
 

@@ -104,7 +104,7 @@ def run_probe(config: Any, workdir: Path) -> dict[str, Any]:
             found = cached_features(folder, fingerprint, apply, images, section.feature_batch_size, description=label)
         else:
             found = extract_features(apply, images, section.feature_batch_size, description=label)
-        pairs[split] = Labelled(found["pooled"], images.labels)
+        pairs[split] = Labelled(found, images.labels)
     options = ProbeOptions(
         **{name: section[name] for name in ("epochs", "warmup_epochs", "batch_size", "max_iterations")},
         **{name: tuple(section[name]) for name in ("learning_rates", "c_values", "neighbours")},

@@ -5,7 +5,6 @@ Axes: R rank.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,28 @@ from vit_distill.student import Student
 from vit_distill.teacher import Teacher
 
 
-@dataclass(frozen=True)
-class DistillReport:
-    """What a distillation hands to its report.
+def write_report(
+    workdir: Path,
+    teacher: Teacher,
+    student: Student,
+    *,
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    singular_values: Mapping[str, np.ndarray],
+    metrics: Mapping[str, float],
+    provenance: Mapping[str, Any],
+    num_images: int,
+    held_out: bool,
+    batch_sizes: Sequence[int] = (1, 32),
+) -> None:
+    """Measures latencies and writes workdir/report.html; the loss curve and the config are read from `workdir`.
 
-    Attributes:
+    Args:
       before, after: rows of `diagnostics.block_rows`, of the untrained copy and of the student.
       singular_values: of `lora.singular_values`, [R] by adapter; empty without adapters.
       metrics: flat, plain numbers: feature distances.
       num_images, held_out: how many images they were measured on, and whether these are not the few-shot images.
     """
-
-    teacher: Teacher
-    student: Student
-    before: Sequence[Mapping[str, Any]]
-    after: Sequence[Mapping[str, Any]]
-    singular_values: Mapping[str, np.ndarray]
-    metrics: Mapping[str, float]
-    provenance: Mapping[str, Any]
-    num_images: int
-    held_out: bool
-
-
-def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[int] = (1, 32)) -> None:
-    """Measures latencies and writes workdir/report.html; the loss curve and the config are read from `workdir`."""
-    teacher, student = results.teacher, results.student
     models = {"teacher": (teacher.config, teacher.params), "student": (student.config, student.params)}
     latency = {name: measure_latency(*model, batch_sizes) for name, model in models.items()}
     trained = num_params(student.adapters) if student.adapters is not None else 0
@@ -63,16 +59,16 @@ def write_report(workdir: Path, results: DistillReport, batch_sizes: Sequence[in
             device=jax.devices()[0].device_kind,
             history=read_history(workdir),
             blocks=student.blocks,
-            blocks_before=results.before,
-            blocks_after=results.after,
-            num_images=results.num_images,
-            on_training_images=not results.held_out and student.method != "copy",
+            blocks_before=before,
+            blocks_after=after,
+            num_images=num_images,
+            on_training_images=not held_out and student.method != "copy",
             choice=student.facts.get("choice", ()),
-            singular_values=results.singular_values,
-            suggested_ranks=suggested_rank(results.singular_values),
-            facts=dict(student.facts) | {"metrics": dict(results.metrics)},
-            load_report=str(teacher.report).splitlines(),
-            provenance=results.provenance,
+            singular_values=singular_values,
+            suggested_ranks=suggested_rank(singular_values),
+            facts=dict(student.facts) | {"metrics": dict(metrics)},
+            load_report=teacher.report.lines(),
+            provenance=provenance,
             config=json.loads(config.read_text()) if config.exists() else {},
         ),
     )

@@ -155,7 +155,7 @@ def _report(
     workdir: Path,
 ) -> None:
     """report.json, report.html, and the metrics in student.json; on the few-shot images where none are held out."""
-    from vit_distill.report import DistillReport, write_report
+    from vit_distill.report import write_report
 
     started = time.monotonic()
     rows = even_rows(len(few_shot), distiller.config.calibration.num_images)
@@ -170,10 +170,18 @@ def _report(
     report = {"metrics": metrics, "blocks": {"before": before, "after": after}, "suggested_rank": ranks}
     write_json(workdir / "report.json", report | {"student": facts, "provenance": provenance})
     student = build_student(distiller, trainable, facts | {"metrics": metrics})
-    results = DistillReport(
-        distiller.teacher, student, before, after, values, metrics, provenance, len(shown), held_out is not None
+    write_report(
+        workdir,
+        distiller.teacher,
+        student,
+        before=before,
+        after=after,
+        singular_values=values,
+        metrics=metrics,
+        provenance=provenance,
+        num_images=len(shown),
+        held_out=held_out is not None,
     )
-    write_report(workdir, results)
     for name, value in metrics.items():
         print(f"  {name:<48} {value:.4f}")
     print(f"report: {workdir / 'report.html'}")

@@ -61,9 +61,7 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
     pairs = {}
     for split, images in sets.items():
         print(f"{split}: {len(images)} images; {images.layout}")
-        tokens = extract_features(
-            apply, images, section.feature_batch_size, name="patches", description=f"{split} tokens"
-        )["patches"]
+        tokens = extract_features(apply, images, section.feature_batch_size, description=f"{split} tokens")
         pairs[split] = Segmented(tokens, _masks(images, section.feature_batch_size))
     options = SegmentOptions(
         **{name: section[name] for name in ("num_steps", "warmup_steps", "batch_size", "hidden_dim", "weight_decay")},

@@ -210,8 +210,7 @@ def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float
     section = bench.config.table.probe
     apply = make_feature_fn(config, params, bench.teacher.preprocessing, make_mesh(), dtype=bench.config.train.dtype)
     pairs = [
-        Labelled(extract_features(apply, images, section.batch_size)["pooled"], images.labels)
-        for images in bench.probe_sets
+        Labelled(extract_features(apply, images, section.batch_size), images.labels) for images in bench.probe_sets
     ]
     options = ProbeOptions(
         batch_size=section.linear_batch_size,

@@ -190,7 +190,7 @@ def write_report(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path
             verdicts=judged,
             verdict_note=verdict_note(rows, judged) if judged else "",
             shared=shared_facts(bench),
-            load_report=str(bench.teacher.report).splitlines(),
+            load_report=bench.teacher.report.lines(),
             provenance=environment(),
             config=bench.config.to_dict(),
         ),

@@ -62,20 +62,20 @@ def test_features_are_the_models(output: str, params: Any, images: Images):
     expected = VisionTransformer(CONFIG).apply({"params": params}, jnp.asarray(inputs, jnp.float32))
     expected = expected.pooled if output == "pooled" else expected.tokens[:, 2:]
     apply = make_feature_fn(CONFIG, params, PREPROCESSING, ONE, output=output)
-    found = extract_features(apply, images, 3, name=output)[output]
+    found = extract_features(apply, images, 3)
     assert found.shape == ((7, 16) if output == "pooled" else (7, 4, 16))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_eight_devices_give_the_same(params: Any, images: Images):
-    one = extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, ONE), images, 8)["pooled"]
-    eight = extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, make_mesh()), images, 8)["pooled"]
+    one = extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, ONE), images, 8)
+    eight = extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, make_mesh()), images, 8)
     np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)
 
 
 def test_half_width_is_close_and_stays_float32(params: Any, images: Images):
     full, half = (
-        extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, ONE, dtype=dtype), images, 7)["pooled"]
+        extract_features(make_feature_fn(CONFIG, params, PREPROCESSING, ONE, dtype=dtype), images, 7)
         for dtype in DTYPES
     )
     assert half.dtype == np.float32
@@ -93,7 +93,7 @@ def test_each_image_once_in_order():
         return jnp.asarray(batch.reshape(len(batch), 1), jnp.float32)
 
     for batch_size in (1, 3, 7, 20):
-        found = extract_features(apply, numbers, batch_size)["pooled"]
+        found = extract_features(apply, numbers, batch_size)
         assert found.ravel().tolist() == list(range(7))
         assert {shape[0] for shape in shapes} == {batch_size}
         shapes.clear()
@@ -111,7 +111,7 @@ def test_cached_features_are_never_stale(tmp_path: Path, params: Any, images: Im
             return apply(batch)
 
         fingerprint = model_fingerprint(CONFIG, params, preprocessing, dtype)
-        found = cached_features(tmp_path, fingerprint, counted, what, 4)["pooled"]
+        found = cached_features(tmp_path, fingerprint, counted, what, 4)
         np.testing.assert_array_equal(found, extract_features(apply, what, 4)["pooled"])
         fresh, calls[:] = len(calls), []
         return fresh

@@ -228,11 +228,9 @@ def test_singular_values_and_the_rank_they_suggest(params):
     assert sorted(values) == sorted(f"{block}/{layer}" for block in ("block_00", "block_01") for layer in LAYERS)
     _, a, b = _matrices(params, adapters, "block_00", "attn/out")
     np.testing.assert_allclose(values["block_00/attn/out"], np.linalg.svd(a @ b)[1][:3], rtol=1e-6)
-    # Squares 9, 4, 1 of 14: 64 %, 93 %, 100 %.
-    spectrum = {"x": np.array([3.0, 2.0, 1.0]), "untrained": np.zeros(3)}
-    assert lora_lib.suggested_rank(spectrum, 0.9) == {"x": 2, "untrained": 1}
-    assert lora_lib.suggested_rank(spectrum, 0.6)["x"] == 1
-    assert lora_lib.suggested_rank(spectrum, 1.0)["x"] == 3
+    # Squares 25, 1, 0 of 26: 96 %; 16, 8, 1 of 25: 64 %, 96 %; 9, 4, 1 of 14: 64 %, 93 %, 100 %.
+    spectrum = {1: np.array([5, 1, 0]), 2: np.sqrt([16, 8, 1]), 3: np.array([3, 2, 1])}
+    assert lora_lib.suggested_rank(spectrum | {"untrained": np.zeros(3)}) == {1: 1, 2: 2, 3: 3, "untrained": 1}
 
 
 def _config(**fields) -> ConfigDict:

@@ -14,7 +14,7 @@ import pytest
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import report_figures
 from vit_distill.preprocessing import Preprocessing
-from vit_distill.report import DistillReport, write_report
+from vit_distill.report import write_report
 from vit_distill.report_data import ReportData
 from vit_distill.report_page import spread, table_cells, write_page
 from vit_distill.student import Student
@@ -182,7 +182,8 @@ def test_report_of_a_distillation(tmp_path: Path, method: str):
     """Latencies are measured, the curve and the config come from the work directory."""
     config = VitConfig(depth=2, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
     init = lambda config: VisionTransformer(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]  # noqa: E731
-    teacher = SimpleNamespace(name="vit_nano", config=config, params=init(config), report="format timm\nmatched 30")
+    report = SimpleNamespace(lines=lambda: ["format timm", "matched 30"])
+    teacher = SimpleNamespace(name="vit_nano", config=config, params=init(config), report=report)
     small = dataclasses.replace(config, depth=1)
     student = Student(
         config=small,
@@ -201,8 +202,19 @@ def test_report_of_a_distillation(tmp_path: Path, method: str):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 12345}))
     values = {"block_00/attn/query": np.array([2.0, 0.1])} if method == "lora" else {}
     rows = block_rows([1.0])
-    found = DistillReport(teacher, student, rows, rows, values, {"l1": 0.5}, {}, num_images=8, held_out=False)
-    write_report(tmp_path, found, batch_sizes=(1, 2))
+    write_report(
+        tmp_path,
+        teacher,
+        student,
+        before=rows,
+        after=rows,
+        singular_values=values,
+        metrics={"l1": 0.5},
+        provenance={},
+        num_images=8,
+        held_out=False,
+        batch_sizes=(1, 2),
+    )
     html = (tmp_path / "report.html").read_text()
     assert "Student of vit_nano" in html
     assert "ms at batch 2" in html

@@ -257,10 +257,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def shorten(names: Sequence[str], most: int = 6) -> str:
-    """Names for a message, `most` of them at the most."""
-    more = f", ... and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
+def shorten(names: Sequence[str]) -> str:
+    """Names for a message, six of them at the most."""
+    more = f", ... and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(repr(name) for name in names[:6]) + more
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
