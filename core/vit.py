@@ -307,6 +307,18 @@ class VisionTransformer(nn.Module):
         return jnp.concatenate([*prefix, x + position], axis=1)
 
 
+def init_params(config: VitConfig, key: jax.Array) -> Any:
+    """Seeded float32 parameters of a VisionTransformer."""
+    images = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
+    return VisionTransformer(config).init(key, images)["params"]
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_params(config: VitConfig) -> Any:
+    """Shapes of these parameters, a tree of jax.ShapeDtypeStruct; nothing is computed."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
 def block_name(index: int) -> str:
     """Where block `index` keeps its parameters: "block_00", ..."""
     return f"block_{index:02d}"

@@ -23,7 +23,7 @@ from core.dense import DTYPES, named_dtype, rounded_kernels
 from core.mesh import make_mesh, replicate
 from core.state import TrainState, abstract_state, init_state
 from core.step import make_train_step_fn
-from core.vit import VisionTransformer, VitConfig, VitOutput
+from core.vit import VisionTransformer, VitConfig, VitOutput, init_params
 from vit_distill.augment import fixed_view, random_resized_crop
 from vit_distill.forward import make_forward, micro_batches
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
@@ -109,9 +109,7 @@ def build_distiller(
         blocks = choose_blocks(depth, config.student.reduction, config.student.blocks)
     student_config, base = copy_blocks(teacher.config, teacher.params, blocks)
     if method == "scratch":
-        shape = (1, student_config.image_size, student_config.image_size, student_config.in_channels)
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        base = VisionTransformer(student_config).init(key, jnp.zeros(shape))["params"]
+        base = init_params(student_config, jax.random.fold_in(jax.random.key(config.seed), 1))
     return Distiller(
         config=config,
         teacher=teacher,

@@ -6,15 +6,10 @@ B batch, N tokens, D width, K heads, R rank, L layers, M the MLP's hidden width.
 """
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from core.tree import num_params
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig, abstract_params
 from vit_distill.lora import TARGETS, LoraConfig
 
 FLOPS_PER_MAC = 2
@@ -191,13 +186,6 @@ def step_cost(
         backward=batch_size * backward_macs(student, kernels, norms, biases, {} if lora and lora.dora else ranks),
         merge=merge,
     )
-
-
-@functools.lru_cache(maxsize=64)
-def abstract_params(config: VitConfig) -> Any:
-    """Shapes of the model's parameters, a tree of jax.ShapeDtypeStruct; nothing is computed."""
-    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), jnp.float32)
-    return jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), images)["params"]
 
 
 def model_size(config: VitConfig) -> dict[str, int | float]:

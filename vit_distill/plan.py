@@ -20,7 +20,7 @@ from core.dense import named_dtype
 from core.files import write_json
 from core.provenance import environment
 from core.tree import num_params
-from core.vit import VitConfig
+from core.vit import VitConfig, abstract_params
 from vit_distill import flops
 from vit_distill.forward import forward_parts, make_forward, micro_batches
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
@@ -118,7 +118,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
 
 
 def _num_trained(student: VitConfig, method: str, lora: LoraConfig | None) -> int:
-    params = flops.abstract_params(student)
+    params = abstract_params(student)
     if lora is None:
         return 0 if method == "copy" else num_params(params)
     return num_params(jax.eval_shape(lambda key, params: init_adapters(key, params, lora), jax.random.key(0), params))

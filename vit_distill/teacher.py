@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from core import tree
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig, init_params
 from vit_distill import positions
 from vit_distill.formats import architectures, canonical, hub
 from vit_distill.formats.checkpoint import Beside, Checkpoint
@@ -288,8 +287,7 @@ def _random_teacher(name: str, overrides: Mapping[str, Any]) -> Teacher:
     """An architecture of timm's with initial weights from a fixed seed: for plans, benchmarks and tests."""
     fields = {key: overrides[key] for key in _CONFIG_FIELDS if key in overrides}
     config = dataclasses.replace(architectures.architecture_config(name), **fields)
-    images = np.zeros((1, config.image_size, config.image_size, config.in_channels), np.float32)
-    params = jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"]
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     half = dict.fromkeys(("mean", "std"), (0.5,) * config.in_channels)
     preprocessing = _build_preprocessing(Checkpoint("random", {}, preprocessing=half), config, overrides)
     digest = tree.fingerprint(params)

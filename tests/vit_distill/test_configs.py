@@ -14,12 +14,11 @@ from core.optim import build_optimizer
 from core.state import TrainState
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
-from core.vit import VitConfig
+from core.vit import VitConfig, abstract_params
 from core.workdir import LOGGING, READING, check_config, save_config
 from vit_distill import probe_command, run, student_io, supervised
 from vit_distill import table as run_table
 from vit_distill.distill import Distiller, make_loss_fn
-from vit_distill.flops import abstract_params
 from vit_distill.lora import build_lora_config, init_adapters
 from vit_distill.losses import LossConfig
 

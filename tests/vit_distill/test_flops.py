@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from core.tree import num_params, paths
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VisionTransformer, VitConfig, abstract_params
 from vit_distill import flops
 from vit_distill.lora import LoraConfig, attach, init_adapters
 
@@ -62,7 +62,7 @@ def lora(*targets: str) -> LoraConfig:
 
 def trained_fn(config: VitConfig, chosen):
     """The gradient with regard to the leaves whose path `chosen` accepts: loss on the last block's tokens."""
-    params = paths(flops.abstract_params(config))
+    params = paths(abstract_params(config))
     trained = {path: leaf for path, leaf in params.items() if chosen(path)}
     frozen = {path: leaf for path, leaf in params.items() if not chosen(path)}
 
@@ -93,7 +93,7 @@ def test_forward_against_xla(config: VitConfig):
         output = VisionTransformer(config).apply({"params": params}, pixels)
         return output.pooled if output.logits is None else output.logits
 
-    check(BATCH * flops.forward_cost(config).total, forward, flops.abstract_params(config), images(config))
+    check(BATCH * flops.forward_cost(config).total, forward, abstract_params(config), images(config))
 
 
 def test_published_size_of_vit_b():
@@ -147,7 +147,7 @@ def test_backward_of_other_leaves_against_xla(chosen, options):
 def test_a_step_with_adapters_against_xla(name: str):
     """Forward, low-rank backward and the product A B, as the loss computes them."""
     config = lora(*KERNELS[name])
-    base = flops.abstract_params(SMALL)
+    base = abstract_params(SMALL)
     adapters = jax.eval_shape(lambda key: init_adapters(key, base, config), jax.random.key(0))
 
     def loss(adapters, base, pixels):
@@ -228,7 +228,7 @@ def test_memory_of_adapters():
     ranks = {"query": 4, "fc1": 4}
     memory = flops.train_memory(SMALL, VIT_B, 2, 1, "lora", 1000, ranks=ranks, teacher_bytes=2)
     assert memory["teacher"] == 2 * 86_567_656
-    assert memory["student"] == 4 * num_params(flops.abstract_params(SMALL))
+    assert memory["student"] == 4 * num_params(abstract_params(SMALL))
     assert memory["merged kernels"] == 4 * 3 * (96 * 96 + 96 * 384)
     assert memory["training state"] == 20_000
     assert memory["teacher activations"] == 2 * 2 * 197 * (8 * 768 + 2 * 3072 + 12 * 197)

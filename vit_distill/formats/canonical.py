@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from core import tree
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VitConfig, abstract_params, init_params
 
 State = Mapping[str, np.ndarray]
 
@@ -98,9 +98,7 @@ def _block(config: VitConfig, name: str, path: str) -> list[Entry]:
 
 def expected_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:
     """Shape by path of every parameter of the architecture."""
-    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), np.float32)
-    abstract = jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), images)["params"]
-    return {path: leaf.shape for path, leaf in tree.paths(abstract).items()}
+    return {path: leaf.shape for path, leaf in tree.paths(abstract_params(config)).items()}
 
 
 def to_params(
@@ -131,8 +129,7 @@ def to_params(
             f"{config.depth}; name in allow_missing what may keep its initial value"
         )
     if missing:
-        images = np.zeros((1, config.image_size, config.image_size, config.in_channels), np.float32)
-        initial = tree.paths(jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"])
+        initial = tree.paths(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
         flat |= {path: np.asarray(initial[path]) for path in missing}
     matched = dict.fromkeys(source_name(entry.name) for entry in entries(config) if entry.name in state)
     return _nest(flat), tuple(matched), tuple(dict.fromkeys(missing.values()))
