@@ -205,6 +205,7 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
         "seed": int(config.seed),
         "metric": bench.metric,
         "num_test": len(bench.probe_sets[2]),
+        "num_effective": bench.num_effective,
         **{key: plan["models"]["teacher" if teacher else "student"][key] for key in ("params", "gflops")},
         "num_trained": 0 if teacher else plan["training"]["num_trained"],
         "step_gflops": 0.0 if teacher else plan["training"]["step_gflops"]["total"],
@@ -246,7 +247,8 @@ def _read(path: Path, bench: Bench, group: Group, rate: float | None) -> dict[st
         raise ValueError(
             f"{path} was made of other images ({', '.join(changed)}): use the data it was made of, or another --workdir"
         )
-    return {"num_test": len(bench.probe_sets[2])} | cell if cell["learning_rate"] == rate else None
+    known_since = {"num_test": len(bench.probe_sets[2]), "num_effective": bench.num_effective}
+    return known_since | cell if cell["learning_rate"] == rate else None
 
 
 def _tune(bench: Bench, group: Group, path: Path) -> tuple[float, bool, Trained | None]:

@@ -4,6 +4,7 @@ Axes: n images, S stored image side, H W C image, N tokens, D width, B batch.
 """
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_t
 from vit_distill.features import extract_features, make_feature_fn
 from vit_distill.images import draw
 from vit_distill.losses import LossConfig
-from vit_distill.probe import Labelled, ProbeOptions, probe
+from vit_distill.probe import Labelled, ProbeOptions, probe, wanted_metric
 from vit_distill.sampling import even_rows
 from vit_distill.teacher import Teacher
 from vit_distill.train import train
@@ -55,6 +56,7 @@ class Bench:
       cache: folder for cached teacher features (train.cached_views above 0).
       targets, calibrated: teacher tokens of the held-out images by what they are compared with, and calibrated blocks
         by (ratio, reduction); filled when first needed.
+      begun_with: metric of the cells that the table has already, "" for none.
     """
 
     config: Any
@@ -66,10 +68,27 @@ class Bench:
     cache: Path
     targets: dict[Any, list[tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=dict)
     calibrated: dict[tuple[float, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    begun_with: str = ""
 
     @property
     def metric(self) -> str:
-        return "mean_auc" if self.probe_sets[0].multi_label else "top1"
+        """What rows are compared by: what probes are chosen by, or as the table was begun (earlier versions: top1)."""
+        _, valid, test = self.probe_sets
+        return self.begun_with or wanted_metric(len(test.classes), valid.labels, test.labels)
+
+    @property
+    def num_effective(self) -> float | None:
+        """Test images n for which a (1 - a) / n is the variance of the metric a by their chance.
+
+        top1: all of them. AUC: those of the rarer class, at most (van Dantzig, 1951). Balanced accuracy: C^2 over the
+        sum of 1 / n_c over the C classes that occur, as if their recalls were equal. None for a mean AUC: unknown.
+        """
+        labels = self.probe_sets[2].labels
+        if self.metric == "mean_auc":
+            return None
+        counts = np.unique(labels, return_counts=True)[1]
+        found = {"top1": counts.sum(), "auc": counts.min(), "balanced_accuracy": len(counts) ** 2 / (1 / counts).sum()}
+        return float(found[self.metric])
 
     def data_hashes(self, ratio: float | None) -> dict[str, str | None]:
         """Hashes over names and labels of the images of a cell; `ratio` is None for a row that trains on none."""
@@ -120,7 +139,17 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
     if section.probe.per_class:
         rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
         splits[0] = splits[0].take(rows)
-    return Bench(config, teacher, few_shot, held_out, hashed, tuple(splits), workdir / "teacher_features")
+    begun = next(iter(sorted((workdir / "cells").glob("*_seed*.json"))), None)
+    return Bench(
+        config,
+        teacher,
+        few_shot,
+        held_out,
+        hashed,
+        tuple(splits),
+        workdir / "teacher_features",
+        begun_with=json.loads(begun.read_text())["metric"] if begun else "",
+    )
 
 
 def probed_data(config: Any) -> Any:

@@ -45,7 +45,8 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Keys of a row: row, title, ratio (None: no images used), reduction, n; accuracy (test), valid_accuracy, l1, cls_l1,
     loss, seconds (means over seeds, None where not measured), each with "_std" (sample deviation, None for one seed);
     params, gflops, num_trained, step_gflops, blocks, learning_rate, at_grid_edge (of the learning rate), metric,
-    num_test (test images); probe_at_grid_edge: whether any seed's probe might do better with a wider grid.
+    num_test (test images), num_effective (`Bench.num_effective`); probe_at_grid_edge: whether any seed's probe might do
+    better with a wider grid.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -64,6 +65,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "at_grid_edge",
             "metric",
             "num_test",
+            "num_effective",
         ):
             row[key] = members[0][key]
         row["probe_at_grid_edge"] = any(member["probe"]["at_grid_edge"] for member in members)
@@ -109,14 +111,14 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _variance(row: Mapping[str, Any]) -> float:
     """Of a row's mean accuracy: what seeds and the test sample add; one seed says nothing about seeds."""
-    sample = row["accuracy"] * (1 - row["accuracy"]) / row["num_test"] if row["metric"] == "top1" else 0.0
+    sample = row["accuracy"] * (1 - row["accuracy"]) / row["num_effective"] if row["num_effective"] else 0.0
     return (row["accuracy_std"] or 0.0) ** 2 / row["n"] + sample
 
 
 def verdict_note(rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]]) -> str:
     """What the margins of `verdicts` stand on, one sentence."""
     sample = f"{rows[0]['num_test']} test images"
-    if rows[0]["metric"] != "top1":
+    if not rows[0]["num_effective"]:
         sample += " (whose chance is not in the margin of a mean AUC)"
     seeds = "" if all(v["num_seeds"] > 1 for v in judged) else "; with one seed what seeds change is unknown"
     return f"A tie is within {100 * TIE:g} point or two standard errors over seeds and {sample}{seeds}."

@@ -19,6 +19,7 @@ from core.vit import VisionTransformer, VitConfig
 from input_pipeline.classification import load_labelled
 from vit_distill import table, table_bench, table_summary
 from vit_distill.preprocessing import Preprocessing
+from vit_distill.probe import score_metrics
 from vit_distill.table import Group, build_groups, cell_config, walk
 from vit_distill.table_summary import markdown, summarise, verdicts
 from vit_distill.teacher import LoadReport, Teacher
@@ -48,7 +49,7 @@ def cell(row: str, accuracy: float, ratio: float | None = 0.01, reduction: int =
     defaults = dict(
         title=f"<{row}>", l1=2.0, cls_l1=None, loss=2.0, seconds=1.0, params=1e6, gflops=0.1, num_trained=1e5,
         step_gflops=3.0, blocks=[0, 2], learning_rate=0.01, at_grid_edge=False, metric="top1", num_test=1_000_000,
-        probe={"at_grid_edge": 0.0},
+        num_effective=1e6, probe={"at_grid_edge": 0.0},
     )  # fmt: skip
     defaults["valid_accuracy"] = accuracy
     return dict(row=row, accuracy=accuracy, ratio=ratio, reduction=reduction, seed=seed) | defaults | fields
@@ -130,7 +131,7 @@ class Fakes:
         )()
         return SimpleNamespace(
             config=config, teacher=teacher, few_shot=dict.fromkeys(config.table.ratios, images), metric="top1",
-            held_out=range(32), probe_sets=(images,) * 3, data_hashes=lambda ratio: self.hashes,
+            held_out=range(32), probe_sets=(images,) * 3, num_effective=9.0, data_hashes=lambda ratio: self.hashes,
         )  # fmt: skip
 
     def train(self, bench, config, ratio):
@@ -227,7 +228,7 @@ def test_cells_of_other_images_are_refused_and_older_ones_kept(tmp_path: Path, m
         table.run_table(config, tmp_path)
     path = tmp_path / "cells" / "copy_r2_seed0.json"
     older = json.loads(path.read_text())
-    del older["data"], older["num_test"]
+    del older["data"], older["num_test"], older["num_effective"]
     path.write_text(json.dumps(older))
     fakes.trained.clear()
     assert table.run_table(config, tmp_path) == rows
@@ -320,15 +321,17 @@ def test_verdicts_on_the_papers_ordering():
 
 
 @pytest.mark.parametrize(
-    ("metric", "verdict", "said"), [("top1", "tie", "133 test images;"), ("mean_auc", "holds", "AUC")]
+    ("metric", "effective", "verdict", "said"),
+    [("top1", 133.0, "tie", "133 test images;"), ("auc", 13.0, "tie", "133 "), ("mean_auc", None, "holds", "AUC")],
 )
-def test_few_test_images_decide_nothing(metric: str, verdict: str, said: str):
+def test_few_test_images_decide_nothing(metric: str, effective: float | None, verdict: str, said: str):
     """At 133 images the difference of two accuracies has a standard error of four points."""
-    rows = summarise([cell(row, a, num_test=133, metric=metric) for row, a in (("enhanced", 0.75), ("plain", 0.70))])
+    fields = dict(num_test=133, num_effective=effective, metric=metric)
+    rows = summarise([cell(row, a, **fields) for row, a in (("enhanced", 0.75), ("plain", 0.70))])
     (found,) = verdicts(rows)
     assert (found["verdict"], found["num_seeds"]) == (verdict, 1)
-    if metric == "top1":
-        assert found["margin"] == pytest.approx(2 * math.sqrt((0.75 * 0.25 + 0.7 * 0.3) / 133))
+    if effective:
+        assert found["margin"] == pytest.approx(2 * math.sqrt((0.75 * 0.25 + 0.7 * 0.3) / effective))
     text = markdown("Students", {}, rows, metric)
     assert said in text
     assert "with one seed what seeds change is unknown." in text
@@ -394,6 +397,39 @@ def test_a_row_with_a_warm_start_begins_nearer(monkeypatch: pytest.MonkeyPatch):
         bench = table_bench.Bench(config, teacher, {0.02: few}, images, "", (), Path("nowhere"))
         loss[row] = table_bench.held_out_metrics(bench, table_bench.train_student(bench, config, 0.02))["loss"]
     assert loss["warm"] < 0.8 * loss["enhanced"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "begun_with", "metric", "effective"),
+    [
+        ([0] * 30 + [1] * 10, "", "auc", 10.0),
+        ([0] * 30 + [1] * 10, "top1", "top1", 40.0),
+        ([0] * 30 + [1] * 5 + [2] * 5, "", "balanced_accuracy", 9 / (1 / 30 + 2 / 5)),
+        ([0, 1, 2, 3] * 10, "", "balanced_accuracy", 40.0),
+        ([[0, 1]] * 20 + [[1, 0]] * 20, "", "mean_auc", None),
+    ],
+)
+def test_rows_are_compared_by_what_sees_rare_classes(labels: list, begun_with: str, metric: str, effective: float):
+    labels = np.asarray(labels)
+    images = SimpleNamespace(labels=labels, classes=tuple(map(str, range(labels.max() + 1))))
+    bench = table_bench.Bench(None, None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=begun_with)
+    assert bench.metric == metric
+    assert bench.num_effective == (effective and pytest.approx(effective))
+
+
+def test_the_chance_of_a_test_split_is_not_underrated():
+    """Simulated: 30 images of one class and 10 of the other; the deviation of AUC and balanced accuracy."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], [30, 10])
+    images = SimpleNamespace(labels=labels, classes=("no", "yes"))
+    found = []
+    for _ in range(500):
+        score = rng.normal(size=40) + 1.2 * labels - 0.6
+        found.append(score_metrics(np.stack([0 * score, score], 1), labels, ("no", "yes")))
+    for metric in ("auc", "balanced_accuracy"):
+        values = [each[metric] for each in found]
+        bench = table_bench.Bench(None, None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=metric)
+        error = math.sqrt(np.mean(values) * (1 - np.mean(values)) / bench.num_effective)
+        assert 0.95 * np.std(values) < error < 1.8 * np.std(values)
 
 
 @pytest.mark.parametrize("held_out", [0, 33, 100_000])
@@ -462,6 +498,7 @@ def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows["enhanced"]["num_trained"] == 2 * (4 * 32 + 2 * 48)
     assert len(list((tmp_path / "teacher_features").glob("*.npy"))) == 1
     stored = json.loads((tmp_path / "table.json").read_text())
+    assert stored["metric"] == "balanced_accuracy"
     assert [row["row"] for row in stored["rows"]] == ["teacher", "copy", "enhanced"]
     assert stored["cells"][2]["num_images"] > 10
     few, held, *probed = stored["cells"][2]["data"].values()
@@ -471,3 +508,16 @@ def test_a_small_table_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "digits" in (tmp_path / "table.md").read_text()
     html = (tmp_path / "report.html").read_text()
     assert "copy + enhanced LoRA" in html
+    # A table that an earlier version began compares top1, and goes on so: without what its cells do not know.
+    for path in (tmp_path / "cells").glob("*_seed*.json"):
+        older = json.loads(path.read_text())
+        found = older["probe"]
+        older |= {"metric": "top1", "accuracy": found["top1"], "valid_accuracy": found["valid_top1"]}
+        older["probe"] = {key: found[key] for key in ("top1", "valid_top1", "at_grid_edge")}
+        del older["num_effective"]
+        path.write_text(json.dumps(older))
+    (tmp_path / "cells" / "copy_r2_seed0.json").unlink()
+    again = {row["row"]: row for row in table.run_table(config, tmp_path)}
+    assert {row["metric"] for row in again.values()} == {"top1"}
+    assert {row["num_effective"] for row in again.values()} == {float(rows["copy"]["num_test"])}
+    assert "| Row | Images | r | top1 | valid |" in (tmp_path / "table.md").read_text()
