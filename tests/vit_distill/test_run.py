@@ -302,10 +302,10 @@ def test_patients_of_train_are_not_held_out_of_one_s_own_validation_split_either
     config.data.update(kind="folder", root=str(tmp_path), groups=r"([a-f])\d")
     config.few_shot.update(per_class=0)
     loaded = load_teacher_of(config)
-    images, _, rest = run.few_shot_images(config, loaded, None)
-    assert run.held_out_images(config, loaded, images, rest).names == ("valid/c0.png",)
+    images, _, rest = run.few_shot_images(config, loaded.preprocessing, None)
+    assert run.held_out_images(config, loaded.preprocessing, images, rest).names == ("valid/c0.png",)
     (tmp_path / "valid/c0.png").unlink()
-    assert run.held_out_images(config, loaded, images, rest) is None
+    assert run.held_out_images(config, loaded.preprocessing, images, rest) is None
 
 
 def test_calibration_and_a_report_without_held_out_images_see_the_whole_set(
