@@ -3,7 +3,7 @@ r"""Distils a pretrained vision transformer into every r-th of its blocks, on a 
 python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=FILE_OR_FOLDER \
   --config.data.root=IMAGES --config.student.reduction=2 --workdir=W
 
-What it costs on your machine before it runs: the same with --mode=plan. Results: docs/results.md.
+What it costs on your machine before it runs: the same with --mode=plan. Results: docs/results_distiller.md.
 """
 
 from configs import common

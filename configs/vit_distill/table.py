@@ -8,7 +8,7 @@ Rows that the paper does not have: last, calibrated, post, full_post, aligned, w
 muon_post, full_muon_post, recipe (ROWS in vit_distill/table.py).
 Cost: rows x ratios x reductions x (seeds - 1 + three to five learning rates) distillations; --mode=plan tells what one
 costs. With train.cached_views=4 the teacher leaves the loop and its features are shared by the rows.
-Results: docs/results.md.
+Results: docs/results_distiller.md.
 """
 
 from configs import common
