@@ -72,8 +72,9 @@ def compare(distiller: Distiller, trainable: Any, images: np.ndarray) -> tuple[d
       images: uint8 [n, S, S, C] at the teacher's resize size.
 
     Returns:
-      Metrics: "l1", "cls_l1", "patch_l1" after the last block and "cosine" of the pooled features, each also as
-      "copy_..." before training; and the rows of `diagnostics.block_rows` before and after.
+      Metrics: "l1", "cls_l1", "patch_l1" after the last block, "cosine" of the pooled features, and of a teacher with a
+      classifier "agreement", the share of images for which the student names the same class, each also as "copy_..."
+      before training; and the rows of `diagnostics.block_rows` before and after.
     """
     config, teacher = distiller.student_config, distiller.teacher
     inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(images)))
@@ -81,7 +82,7 @@ def compare(distiller: Distiller, trainable: Any, images: np.ndarray) -> tuple[d
     merged = distiller.base if trainable is None else distiller.merged(trainable)
     students = {"copy_": distiller.base, "": merged}
     moments: dict[str, Any] = {}
-    distances, cosines = ({prefix: [] for prefix in students} for _ in range(2))
+    distances, cosines, named = ({prefix: [] for prefix in students} for _ in range(3))
     runs = [blocks_in_batches(teacher.config, teacher.params, inputs, size, distiller.pairs)]
     runs += [blocks_in_batches(config, params, inputs, size, own) for params in students.values()]
     # Tokens of all blocks of all images would be 17 GB for a ViT-L at 518 pixels: of a batch only sums are kept.
@@ -92,13 +93,23 @@ def compare(distiller: Distiller, trainable: Any, images: np.ndarray) -> tuple[d
             last, target = jax.device_get((blocks[-1], expected[-1]))
             distances[prefix].append(np.abs(last - target).mean(-1))
             cosines[prefix].append(cosine(pooled, expected_pooled))
+            if config.num_classes > 1:
+                named[prefix].append(_named(students[prefix], pooled) == _named(teacher.params, expected_pooled))
     metrics = {}
     for prefix in students:
         values = _distances(np.concatenate(distances[prefix]), config)
         values["cosine"] = float(np.concatenate(cosines[prefix]).mean())
+        if named[prefix]:
+            values["agreement"] = float(np.concatenate(named[prefix]).mean())
         metrics |= {prefix + name: value for name, value in values.items()}
     before, after = (block_rows(moments[prefix], distiller.pairs) for prefix in students)
     return metrics, before, after
+
+
+def _named(params: Any, pooled: jax.Array) -> np.ndarray:
+    """Classes int64 [B] that a model's head names, from pooled features [B, D]."""
+    head = params["head"]
+    return (np.asarray(pooled) @ np.asarray(head["kernel"]) + np.asarray(head.get("bias", 0.0))).argmax(1)
 
 
 def _distances(difference: np.ndarray, config: VitConfig) -> dict[str, float]:

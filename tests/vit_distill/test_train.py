@@ -105,6 +105,30 @@ def test_a_student_of_all_blocks_is_the_teacher(config, teacher, images):
     metrics, _, _ = compare(build_distiller(config, teacher), None, images.pixels.images(np.arange(5)))
     assert metrics["l1"] == 0
     assert metrics["cosine"] == pytest.approx(1, abs=1e-6)
+    assert "agreement" not in metrics  # no classifier
+
+
+@pytest.mark.parametrize("head_bias", [True, False])
+def test_a_classifier_is_compared_too(config, teacher, images, head_bias):
+    with_head = dataclasses.replace(teacher.config, num_classes=5, head_bias=head_bias)
+    shape = (1, CONFIG.image_size, CONFIG.image_size, 3)
+    head = VisionTransformer(with_head).init(jax.random.key(1), jnp.zeros(shape))["params"]["head"]
+    teacher = dataclasses.replace(teacher, config=with_head, params=teacher.params | {"head": head})
+    distiller, shown = build_distiller(config, teacher), images.pixels.images(np.arange(11))
+    before = build_state(distiller, build_optimizer(config.optim, 1)).params
+    # Other adapters than those at the start: the copy and the student name other classes.
+    after = jax.tree.map(lambda leaf: leaf + 0.5 * np.sin(np.arange(leaf.size)).reshape(leaf.shape), before)
+    metrics, _, _ = compare(distiller, after, shown)
+    inputs = teacher.preprocessing.evaluate(jnp.asarray(shown))
+    models = {"copy_": distiller.base, "": distiller.merged(after)}
+    named = {
+        prefix: VisionTransformer(distiller.student_config).apply({"params": params}, inputs).logits.argmax(1)
+        for prefix, params in models.items()
+    }
+    expected = VisionTransformer(with_head).apply({"params": teacher.params}, inputs).logits.argmax(1)
+    for prefix, found in named.items():
+        assert metrics[f"{prefix}agreement"] == pytest.approx(float((found == expected).mean()))
+    assert len({metrics["agreement"], metrics["copy_agreement"], 1.0}) == 3
 
 
 def test_scratch_starts_from_random_weights_of_the_seed(config, teacher):
