@@ -107,7 +107,7 @@ def _distill(config: Any, workdir: Path) -> None:
     sample = few_shot.images(even_rows(len(few), config.calibration.num_images))
     distiller = build_distiller(config, teacher, sample, tuple(known["blocks"]) if known else None)
     if config.student.method != "copy":
-        check_trains(distiller)
+        check_trains(distiller, workdir)
         decode(few_shot)
     if held_out is not None:
         decode(held_out)

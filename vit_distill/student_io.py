@@ -34,6 +34,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
     config, teacher = distiller.config, distiller.teacher
     return {
         "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
+        "teacher_function": teacher_function(teacher),
         "blocks": list(distiller.blocks),
         "choice": [dict(row) for row in distiller.choice],
         "method": config.student.method,
@@ -45,6 +46,11 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
         "num_params": {"teacher": num_params(teacher.params), "student": num_params(distiller.base)},
         "metrics": {},
     }
+
+
+def teacher_function(teacher: Teacher) -> dict[str, Any]:
+    """What the teacher computes beside its weights, as JSON gives it back: its config and preprocessing."""
+    return json.loads(json.dumps(dataclasses.asdict(teacher.config) | dataclasses.asdict(teacher.preprocessing)))
 
 
 def lora_facts(distiller: Distiller) -> dict[str, Any]:
@@ -81,12 +87,21 @@ def read_facts(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_teacher(workdir: Path, teacher: Teacher) -> None:
-    """Raises ValueError if the student of `workdir` was distilled from other weights than the teacher's."""
-    expected = (read_facts(workdir) or {}).get("teacher", {}).get("sha256")
+    """Raises ValueError if the student of `workdir` was distilled from other weights than the teacher's, or from what
+    computes otherwise with them (students of earlier versions do not know)."""
+    facts = read_facts(workdir) or {}
+    expected = facts.get("teacher", {}).get("sha256")
     if expected and teacher.report.sha256 != expected:
         raise ValueError(
             f"teacher {teacher.name}: sha256 {teacher.report.sha256[:12]}..., the student of {workdir} was distilled "
             f"from {expected[:12]}...: put the same teacher file there, or use another --workdir"
+        )
+    found = teacher_function(teacher)
+    if other := {k: v for k, v in facts.get("teacher_function", {}).items() if found.get(k) != v}:
+        differing = ", ".join(f"{name} {found.get(name)!r}, expected {value!r}" for name, value in other.items())
+        raise ValueError(
+            f"teacher {teacher.name}: found {differing}, as the student of {workdir} was distilled from: put the same "
+            "config.json beside its weights, or use another --workdir"
         )
 
 

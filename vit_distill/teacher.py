@@ -210,6 +210,8 @@ def _load(
         "licence": facts.get("licence") or _readme_licence(path.parent / "README.md") or "unknown",
     }
     stem = path.name.removesuffix(INDEX) if path.name.endswith(INDEX) else path.stem
+    if stem in ("model", "pytorch_model"):  # what every folder of timm or Hugging Face calls it
+        stem = path.absolute().parent.name
     return Teacher(name or facts.get("name") or stem, config, params, preprocessing, source, report)
 
 

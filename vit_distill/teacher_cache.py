@@ -79,6 +79,7 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
         return TeacherCache(features, num_views)
     key = {
         "teacher": distiller.teacher.report.sha256,
+        "config": dataclasses.asdict(distiller.teacher.config),
         "preprocessing": dataclasses.asdict(distiller.teacher.preprocessing),
         "images": manifest_hash,
         "pixels": pixels_hash(images, HASHED),

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from core.checkpoint import Checkpointer, CheckpointError
+from core.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from core.dense import DTYPES
 from core.logs import MetricLogger
 from core.loop import train_loop
@@ -55,11 +56,10 @@ def train(
         state = build_state(distiller, tx, start_values(distiller, images))
         return _loop(distiller, images, state, tx, cache_folder, None, None)
     with Checkpointer(workdir) as checkpointer:
-        if checkpointer.latest_step() is None:
+        state = _restored(distiller, tx, checkpointer, workdir)
+        if state is None:
             state = build_state(distiller, tx, start_values(distiller, images))
         else:
-            state = checkpointer.restore_train(restore_target(distiller, tx))
-            check_base(distiller, state.extra, workdir)
             print(f"resuming after step {int(state.step)}")
         host = jax.process_index()
         folder = workdir / f"host_{host}" if host else workdir
@@ -67,17 +67,33 @@ def train(
             return _loop(distiller, images, state, tx, folder / "teacher_features", logger, checkpointer)
 
 
-def check_trains(distiller: Distiller) -> None:
+def check_trains(distiller: Distiller, workdir: Path | None = None) -> None:
     """Finds what would stop `train`, without an update and before it has written anything.
 
     Raises:
       ValueError: for a batch, rank, optimiser or loss that does not fit the student.
+      CheckpointError: for a checkpoint of `workdir` that does not.
     """
     config = distiller.config
     check_batch_size(config.train.batch_size, config.train.accumulation, distiller.mesh)
     if distiller.lora and config.lora.warm_start:
         check_targets(distiller.lora)
-    trace_update(distiller, build_optimizer(config.optim, config.train.num_steps))
+    tx = build_optimizer(config.optim, config.train.num_steps)
+    trace_update(distiller, tx)
+    if workdir is not None and has_checkpoint(workdir):
+        with Checkpointer(workdir) as checkpointer:
+            _restored(distiller, tx, checkpointer, workdir)
+
+
+def _restored(
+    distiller: Distiller, tx: optax.GradientTransformation, checkpointer: Checkpointer, workdir: Path
+) -> TrainState | None:
+    """The newest checkpoint, None where there is none."""
+    if checkpointer.latest_step() is None:
+        return None
+    state = checkpointer.restore_train(restore_target(distiller, tx))
+    check_base(distiller, state.extra, workdir)
+    return state
 
 
 def start_values(distiller: Distiller, images: LabelledSet) -> Any:

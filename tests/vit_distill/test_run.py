@@ -16,13 +16,14 @@ from PIL import Image
 from configs import workdir as saved
 from configs.vit_distill import distill, probe, segment, table
 from configs.vit_distill import teacher as teacher_config
+from core.checkpoint import CheckpointError
 from core.mesh import make_mesh
 from core.tree import paths
 from core.vit import VisionTransformer, VitConfig
 from core.workdir import check_config
 from input_pipeline.classification import load_labelled
 from vit_distill import run
-from vit_distill.formats.timm import write_timm_folder
+from vit_distill.formats.timm import OWN_SECTION, write_timm_folder
 from vit_distill.images import few_shot_images, held_out_images
 from vit_distill.model_card import model_card
 from vit_distill.preprocessing import Preprocessing
@@ -152,6 +153,10 @@ def test_another_config_or_command_is_refused(workdir: Path, teacher: Path):
     config.command = "quantise"
     with pytest.raises(ValueError, match="command: expected one of"):
         run.train_and_evaluate(config, workdir)
+
+
+def test_a_teacher_is_called_by_its_folder(teacher: Path):
+    assert load_teacher_of(make_config(teacher)).name == teacher.name
 
 
 def test_another_teacher_file_is_refused(workdir: Path, tmp_path: Path):
@@ -347,6 +352,36 @@ def test_another_teacher_is_refused_before_anything_is_written(command: str, wor
     with pytest.raises(ValueError, match=r"was distilled from .* put the same teacher file there"):
         run_command(command, config, copy)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_a_teacher_that_computes_otherwise_with_its_weights_is_refused(command: str, workdir: Path, tmp_path: Path):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = saved.get_config(str(copy))
+    folder = tmp_path / "teacher"
+    shutil.copytree(config.teacher.checkpoint, folder)
+    content = json.loads((folder / "config.json").read_text())
+    content[OWN_SECTION]["config"]["activation"] = "quick_gelu"
+    (folder / "config.json").write_text(json.dumps(content))
+    config.teacher.checkpoint = str(folder)
+    with pytest.raises(ValueError, match=r"found activation 'quick_gelu', expected 'gelu', as the student of"):
+        run_command(command, config, copy)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(workdir: Path, tmp_path: Path):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = saved.get_config(str(copy))
+    config.train.num_steps = 4
+    newest = copy / "checkpoints" / "2"
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    before = {path: path.read_bytes() for path in copy.glob("*.json")}
+    with pytest.raises(CheckpointError):
+        run.train_and_evaluate(config, copy)
+    assert {path: path.read_bytes() for path in copy.glob("*.json")} == before
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])

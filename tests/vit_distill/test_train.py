@@ -378,6 +378,9 @@ def test_cached_features_are_reused_for_the_same_run_alone(config, teacher, imag
     other = build_cache(build_distiller(config, teacher), images.pixels, "hash", tmp_path)
     assert not np.allclose(first.features, other.features)
     assert len(list(tmp_path.glob("*.npy"))) == 3
+    function = dataclasses.replace(teacher, config=dataclasses.replace(teacher.config, activation="quick_gelu"))
+    other = build_cache(build_distiller(config, function), images.pixels, "hash", tmp_path)  # the same weights
+    assert len(list(tmp_path.glob("*.npy"))) == 4
 
 
 @pytest.mark.parametrize(
