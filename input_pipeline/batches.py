@@ -67,7 +67,7 @@ def train_batches(
         yield {"image": image, "index": index}
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(split: Split | LabelledSet, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Every image exactly once, in order, in equal batches.
 
     Yields:
