@@ -136,7 +136,8 @@ def _write_folder(write: Callable[..., None]) -> Callable[[Student, Path], None]
     def adapted(student: Student, folder: Path) -> None:
         teacher = student.facts.get("teacher", {})
         name = f"{teacher.get('name', 'student')}_blocks_{'_'.join(map(str, student.blocks))}"
-        facts = {"name": name, "licence": teacher.get("licence", "unknown"), **student.facts}
+        kept = {"licence": teacher.get("licence", "unknown"), "class_names": teacher.get("class_names")}
+        facts = {"name": name, **kept, **student.facts}
         write(folder, student.config, student.params, student.preprocessing, facts)
 
     return adapted

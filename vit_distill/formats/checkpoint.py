@@ -18,7 +18,7 @@ class Checkpoint:
       unused: names in the file that could not be translated.
       settings: fields of VitConfig that the file's config or the family gives.
       preprocessing: fields of Preprocessing likewise.
-      facts: plain JSON about the origin: architecture, licence, name.
+      facts: plain JSON about the origin: architecture, licence, name, class_names (a name for each class of the head).
       position_resize: variant of vit_distill.positions that the model's own code uses.
       notes: assumptions for the report.
       trained_activation: the activation that the weights were trained with, where the file names another model's; "".

@@ -116,7 +116,7 @@ def write_hugging_face_folder(
     """Writes model.safetensors, config.json and preprocessor_config.json, for transformers and for `load_teacher`.
 
     Args:
-      facts: plain JSON; "name" is written.
+      facts: plain JSON; "name" and "class_names" are written.
 
     Raises:
       ValueError: as `to_hugging_face`.
@@ -124,6 +124,10 @@ def write_hugging_face_folder(
     content, tensors = to_hugging_face(config, params)
     if facts and facts.get("name"):
         content["_name_or_path"] = facts["name"]
+    names = (facts or {}).get("class_names")
+    if names and len(names) == config.num_classes:
+        content["id2label"] = {str(i): name for i, name in enumerate(names)}
+        content["label2id"] = {name: i for i, name in enumerate(names)}
     numbers = {name: number for number, name in RESAMPLE.items()}
     size = preprocessing.image_size
     preprocessor = {

@@ -111,7 +111,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         unused=unused,
         settings=settings,
         preprocessing=preprocessing,
-        facts={"name": (beside.config or {}).get("_name_or_path")},
+        facts={"name": (beside.config or {}).get("_name_or_path"), "class_names": _class_names(beside.config or {})},
         notes=notes + more_notes,
         # As transformers does it: with antialias for the register models only.
         position_resize="timm" if "reg_token" in state else "bicubic",
@@ -208,3 +208,12 @@ def _side(size: Any) -> int | None:
     if isinstance(size, Mapping):
         return next((int(size[key]) for key in ("shortest_edge", "height") if key in size), None)
     return int(size) if size else None
+
+
+def _class_names(content: Mapping[str, Any]) -> list[str] | None:
+    """Names of the head's classes; None where there are none but those that transformers makes up."""
+    found = content.get("id2label")
+    if not isinstance(found, Mapping) or set(found) != {str(i) for i in range(len(found))}:
+        return None
+    names = [str(found[str(i)]) for i in range(len(found))]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names

@@ -157,6 +157,7 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         "architecture": name or None,
         "name": f"{name}.{tag}" if name and tag else name or None,
         "licence": pretrained.get("license"),
+        "class_names": content.get("label_names"),
     }
     return settings, preprocessing, facts
 
@@ -272,7 +273,7 @@ def write_timm_folder(
     """Writes model.safetensors and config.json, for timm's local-dir loading and for `load_teacher`.
 
     Args:
-      facts: plain JSON for our own reader: name, licence and so on.
+      facts: plain JSON for our own reader: name, licence and so on; "class_names" for timm too.
 
     Raises:
       ValueError: as `to_timm` and `timm_model`.
@@ -311,5 +312,8 @@ def write_timm_folder(
             "facts": facts,
         },
     }
+    names = facts.get("class_names")
+    if names and len(names) == config.num_classes:
+        content["label_names"] = names
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", content)

@@ -18,6 +18,7 @@ from vit_distill.export import export as export_module
 from vit_distill.export.compare import model_outputs
 from vit_distill.export.export import KINDS, export
 from vit_distill.lora import merge
+from vit_distill.teacher import load_teacher
 
 # What our own reader and, where it can be installed, the tool of the format find.
 PACKAGES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnxruntime"}
@@ -135,6 +136,21 @@ def test_what_a_format_cannot_hold_is_said_and_nothing_left(make_student, images
     with pytest.raises(ValueError, match=r"Hugging Face's ViT and DINOv2 have no .*mean pooling: write a timm folder"):
         export(make_student(pool="mean"), "huggingface", tmp_path / "out", images)
     assert not _folder_names(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["timm", "huggingface"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_classes_of_the_head_keep_their_names(kind, named, make_student, images, tmp_path):
+    student = make_student()
+    names = [f"finding {i}" for i in range(student.config.num_classes)] if named else None
+    facts = {"teacher": dict(student.facts.get("teacher", {}), class_names=names)}
+    export(dataclasses.replace(student, facts=facts), kind, tmp_path / "out", images)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    if named and kind == "huggingface":
+        assert (content["id2label"]["1"], content["label2id"]["finding 1"]) == ("finding 1", 1)
+    content.pop("vit_distill", None)  # our own section: as any other tool's folder
+    (tmp_path / "out" / "config.json").write_text(json.dumps(content))
+    assert load_teacher(str(tmp_path / "out")).source.get("class_names") == names
 
 
 def test_a_model_that_reloads_differently_is_no_export(make_student, images, tmp_path, monkeypatch):
