@@ -104,6 +104,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
                 for name, macs in (dataclasses.asdict(cost) | {"total": cost.total}).items()
             },
             "cached_views": train.cached_views,
+            "cached_bytes_an_image": train.cached_views * student.num_tokens * student.width * 4,  # one target
         },
         "memory_bytes": memory,
         "device": {"count": devices, "memory_bytes": device_memory(), "gflops_per_second": rate / 1e9},
@@ -145,7 +146,13 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     )
     lines.append(f"  an update: {step['total']:.1f} GFLOPs ({parts})")
     if training["cached_views"]:
-        lines.append(f"  once before: the teacher on {training['cached_views']} views of every image")
+        views, size = training["cached_views"], training["cached_bytes_an_image"]
+        saved_by = training["num_steps"] * training["batch_size"] // views
+        lines.append(
+            f"  once before: the teacher on {views} views of every image, {views * seconds['teacher_image']:.3g} s and "
+            f"{size / 2**20:.2f} MiB on disk for each (with aligned blocks for each of them); it saves time with fewer "
+            f"than {saved_by} images"
+        )
     parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size and name != "total")
     lines.append(f"  memory a device (estimate): {_gigabytes(memory['total'])} ({parts})")
     available = plan["device"]["memory_bytes"]

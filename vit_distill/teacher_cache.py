@@ -93,6 +93,12 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{name}.npy"
     if not path.exists():
+        updates = config.train.num_steps * config.train.batch_size
+        if n * num_views >= updates:
+            print(
+                f"WARNING: train.cached_views={num_views}: the teacher sees {n * num_views} views for the cache, in "
+                f"the loop it would see {updates}: set cached_views=0 or lower it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         free, needed = shutil.disk_usage(folder).free, int(np.prod(shape)) * 4
         if needed > free:

@@ -362,6 +362,13 @@ def test_cached_features_are_those_of_the_teacher_on_the_same_views(kind, target
     assert not np.allclose(views, other)
 
 
+@pytest.mark.parametrize(("num_steps", "warned"), [(3, True), (4, False)])
+def test_a_cache_that_costs_more_than_it_saves_is_said(num_steps, warned, config, teacher, images, tmp_path, capsys):
+    config.train.update(cached_views=2, batch_size=8, num_steps=num_steps)  # 12 images
+    build_cache(build_distiller(config, teacher), images.pixels, "hash", tmp_path)
+    assert ("the teacher sees 24 views for the cache, in the loop it would see 24" in capsys.readouterr().out) == warned
+
+
 def test_cached_features_are_reused_for_the_same_run_alone(config, teacher, images, tmp_path, monkeypatch):
     config.train.cached_views = 2
     distiller = build_distiller(config, teacher)
