@@ -88,7 +88,8 @@ def segment_probe(
       seeds: of initial weights and order.
 
     Returns:
-      Flat: the metrics of `iou_metrics` on test (`mean_over_seeds`); "learning_rate", "valid_miou", "at_grid_edge",
+      Flat: the metrics of `iou_metrics` on test (`mean_over_seeds`); "pixels/<class>", the classes' shares of the
+      labelled pixels of test, 0 for a class that is not in it; "learning_rate", "valid_miou", "at_grid_edge",
       "num_seeds" as in `probe`.
 
     Raises:
@@ -112,7 +113,9 @@ def segment_probe(
     chosen, at_edge = choose(on_valid)
     runs = [on_grid[chosen], *(fit(chosen, seed) for seed in seeds[1:])]
     on_test = [score(params, test) for params in runs]
+    occur = np.diag(confusion_matrix(test.masks, test.masks, num_classes))
     return mean_over_seeds(on_test) | {
+        **{f"pixels/{name}": float(share) for name, share in zip(names, occur / occur.sum(), strict=True)},
         "learning_rate": float(chosen),
         "valid_miou": on_valid[chosen],
         "at_grid_edge": float(at_edge),
@@ -132,16 +135,18 @@ def confusion_matrix(predicted: np.ndarray, masks: np.ndarray, num_classes: int)
 
 
 def iou_metrics(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """ "iou/<class>", "miou" (their mean) and "pixel_accuracy" of a confusion matrix [F, F].
+    """ "iou/<class>", "miou" (their mean), "miou_present" and "pixel_accuracy" of a confusion matrix [F, F].
 
-    A class that neither occurs nor was called has no IoU: NaN, and left out of the mean.
+    A class that neither occurs nor was called has no IoU: NaN, and left out of the mean. One that does not occur but
+    was called has 0, for a single pixel already: "miou_present" is the mean over those that occur.
     """
     hits = np.diag(confusion)
     union = confusion.sum(0) + confusion.sum(1) - hits
     if not union.any():
         raise ValueError("no pixel has a label: IoU is not defined")
     iou = np.divide(hits, union, out=np.full(len(union), np.nan), where=union > 0)
-    metrics = {"miou": float(np.nanmean(iou)), "pixel_accuracy": float(hits.sum() / confusion.sum())}
+    metrics = {"miou": float(np.nanmean(iou)), "miou_present": float(iou[confusion.sum(1) > 0].mean())}
+    metrics["pixel_accuracy"] = float(hits.sum() / confusion.sum())
     return metrics | {f"iou/{name}": float(value) for name, value in zip(classes, iou, strict=True)}
 
 

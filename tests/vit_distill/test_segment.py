@@ -52,7 +52,11 @@ def test_confusion_and_iou_by_hand():
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     found = iou_metrics(confusion, ["a", "b", "c", "d"])
     expected = {"iou/a": 1 / 3, "iou/b": 2 / 3, "iou/c": 0.0, "iou/d": np.nan, "miou": 1 / 3, "pixel_accuracy": 3 / 5}
-    assert found == pytest.approx(expected, nan_ok=True)
+    assert found == pytest.approx(expected | {"miou_present": 1 / 3}, nan_ok=True)
+    confusion[0, 3] = 1  # one pixel is called a class that does not occur
+    found = iou_metrics(confusion, ["a", "b", "c", "d"])
+    expected = {"iou/d": 0.0, "miou": (1 / 4 + 2 / 3) / 4, "miou_present": (1 / 4 + 2 / 3) / 3}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     with pytest.raises(ValueError, match="no pixel has a label"):
         iou_metrics(np.zeros((2, 2), np.int64), ["a", "b"])
 
@@ -100,6 +104,8 @@ def test_heads_learn_and_repeat(head: str):
     assert found["learning_rate"] == 3e-2  # the other is too small to learn anything in 40 updates
     assert found["num_seeds"] == 2
     assert found["at_grid_edge"] == 1.0
+    shares = np.bincount(SETS[2].masks.ravel()) / SETS[2].masks.size
+    assert [found[f"pixels/{name}"] for name in ("sea", "land", "cloud")] == pytest.approx(shares)
     assert found["miou"] == pytest.approx(np.mean([found[f"iou/{name}"] for name in ("sea", "land", "cloud")]))
     again = segment_probe(*SETS, head, classes=("sea", "land", "cloud"), seeds=(0, 1), options=OPTIONS)
     assert found == again
@@ -138,6 +144,14 @@ def test_ignored_pixels_have_no_influence():
     assert 0 < found["miou"] < 1
     predicted = np.zeros((1, SIDE, SIDE))
     assert confusion_matrix(predicted, ignored[1].masks[:1], CLASSES).sum() == SIDE**2 - 64
+
+
+def test_a_class_that_test_lacks_is_said():
+    train, valid, test = SETS
+    fewer = Segmented(test.tokens, np.where(test.masks == 2, IGNORED, test.masks).astype(np.uint8))
+    found = segment_probe(train, valid, fewer, options=replace(OPTIONS, learning_rates=(3e-2,)))
+    assert (found["pixels/2"], found["iou/2"]) == (0.0, 0.0)
+    assert found["miou_present"] == pytest.approx(1.5 * found["miou"])
 
 
 def test_valid_chooses_and_test_does_not():
