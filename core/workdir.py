@@ -81,6 +81,8 @@ def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None
     if not (workdir / "config.json").exists():
         return
     old, new = _flat(read_config(workdir)), _flat(plain(config))
+    for name in LATER_FIELDS.get(config.get("system"), {}).keys() - new.keys():  # a config made without it
+        old.pop(name, None)
     names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(tuple(free_fields))})
     steps = "train.num_steps"
     if steps in old and steps in new and int(new[steps]) < int(old[steps]):

@@ -181,7 +181,7 @@ def test_weights_in_several_files(teacher: Teacher, state: dict, tmp_path: Path)
     loaded, named = load(str(tmp_path)), load(str(index))
     assert tree.fingerprint(loaded.params) == tree.fingerprint(teacher.params)
     assert loaded.source == named.source
-    assert (loaded.name, loaded.source["file"]) == ("model", index.name)
+    assert (loaded.name, loaded.source["file"]) == (tmp_path.name, index.name)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     save_file({name: array + np.float32(1) for name, array in load_file(shard).items()}, shard)
     assert load(str(tmp_path)).source["sha256"] != loaded.source["sha256"]
