@@ -151,7 +151,7 @@ def write_probe_report(
         chosen = next((key for key in HYPER_PARAMETERS.values() if key in result), "")
         edge = ", at the edge of its grid: widen it" if result["at_grid_edge"] else ""
         # A probe of tokens does not say it: the IoU of so many pixels does not tie.
-        tied = "; all of its grid do equally well there: more validation images" if result.get("all_tied") else ""
+        tied = "; all of its grid do equally well there: they are too few images" if result.get("all_tied") else ""
         print(f"{kind}: {chosen} {result[chosen]:g} chosen on valid{edge}{tied}")
         for key, value in result.items():
             if key not in settings and not key.endswith("_std"):
