@@ -143,10 +143,8 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     if "no_embed_class" in args:
         settings["position_on_prefix"] = not args["no_embed_class"]
     pool = args.get("global_pool", content.get("global_pool"))
-    if pool:
-        if pool not in ("token", "avg"):
-            raise ValueError(f"config.json: global_pool: expected 'token' or 'avg', found {pool!r}")
-        settings["pool"] = "token" if pool == "token" else "mean"
+    if pool:  # one that we do not have is refused by VitConfig, unless overrides name another
+        settings["pool"] = {"avg": "mean"}.get(pool, pool)
     preprocessing = {key: tuple(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
     if pretrained.get("interpolation"):
         preprocessing["interpolation"] = pretrained["interpolation"]
@@ -189,7 +187,8 @@ READER = Reader(
     unsupported={
         "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
         "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
-        "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's",
+        "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's; to use the tokens without it, give "
+        "allow_unused=['attn_pool.*'] and overrides pool=mean",
         "rope*": "rotary positions (EVA, DINOv3) are not a plain ViT's",
         "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
         "*relative_position*": "relative positions (BEiT) are not a plain ViT's",

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from peers import peer
+from peers import peer, to_torch
 from safetensors.numpy import save_file
 
 from core import tree
 from core.files import write_json
+from core.vit import VisionTransformer
 from vit_distill.formats import canonical
 from vit_distill.formats.architectures import architecture_config
 from vit_distill.formats.canonical import entries, expected_shapes
@@ -122,6 +124,44 @@ def test_clips_whose_weights_want_another_gelu_than_timm_computes_are_named(
     quick = load_teacher(str(tmp_path), overrides=OVERRIDES | {"activation": "quick_gelu"})
     assert message not in caplog.text + str(quick.report)
     assert timm_model(quick.config)[1]["act_layer"] == "quick_gelu"
+
+
+def test_siglip_without_its_attention_pooling(tmp_path: Path) -> None:
+    """Its tokens are a plain ViT's; their mean is what timm computes with global_pool="avg" and no norm after it."""
+    timm, torch = peer("timm"), peer("torch")
+    args = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_base_patch16_siglip_224", **args).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    pretrained = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    content = {"architecture": "vit_base_patch16_siglip_224", "global_pool": "map", "model_args": args}
+    write_json(tmp_path / "config.json", content | {"pretrained_cfg": pretrained})
+    save_file(state, tmp_path / "model.safetensors")
+    options: dict[str, Any] = {}
+    for key, value, message in (
+        (
+            "allow_unused",
+            ["attn_pool.*"],
+            r"attention pooling .* allow_unused=\['attn_pool.\*'\] and overrides pool=mean",
+        ),
+        ("overrides", {"pool": "mean"}, r"pool: expected one of .*found 'map'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_teacher(str(tmp_path), **options)
+        options[key] = value
+    found = load_teacher(str(tmp_path), **options)
+    assert found.name == "vit_base_patch16_siglip_224"
+    images = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    out = jax.jit(VisionTransformer(found.config).apply)({"params": found.params}, images)
+    mean = timm.create_model("vit_base_patch16_siglip_224", **args, global_pool="avg", fc_norm=False).eval()
+    mean.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "attn_pool" not in name})
+    with torch.no_grad():
+        tokens = model.forward_features(to_torch(images)).numpy()
+        pooled = mean(to_torch(images)).numpy()
+    np.testing.assert_allclose(out.tokens, tokens, rtol=0, atol=1e-5 * np.abs(tokens).max())
+    np.testing.assert_allclose(out.pooled, pooled, rtol=0, atol=1e-5 * np.abs(pooled).max())
 
 
 def test_another_way_to_a_square_is_noted(plain: Teacher, tmp_path: Path) -> None:
