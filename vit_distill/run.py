@@ -121,7 +121,8 @@ def _distill(config: Any, workdir: Path) -> None:
         if not accepted:
             write_manifest(workdir / "manifest.json", images, few, **_selection(config.few_shot))
         save_config(config, workdir)
-        save_facts(workdir, facts)
+        if not known:  # what a student measured stays until there is a longer trained one
+            save_facts(workdir, facts)
     trainable = None
     if config.student.method != "copy":
         state = train(distiller, few_shot, workdir)

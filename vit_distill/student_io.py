@@ -18,7 +18,7 @@ from core.workdir import LOGGING, READING, read_config
 from vit_distill.distill import Distiller, build_distiller, restore_target
 from vit_distill.lora import truncate
 from vit_distill.student import Student
-from vit_distill.teacher import Teacher, load_teacher_of
+from vit_distill.teacher import Teacher, function_facts, load_teacher_of
 from vit_distill.train import check_base
 
 FACTS = "student.json"
@@ -34,7 +34,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
     config, teacher = distiller.config, distiller.teacher
     return {
         "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
-        "teacher_function": teacher_function(teacher),
+        "teacher_function": function_facts(teacher.config, teacher.preprocessing),
         "blocks": list(distiller.blocks),
         "choice": [dict(row) for row in distiller.choice],
         "method": config.student.method,
@@ -46,11 +46,6 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
         "num_params": {"teacher": num_params(teacher.params), "student": num_params(distiller.base)},
         "metrics": {},
     }
-
-
-def teacher_function(teacher: Teacher) -> dict[str, Any]:
-    """What the teacher computes beside its weights, as JSON gives it back: its config and preprocessing."""
-    return json.loads(json.dumps(dataclasses.asdict(teacher.config) | dataclasses.asdict(teacher.preprocessing)))
 
 
 def lora_facts(distiller: Distiller) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def check_teacher(workdir: Path, teacher: Teacher) -> None:
             f"teacher {teacher.name}: sha256 {teacher.report.sha256[:12]}..., the student of {workdir} was distilled "
             f"from {expected[:12]}...: put the same teacher file there, or use another --workdir"
         )
-    found = teacher_function(teacher)
+    found = function_facts(teacher.config, teacher.preprocessing)
     if other := {k: v for k, v in facts.get("teacher_function", {}).items() if found.get(k) != v}:
         differing = ", ".join(f"{name} {found.get(name)!r}, expected {value!r}" for name, value in other.items())
         raise ValueError(
@@ -149,7 +144,11 @@ def load_distilled(workdir: Path, config: Any = None) -> tuple[Distiller, Any, d
             "and goes on by the command that started it"
         )
     distiller, trainable = truncated(distiller, trainable)
-    return distiller, trainable, facts | {"lora": lora_facts(distiller), "updates": updates, "num_steps": num_steps}
+    now = {"lora": lora_facts(distiller), "updates": updates, "num_steps": num_steps}
+    # What was measured before further updates, or at another rank, is not this student's.
+    if (facts.get("updates", updates), facts["lora"].get("ranks")) != (updates, now["lora"].get("ranks")):
+        now["metrics"] = {}
+    return distiller, trainable, facts | now
 
 
 def truncated(distiller: Distiller, trainable: Any) -> tuple[Distiller, Any]:

@@ -5,6 +5,7 @@ the config beside the file, the architecture's name or the family's custom. What
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,12 @@ class Teacher:
     preprocessing: Preprocessing
     source: Mapping[str, Any]
     report: LoadReport
+
+
+def function_facts(config: VitConfig, preprocessing: Preprocessing) -> dict[str, Any]:
+    """What a model computes beside its weights, whose sha256 does not tell it: the fields of both as plain JSON."""
+    # Through JSON, which knows lists alone.
+    return json.loads(json.dumps(dataclasses.asdict(config) | dataclasses.asdict(preprocessing)))
 
 
 def load_teacher(

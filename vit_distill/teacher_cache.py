@@ -17,8 +17,10 @@ import numpy as np
 from core.files import replacing
 from core.logs import progress_bar
 from core.mesh import make_mesh, replicate, shard_batch
+from core.tree import fingerprint
 from vit_distill.distill import Distiller, make_targets_fn, make_views_fn
 from vit_distill.features import pixels_hash
+from vit_distill.teacher import function_facts
 
 HASHED = 256  # images that are read at once for their hash
 
@@ -78,9 +80,9 @@ def build_cache(distiller: Distiller, images: Any, manifest_hash: str, folder: P
         _compute(distiller, images, features, num_views)
         return TeacherCache(features, num_views)
     key = {
-        "teacher": distiller.teacher.report.sha256,
-        "config": dataclasses.asdict(distiller.teacher.config),
-        "preprocessing": dataclasses.asdict(distiller.teacher.preprocessing),
+        # Not the file's sha256: overrides and the config beside it make other functions of the same file.
+        "teacher": fingerprint(distiller.teacher.params),
+        "function": function_facts(distiller.teacher.config, distiller.teacher.preprocessing),
         "images": manifest_hash,
         "pixels": pixels_hash(images, HASHED),
         "views": num_views,

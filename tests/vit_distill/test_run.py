@@ -130,6 +130,35 @@ def test_a_training_that_was_stopped_is_no_finished_student(
     assert json.loads((copy / "report.json").read_text())["student"]["updates"] == 2
 
 
+def test_longer_training_that_is_killed_keeps_what_was_measured(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = tmp_path / "w"
+    shutil.copytree(workdir, copy)
+    config = saved.get_config(str(copy))
+    config.train.num_steps = 3
+    metrics = json.loads((copy / "student.json").read_text())["metrics"]
+    assert metrics
+
+    def stop(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    def start(function: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(function, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run.train_and_evaluate(config, copy)
+
+    start("vit_distill.train.train_loop")  # killed before its first update
+    facts = load_student(copy).facts
+    assert (facts["metrics"], facts["updates"], facts["num_steps"]) == (metrics, 2, 3)
+    start("vit_distill.run._report")  # killed after its last
+    facts = load_student(copy).facts
+    assert (facts["metrics"], facts["updates"]) == ({}, 3)
+    run.train_and_evaluate(config, copy)
+    assert load_student(copy).facts["metrics"] == json.loads((copy / "report.json").read_text())["metrics"] != metrics
+
+
 def test_adapters_can_be_cut_to_a_lower_rank(workdir: Path, tmp_path: Path):
     copy = tmp_path / "w"
     shutil.copytree(workdir, copy)

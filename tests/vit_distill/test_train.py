@@ -388,6 +388,9 @@ def test_cached_features_are_reused_for_the_same_run_alone(config, teacher, imag
     function = dataclasses.replace(teacher, config=dataclasses.replace(teacher.config, activation="quick_gelu"))
     other = build_cache(build_distiller(config, function), images.pixels, "hash", tmp_path)  # the same weights
     assert len(list(tmp_path.glob("*.npy"))) == 4
+    resized = dict(teacher.params) | {"pos_embedding": teacher.params["pos_embedding"] + 0.1}  # as by position_resize
+    build_cache(build_distiller(config, dataclasses.replace(teacher, params=resized)), images.pixels, "hash", tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 5
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from core.vit import VitConfig
 from vit_distill.lora import LoraConfig, merge
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.student import Student
-from vit_distill.teacher import Teacher
+from vit_distill.teacher import Teacher, function_facts
 from vit_distill.weight_copy import copy_blocks
 
 WEIGHTS, DESCRIPTION = "adapters.safetensors", "adapters.json"
@@ -121,9 +121,8 @@ def _read(folder: Path, content: Mapping[str, Any], base: Any) -> tuple[Any, Lor
 
 def _check_function(folder: Path, content: Mapping[str, Any], config: VitConfig, preprocessing: Preprocessing) -> None:
     """Raises ValueError unless config and preprocessing are the recorded ones: the sha256 tells the weights alone."""
-    # Through JSON, which knows lists alone; an older file records neither.
-    found = json.loads(json.dumps(dataclasses.asdict(config) | dataclasses.asdict(preprocessing)))
-    recorded = content.get("config", {}) | content.get("preprocessing", {})
+    found = function_facts(config, preprocessing)
+    recorded = content.get("config", {}) | content.get("preprocessing", {})  # an older file has neither
     if other := {name: value for name, value in recorded.items() if found.get(name) != value}:
         differing = ", ".join(f"{name} {found.get(name)!r}" for name in other)
         raise ValueError(f"{_other_base(folder, content, differing)}: load_teacher(..., overrides={other!r})")
