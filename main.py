@@ -125,8 +125,8 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
             return [arguments[0], f"--config={config}:{workdir}", *arguments[1:]]
         if seeds := sorted(Path(workdir).glob("seed_*/config.json")):
             sys.exit(
-                f"error: {workdir} holds {len(seeds)} seeds: name one of them, --workdir={seeds[0].parent}, or the "
-                "--config that all were trained with"
+                f"error: {workdir} holds {len(seeds)} seeds: name one of them, --workdir={seeds[0].parent}, or all "
+                f"together, --workdir={Path(workdir) / 'ensemble'}, or the --config that all were trained with"
             )
     if any(name.startswith("config.") for name in names):  # absl would call the field an unknown flag
         sys.exit(f"error: {_no_config_in(workdir) if workdir else NO_CONFIG}")

@@ -1,7 +1,7 @@
 """From raw scores to calibrated and fused ones: on the host, fitted on normals alone that were not trained on.
 
-Axes: N images, n calibration normals, S evidences with a map (a task gives one or two), K = S + 1 evidences, texture
-last, H W map.
+Axes: N images, n calibration normals, S evidences with a map (a task gives one or two; several networks give these
+one after the other), K = S + 1 evidences, texture last, H W map.
 
 - scores that are a map's top lose their linear fit on the image's log mean gradient, called its texture below: a smooth
   image is easy to reconstruct, and gives few false alarms, whatever it shows;
@@ -43,9 +43,9 @@ def evidence_names(tasks: Sequence[Task]) -> list[str]:
     return [name for task in tasks for name in task.reductions]
 
 
-def fused_names(tasks: Sequence[Task]) -> list[str]:
+def fused_names(tasks: Sequence[Task], num_networks: int = 1) -> list[str]:
     """Names of all evidences that are fused, in the order of axis K."""
-    return [*evidence_names(tasks), TEXTURE]
+    return [*evidence_names(tasks) * num_networks, TEXTURE]
 
 
 def task_evidences(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
@@ -106,6 +106,11 @@ class Calibration:
     def kinds(self) -> tuple[str, ...]:
         """Of all evidences, length K."""
         return (*(evidence.kind for evidence in self.evidences), TEXTURE)
+
+    def by_name(self, columns: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns [N, K] -> evidence name -> [N], the mean over the networks."""
+        names = np.array(self.names)
+        return {name: columns[:, names == name].mean(1) for name in dict.fromkeys(self.names)}
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
         """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
@@ -233,6 +238,7 @@ def fit_calibration(
             len(texture),
         )
     evidences = [Evidence(name, r.kind, r.how == "top") for task in tasks for name, r in task.reductions.items()]
+    evidences *= raw.shape[1] // len(evidences)  # networks: the mean over a kind is the mean over them too
     calibration = fit_scores(evidences, fusion, raw, texture, groups)
     if maps is None:
         return calibration

@@ -36,6 +36,7 @@ from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
 from mtl_moe.sampling import even_rows
+from mtl_moe.seeds import check_one_seed
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
@@ -52,8 +53,7 @@ def small_config(config: Any, reduction: int | None = None) -> Any:
     Raises:
       ValueError: for a reduction that this detector does not allow, or a folder of several seeds.
     """
-    if config.num_seeds != 1:
-        raise ValueError(f"num_seeds={config.num_seeds}: name the folder of one seed, such as --workdir=W/seed_0")
+    check_one_seed(config)
     small = config.copy_and_resolve_references()
     if reduction is not None:
         small.compress.reduction = reduction

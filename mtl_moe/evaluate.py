@@ -19,13 +19,14 @@ from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe.calibration import Calibration, check_calibration
-from mtl_moe.infer import Scorer, calibrate, evidence_maps, own_calibration, restore, router_use
+from mtl_moe.infer import Scorer, calibrate, evidence_maps, own_calibration, restore_networks, router_use
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import Case, ReportData, select_cases
 from mtl_moe.results import FLOORS, Results
 from mtl_moe.scoring import make_map_fn
+from mtl_moe.seeds import seeds_together
 from mtl_moe.system import System
 from mtl_moe.training_data import calibration_normals, other_training_data, seen_in_training
 
@@ -73,7 +74,7 @@ def result_folder(data: Any, dataset: Dataset, workdir: Path) -> Path:
 
 
 def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
-    """Restores the newest checkpoint of `workdir`, evaluates, writes all outputs to `result_folder`.
+    """Restores what was trained for `workdir`, evaluates, writes all outputs to `result_folder`.
 
     Without a test split the calibration normals are shown instead, each scored by a fit without it, and neither
     accuracy nor rates are given. Without training images the scores are calibrated as those of a prediction are, and
@@ -88,8 +89,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     start = time.time()
     data = system.config.data
     output = result_folder(data, dataset, workdir)
-    trained = restore(system, workdir)
-    scorer = Scorer(system, trained)
+    networks = restore_networks(system, workdir)
+    step = networks[0].step
+    scorer = Scorer(system, *networks)
     if has_train := "train" in dataset.splits:
         normals, known = calibration_normals(dataset, workdir)
         dataset = dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals})
@@ -101,9 +103,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
             dtype=system.config.score.dtype,
         )
         output.mkdir(parents=True, exist_ok=True)
-        calibration.save(output / "calibration.npz", trained.step)
+        calibration.save(output / "calibration.npz", step)
     else:
-        calibration, known = own_calibration(system, workdir, trained.step), True
+        calibration, known = own_calibration(system, workdir, step), True
         output.mkdir(parents=True, exist_ok=True)
     has_test = len(dataset.splits.get("test", ())) > 0
     split = dataset.splits["test" if has_test else "calibration"]
@@ -129,18 +131,16 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         "metrics": results.metrics,
         "intervals": results.intervals,
         "thresholds": thresholds,
-        "provenance": provenance(
-            system, _facts(data, dataset, calibration), workdir, trained.step, time.time() - start
-        ),
+        "provenance": provenance(system, _facts(data, dataset, calibration), workdir, step, time.time() - start),
     }
-    evidence_scores = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
+    evidence_scores = calibration.by_name(calibration.tail_scores(corrected))
     write_predictions(output / "predictions.csv", split, fused, p, evidence_scores)
     write_json(output / "report.json", report)
     page = ReportData(
         dataset=dataset.name,
         layout=dataset.layout,
         headline=_headline(system, dataset, calibration, other_training_data(dataset, workdir), known)
-        + unfinished(system, trained.step)
+        + unfinished(system, step)
         + seen_in_training(scored.hashes, workdir),
         metrics=results.metrics,
         intervals=results.intervals,
@@ -157,7 +157,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
-        router=router_use(system, trained, split.images(np.arange(min(len(split), 32)))),
+        router=router_use(system, networks[0], split.images(np.arange(min(len(split), 32)))),
         floors=FLOORS,
         provenance=report["provenance"],
         config=system.config.to_dict(),
@@ -240,6 +240,7 @@ def _headline(system: System, dataset: Dataset, calibration: Calibration, learne
     text = (
         f"{len(system.tasks)} proxy tasks learned from scratch on "
         + (learned_from or f"{len(dataset.splits['train'])} normal images")
+        + seeds_together(system.config)
         + f", calibrated on {len(calibration.fused)} {which} ({calibration.num_groups} patients or groups)."
     )
     if not has_train:

@@ -1,6 +1,7 @@
 """Runs the trained detector over splits: raw scores, calibration, finished maps.
 
-Axes: N images of a split, S evidences, H W map, M side of the finished map.
+Several networks that score together (the seeds of an ensemble) are one with as many times the evidences.
+Axes: N images of a split, T networks, S evidences of all of them, H W map, M side of the finished map.
 """
 
 import copy
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from core.checkpoint import Checkpointer
@@ -22,6 +24,7 @@ from mtl_moe.calibration import Calibration, evidence_names, fit_calibration, fu
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
+from mtl_moe.seeds import seed_folders
 from mtl_moe.system import System
 from mtl_moe.tasks.base import to_float
 from mtl_moe.training_data import image_hashes
@@ -67,21 +70,35 @@ def restore(system: System, workdir: Path) -> Trained:
         return Trained(*checkpointer.restore_model(state.ema_params, state.extra))
 
 
-class Scorer:
-    """Scores images with one set of parameters; compiled once for a batch size, `trained_as` included."""
+def restore_networks(system: System, workdir: Path) -> list[Trained]:
+    """The newest checkpoint of `workdir`, or of each seed where that is an ensemble's folder; errors as `restore`.
 
-    def __init__(self, system: System, trained: Trained):
+    Raises:
+      ValueError: if the seeds were not trained equally long.
+    """
+    folders = seed_folders(system.config, workdir)
+    networks = [restore(system, folder) for folder in folders]
+    if len({network.step for network in networks}) > 1:
+        steps = ", ".join(f"{folder.name} {found.step}" for folder, found in zip(folders, networks, strict=True))
+        raise ValueError(f"the seeds of {workdir} were trained to different steps ({steps}): train all to the same one")
+    return networks
+
+
+class Scorer:
+    """Scores images with networks of one system; compiled once for a batch size, `trained_as` included."""
+
+    def __init__(self, system: System, *networks: Trained):
         self._system = system
-        self._trained = trained
+        self._networks = networks
         self._score_fn = make_score_fn(system)
         # Every device gets the same number of rows.
         shards = system.mesh.shape["data"]
         self.batch_size = -(-system.config.score.batch_size // shards) * shards
 
-    def trained_as(self, trained: Trained) -> "Scorer":
+    def trained_as(self, *networks: Trained) -> "Scorer":
         """The same compiled program with other parameters."""
         other = copy.copy(self)
-        other._trained = trained
+        other._networks = networks
         return other
 
     def batch(self, images: np.ndarray) -> dict[str, jax.Array]:
@@ -89,7 +106,9 @@ class Scorer:
         last image fills it up, so that one shape is compiled."""
         fill = np.repeat(images[-1:], self.batch_size - len(images), axis=0)
         placed = shard_batch({"image": np.concatenate([images, fill]) if len(fill) else images}, self._system.mesh)
-        return self._score_fn(self._trained.params, self._trained.extra, placed["image"])
+        first, *more = (self._score_fn(one.params, one.extra, placed["image"]) for one in self._networks)
+        joined = {name: jnp.concatenate([first[name], *(one[name] for one in more)], 1) for name in ("raw", "maps")}
+        return first | joined if more else first
 
     def images(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Any number n of uint8 images [n, H, W, C]; results are [n, ...]. For few images: everything is kept."""
@@ -178,7 +197,8 @@ def own_calibration(system: System, workdir: Path, step: int) -> Calibration:
     Raises:
       ValueError: if there is none, or it was made for another checkpoint, fusion or dtype.
     """
-    calibration = load_calibration(workdir / "calibration.npz", fused_names(system.tasks), step)
+    names = fused_names(system.tasks, system.config.num_seeds)
+    calibration = load_calibration(workdir / "calibration.npz", names, step)
     for field in ("fusion", "dtype"):
         made, now = getattr(calibration, field), system.config.score[field]
         if made not in ("", now):  # "": a calibration of before the dtype was written down
@@ -193,9 +213,11 @@ def evidence_maps(
     system: System, calibration: Calibration, maps: np.ndarray, body: np.ndarray
 ) -> list[dict[str, np.ndarray]]:
     """Maps [n, S, H, W] and body [n, H, W] -> for each image its maps by evidence in calibrated units (0: median, and
-    outside the body; 1: 95th percentile)."""
+    outside the body; 1: 95th percentile), the mean over the networks."""
     scaled = (maps - calibration.map_low[:, None, None]) / calibration.map_scale[:, None, None] * body[:, None]
-    return [dict(zip(evidence_names(system.tasks), image, strict=True)) for image in scaled]
+    names = evidence_names(system.tasks)
+    scaled = scaled.reshape(len(maps), -1, len(names), *maps.shape[2:]).mean(1)
+    return [dict(zip(names, image, strict=True)) for image in scaled]
 
 
 def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:

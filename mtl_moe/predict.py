@@ -14,12 +14,13 @@ from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
 from mtl_moe.calibration import Calibration, check_calibration
 from mtl_moe.evaluate import gallery
-from mtl_moe.infer import Scorer, calibrate, own_calibration, restore
+from mtl_moe.infer import Scorer, calibrate, own_calibration, restore_networks
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import ReportData
 from mtl_moe.scoring import make_map_fn
+from mtl_moe.seeds import seeds_together
 from mtl_moe.system import System
 from mtl_moe.training_data import new_normals, seen_in_training
 
@@ -45,11 +46,12 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     """
     start = time.time()
     config = system.config
-    trained = restore(system, workdir)
+    networks = restore_networks(system, workdir)
+    step = networks[0].step
     split, skipped = load_images(source, config.data, min_size=config.model.patch_size)
-    scorer = Scorer(system, trained)
+    scorer = Scorer(system, *networks)
     if normals is None:
-        calibration = own_calibration(system, workdir, trained.step)
+        calibration = own_calibration(system, workdir, step)
     else:
         calibration = _calibrate(system, scorer, workdir, normals, source)
     map_fn = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
@@ -61,7 +63,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     corrected = calibration.corrected(scored.raw, scored.texture)
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
-    evidence = dict(zip(calibration.names, calibration.tail_scores(corrected).T, strict=True))
+    evidence = calibration.by_name(calibration.tail_scores(corrected))
     write_predictions(output / "predictions.csv", split, fused, p, evidence, skipped)
     thresholds = [
         {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
@@ -74,7 +76,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     }
     report = {
         "thresholds": thresholds,
-        "provenance": provenance(system, facts, workdir, trained.step, time.time() - start),
+        "provenance": provenance(system, facts, workdir, step, time.time() - start),
     }
     write_json(output / "report.json", report)
     name = source.resolve().name  # of "." too
@@ -82,8 +84,9 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         dataset=name,
         layout=f"{len(split)} images below {name}"
         + (f", {len(skipped)} more could not be read: {', '.join(skipped)}" if skipped else ""),
-        headline=f"Scored by the detector trained on {config.data.name}; {len(calibration.fused)} calibration normals "
-        f"of {calibration.source or 'its last evaluation'}.{unfinished(system, trained.step)}"
+        headline=f"Scored by the detector trained on {config.data.name}{seeds_together(config)}; "
+        f"{len(calibration.fused)} calibration normals of {calibration.source or 'its last evaluation'}."
+        + unfinished(system, step)
         + seen_in_training(scored.hashes, workdir),
         metrics={},
         tasks=[task.name for task in system.tasks],

@@ -27,8 +27,9 @@ def provenance(system: System, data: Mapping[str, Any], workdir: Path, step: int
     made_from = compressed_from(workdir)
     result = environment() | {
         "seed": int(system.config.seed),
+        **({"num_seeds": int(system.config.num_seeds)} if system.config.num_seeds > 1 else {}),
         "checkpoint_step": step,
-        "num_params": num_params(params),
+        "num_params": num_params(params) * int(system.config.num_seeds),
         **data,
         "evaluation_seconds": round(seconds, 1),
     }

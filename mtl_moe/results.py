@@ -67,7 +67,7 @@ class Results:
     ) -> None:
         """Fused scores [N] with intervals, each evidence of `corrected` [N, K], the best single one, each task left
         out; finished maps [N, M, M] where the split has masks."""
-        evidences = dict(zip(calibration.names, corrected.T, strict=True))
+        evidences = calibration.by_name(corrected)
         self._images({"": fused} | {f"task/{name}/": scores for name, scores in evidences.items()}, interval=True)
         for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
             against = auroc_between(calibration.fused, fused[self._split.labels == label])

@@ -12,7 +12,7 @@ from core.checkpoint import has_checkpoint
 from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import print_devices
-from core.workdir import check_config
+from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, load_dataset
 from input_pipeline.nifti import write_slices
 from input_pipeline.prepare import format_report
@@ -25,17 +25,18 @@ from mtl_moe.calibration import check_calibration
 from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import restore
 from mtl_moe.provenance import check_source
-from mtl_moe.seeds import ensemble, summarise
+from mtl_moe.seeds import ENSEMBLE, check_one_seed, seed_folders, summarise
 from mtl_moe.system import build_system, sample_images
 from mtl_moe.train import train
+from mtl_moe.training_data import bind_training_data
 
 # Fields that may differ between a work directory's config and the one it is run with: none changes the training done
 # so far. A larger train.num_steps trains on, by the rest of the longer schedule.
-FREE_FIELDS = (*DETECTOR, "train.num_steps", "score.", "num_seeds", "compress.")
+FREE_FIELDS = (*DETECTOR, "train.num_steps", "score.", "compress.")
 
 
 def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) -> None:
-    """Trains (or resumes) and evaluates; with `num_seeds` above 1 each seed in its own folder, then all together.
+    """Trains (or resumes) and evaluates; with `num_seeds` above 1 each seed in its own folder, then all as an ensemble.
 
     A config with `command="ablation"` (configs/mtl_moe/ablation.py) trains and compares many detectors instead.
     """
@@ -57,14 +58,13 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
         raise ValueError(f"num_seeds={config.num_seeds}: expected at least 1")
     if (workdir / "config.json").exists():
         raise ValueError(f"{workdir} holds a single run, whose report would be lost: choose another --workdir")
-    folders, reports = [], []
-    for seed in range(config.seed, config.seed + config.num_seeds):
+    reports = []
+    for seed, folder in enumerate(seed_folders(config, workdir / ENSEMBLE), config.seed):
         one = config.copy_and_resolve_references()
         one.update(seed=seed, num_seeds=1)
-        folders.append(workdir / f"seed_{seed}")
-        reports.append(_train_one(one, load, folders[-1]))
+        reports.append(_train_one(one, load, folder))
     if jax.process_count() == 1:
-        _report_seeds(config, load(), workdir, folders, reports)
+        _report_seeds(config, load(), workdir, reports)
 
 
 def evaluate(config: Any, workdir: Path) -> None:
@@ -152,6 +152,7 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     if kind != "stablehlo":
         raise ValueError(f"a detector is exported as one program: expected --export=stablehlo, found {kind!r}")
     enable_compilation_cache()
+    check_one_seed(config)
     check_config(config, workdir, FREE_FIELDS)
     system = build_system(config)
     trained = restore(system, workdir)
@@ -167,7 +168,10 @@ def _check_seed(workdir: Path) -> None:
     """Of several seeds' common folder there is no one detector."""
     seeds = sorted(path.parent for path in workdir.glob("seed_*/config.json"))
     if seeds and not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} holds {len(seeds)} seeds: name one of them, --workdir={seeds[0]}")
+        raise ValueError(
+            f"{workdir} holds {len(seeds)} seeds: name one of them, --workdir={seeds[0]}, or all together, --workdir="
+            f"{workdir / ENSEMBLE}"
+        )
 
 
 def _check_single(config: Any) -> None:
@@ -195,20 +199,19 @@ def _train_one(config: Any, load: Callable[[], Dataset], workdir: Path) -> dict[
     return report
 
 
-def _report_seeds(
-    config: Any, dataset: Dataset, workdir: Path, folders: list[Path], reports: Sequence[Mapping[str, Any]]
-) -> None:
-    """report.json of all seeds together."""
-    summary = summarise(reports)
-    if "test" in dataset.splits:
-        summary["ensemble"] = ensemble(dataset.name, dataset.splits["test"], folders, config.score.bootstrap)
+def _report_seeds(config: Any, dataset: Dataset, workdir: Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """report.json of all seeds, and the ensemble's work directory, evaluated."""
+    bind_training_data(dataset, workdir / ENSEMBLE)
+    save_config(config, workdir / ENSEMBLE)
+    together = evaluation.evaluate(build_system(config), dataset, workdir / ENSEMBLE)
+    summary = summarise(reports) | {ENSEMBLE: {key: together[key] for key in ("metrics", "intervals")}}
     write_json(workdir / "report.json", summary)
     print(f"\nmean and standard deviation over {config.num_seeds} seeds")
     for key, value in _headline_metrics(summary["metrics"]).items():
         print(f"  {key:<48} {value:.3f} +- {summary['std'][key]:.3f}")
-    if "ensemble" in summary:
-        _print_metrics(summary["ensemble"]["metrics"], summary["ensemble"]["intervals"])
-    print(f"report: {workdir / 'report.json'}; pages: seed_*/report.html")
+    print("all seeds together")
+    _print_report(together, workdir / ENSEMBLE)
+    print(f"report of the seeds: {workdir / 'report.json'}; pages: {workdir}/seed_*/report.html")
 
 
 def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,18 +1,35 @@
-"""Several seeds of one detector: mean and deviation of every metric, and the ensemble of their scores.
+"""Several seeds of one detector: mean and deviation of every metric, and the folder in which all score together.
 
-Axes: N test images, T seeds.
+A run with `num_seeds` above 1 trains each seed in WORKDIR/seed_<n>. WORKDIR/ensemble is a work directory to evaluate
+and predict with, whose networks are those of its neighbours: its config.json tells which.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.bootstrap import bootstrap_interval, possible_resamples
-from core.metrics import auroc, average_precision
-from input_pipeline.dataset import Split
+ENSEMBLE = "ensemble"
+
+
+def seed_folders(config: Any, workdir: Path) -> list[Path]:
+    """Where the networks of `workdir` were trained: there, and those of an ensemble's folder in its neighbours."""
+    if config.num_seeds == 1:
+        return [workdir]
+    return [workdir.parent / f"seed_{seed}" for seed in range(config.seed, config.seed + config.num_seeds)]
+
+
+def seeds_together(config: Any) -> str:
+    """What a report's first sentence says of an ensemble; "" for one network."""
+    count, first = config.num_seeds, config.seed
+    return f" by {count} networks (seeds {first} to {first + count - 1}) that score together" if count > 1 else ""
+
+
+def check_one_seed(config: Any) -> None:
+    """ValueError for an ensemble, where one network is wanted."""
+    if config.num_seeds != 1:
+        raise ValueError(f"num_seeds={config.num_seeds}: name the folder of one seed, such as --workdir=W/seed_0")
 
 
 def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -25,53 +42,3 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "values": values,
         "provenance": [report["provenance"] for report in reports],
     }
-
-
-def ensemble(name: str, split: Split, folders: Sequence[Path], num_resamples: int) -> dict[str, dict[str, Any]]:
-    """Metrics and intervals of the mean of the seeds' fused scores: what all of them together see.
-
-    Fused scores are calibrated, so that they can be averaged. It costs T detectors at inference.
-
-    Args:
-      name: of the data set, for the keys test/<name>/ensemble/{image_auroc, image_ap}.
-      split: the test images.
-      folders: work directories with predictions.csv.
-
-    Returns:
-      {"metrics", "intervals"}, both empty without both classes; no intervals without resamples, or where a class is
-      of one group.
-
-    Raises:
-      ValueError: for a predictions.csv of other images.
-    """
-    if len(np.unique(split.labels)) < 2:
-        return {"metrics": {}, "intervals": {}}
-    scores = np.mean([read_scores(folder / "predictions.csv", split.names) for folder in folders], axis=0)
-    prefix, groups = f"test/{name}/ensemble/", np.array(split.groups)
-    num_resamples = possible_resamples(split.labels, groups, num_resamples)
-    metrics = {"image_auroc": auroc, "image_ap": average_precision}
-    intervals = {"image_auroc": "auroc", "image_ap": "average_precision"}
-    return {
-        "metrics": {prefix + key: float(metric(scores, split.labels)) for key, metric in metrics.items()},
-        "intervals": {
-            prefix + key: bootstrap_interval(metric, scores, split.labels, groups, num_resamples)
-            for key, metric in intervals.items()
-            if num_resamples
-        },
-    }
-
-
-def read_scores(path: Path, names: Sequence[str]) -> np.ndarray:
-    """Column "score" of a predictions.csv, float64 [N], whose rows must be of `names`, in their order.
-
-    Raises:
-      ValueError: for other rows.
-    """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if [row["name"] for row in rows] != list(names):
-        raise ValueError(
-            f"{path}: expected scores of the {len(names)} test images in their order, found {len(rows)} other rows: "
-            f"evaluate it again (--mode=evaluate --workdir={path.parent})"
-        )
-    return np.array([float(row["score"]) for row in rows])

@@ -5,6 +5,7 @@ JAX is imported after that. The commands themselves are called in this process, 
 they stop before training.
 """
 
+import csv
 import importlib.util
 import inspect
 import json
@@ -412,6 +413,11 @@ def test_slices_prints_what_it_wrote_and_asks_for_both_folders(tmp_path: Path, c
     assert len(list((tmp_path / "out" / "train" / "good").glob("*.png"))) == 8
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # Two seeds, and a corrupt file that is to be skipped, in one run.
 
 
@@ -444,10 +450,29 @@ def test_seeds_are_averaged_and_a_corrupt_file_is_skipped(
     assert printed.startswith(f"devices: {jax.device_count()} cpu (cpu)\n")
     assert printed.count("images: 17 train, 8 test, 6 calibration\n") == 2
     assert "mean and standard deviation over 2 seeds" in printed
-    assert "ensemble/image_auroc" in printed
+
+    # Both together are a work directory of their own.
+    together = json.loads((workdir / "ensemble" / "report.json").read_text())
+    assert together["provenance"]["num_seeds"] == 2
+    assert together["provenance"]["num_params"] == 2 * reports[0]["provenance"]["num_params"]
+    assert summary["ensemble"]["metrics"] == together["metrics"]
+    assert "by 2 networks (seeds 0 to 1) that score together" in (workdir / "ensemble" / "report.html").read_text()
+    one, two, both = (
+        [float(row["score"]) for row in read_csv(workdir / name / "predictions.csv")]
+        for name in ("seed_0", "seed_1", "ensemble")
+    )
+    np.testing.assert_allclose(both, np.mean([one, two], axis=0), rtol=1e-4)
+    both_config = saved.get_config(str(workdir / "ensemble"))
+    run.predict(both_config, workdir / "ensemble", str(tmp_path / "data" / "test" / "good"), str(tmp_path / "out"))
+    known = {Path(row["name"]).name: row["score"] for row in read_csv(workdir / "ensemble" / "predictions.csv")}
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 4
+    assert [row["score"] for row in rows] == [known[row["name"]] for row in rows]
+    with pytest.raises(ValueError, match=r"num_seeds=2: name the folder of one seed"):
+        run.export(both_config, workdir / "ensemble", "stablehlo", "")
 
     for command in (run.evaluate, lambda *a: run.predict(*a, str(tmp_path), "")):
-        with pytest.raises(ValueError, match=r"holds 2 seeds: name one of them, --workdir=.*seed_0"):
+        with pytest.raises(ValueError, match=r"holds 2 seeds: name one of them, .*seed_0, or all together, .*ensemble"):
             command(folder_config, workdir)
     with pytest.raises(ValueError, match="holds a single run, whose report would be lost"):
         run.train_and_evaluate(folder_config, workdir / "seed_0")

@@ -19,7 +19,7 @@ from input_pipeline.dataset import load_dataset
 from mtl_moe import model
 from mtl_moe.calibration import evidence_names
 from mtl_moe.floors import log_mean_gradient
-from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, router_use
+from mtl_moe.infer import Scorer, calibrate, evidence_maps, restore, restore_networks, router_use
 from mtl_moe.scoring import SMOOTHING, TOP_SHARE, make_map_fn, make_score_fn
 from mtl_moe.system import build_system
 from mtl_moe.train import make_update_fn
@@ -200,6 +200,47 @@ def test_calibrated_maps_have_the_normals_median_at_zero_and_their_tail_at_one(t
         np.testing.assert_allclose(np.quantile(inside, (0.5, 0.95)), (0, 1), atol=1e-3)
 
 
+def test_networks_together_score_as_the_mean_of_their_scores(tiny_run, trained, scorer, calibration, images):
+    other = dataclasses.replace(trained, params=jax.tree.map(lambda x: 0.8 * x, trained.params))
+    normals, texture = tiny_run.dataset.splits["calibration"], np.linspace(-3, -2, len(images))
+    both, scorers = Scorer(tiny_run.system, trained, other), (scorer, scorer.trained_as(other))
+    alone = [calibrate(tiny_run.system, one, normals) for one in scorers]
+    together = calibrate(tiny_run.system, both, normals)
+    assert together.names == (*calibration.names[:-1], *calibration.names)  # the texture is the images', and once there
+
+    def corrected(calibration, scorer):
+        return calibration.corrected(scorer.images(images)["raw"], texture)
+
+    parts = [corrected(*pair) for pair in zip(alone, scorers, strict=True)]
+    whole = corrected(together, both)
+    fused = [one.fuse(scores) for one, scores in zip(alone, parts, strict=True)]
+    assert not np.allclose(*fused)
+    np.testing.assert_allclose(together.fuse(whole), np.mean(fused, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(together.fused, np.mean([one.fused for one in alone], axis=0), rtol=1e-6)
+    for name, scores in together.by_name(together.tail_scores(whole)).items():
+        each = [one.by_name(one.tail_scores(part))[name] for one, part in zip(alone, parts, strict=True)]
+        np.testing.assert_allclose(scores, np.mean(each, axis=0), rtol=1e-6)
+
+
+def test_a_network_twice_is_that_network(tiny_run, trained, scorer, calibration, images):
+    """Maps too: the fused one, and those by evidence."""
+    twice = Scorer(tiny_run.system, trained, trained)
+    again = calibrate(tiny_run.system, twice, tiny_run.dataset.splits["calibration"])
+    found, wanted = twice.images(images), scorer.images(images)
+    maps = [
+        np.asarray(make_map_fn(fit, 32, 16)(scores["maps"], scores["body"]))
+        for fit, scores in ((again, found), (calibration, wanted))
+    ]
+    np.testing.assert_allclose(*maps, atol=1e-4)
+    by_name = [
+        evidence_maps(tiny_run.system, fit, scores["maps"], scores["body"])[0]
+        for fit, scores in ((again, found), (calibration, wanted))
+    ]
+    assert list(by_name[0]) == evidence_names(tiny_run.system.tasks)
+    for name in by_name[0]:
+        np.testing.assert_allclose(by_name[0][name], by_name[1][name], atol=1e-4, err_msg=name)
+
+
 def test_calibration_sees_normals_only(tiny_run, scorer):
     with pytest.raises(ValueError, match="calibration split holds abnormal images"):
         calibrate(tiny_run.system, scorer, tiny_run.dataset.splits["test"])
@@ -224,6 +265,18 @@ def test_batch_size_is_rounded_up_to_the_devices(tiny_config, tiny_run, trained)
 def test_no_checkpoint_is_an_error(tiny_run, tmp_path):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         restore(tiny_run.system, tmp_path)
+
+
+def test_seeds_of_different_lengths_do_not_score_together(tiny_config, tiny_run, trained, tmp_path, monkeypatch):
+    config = tiny_config()
+    config.num_seeds = 2
+    steps = {"seed_0": 6000, "seed_1": 500}
+    monkeypatch.setattr(
+        "mtl_moe.infer.restore", lambda _, folder: dataclasses.replace(trained, step=steps[folder.name])
+    )
+    system = dataclasses.replace(tiny_run.system, config=config)
+    with pytest.raises(ValueError, match=r"different steps \(seed_0 6000, seed_1 500\)"):
+        restore_networks(system, tmp_path / "ensemble")
 
 
 @pytest.fixture(scope="module")

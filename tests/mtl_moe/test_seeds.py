@@ -1,29 +1,9 @@
-"""Mean, deviation and ensemble of several seeds."""
+"""Mean and deviation of several seeds, and their folders; the ensemble itself is in test_infer.py and test_main.py."""
 
-import dataclasses
-
-import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
 
-from input_pipeline.split import ArrayPixels, Split
 from mtl_moe import run
-from mtl_moe.outputs import write_predictions
-from mtl_moe.seeds import ensemble, read_scores, summarise
-
-
-@pytest.fixture
-def split():
-    labels = np.repeat([0, 1], 10).astype(np.int32)
-    names = [f"{i:02d}.png" for i in range(20)]
-    pixels = ArrayPixels(np.zeros((20, 8, 8, 1), np.uint8), None, 8)
-    return Split(names, names, labels, has_masks=False, pixels=pixels)
-
-
-def write(folder, split, scores):
-    folder.mkdir()
-    write_predictions(folder / "predictions.csv", split, scores, np.ones(len(split)), {})
-    return folder
+from mtl_moe.seeds import seed_folders, summarise
 
 
 def test_summary():
@@ -35,44 +15,11 @@ def test_summary():
     assert found["provenance"] == [0, 1, 2]
 
 
-def test_the_ensemble_is_the_mean_score(tmp_path, split):
-    rng = np.random.default_rng(0)
-    scores = split.labels + rng.normal(size=(3, 20))
-    folders = [write(tmp_path / f"seed_{i}", split, s) for i, s in enumerate(scores)]
-    found = ensemble("lungs", split, folders, num_resamples=200)
-    mean = scores.mean(0)
-    assert found["metrics"]["test/lungs/ensemble/image_auroc"] == pytest.approx(roc_auc_score(split.labels, mean))
-    assert found["metrics"]["test/lungs/ensemble/image_ap"] == pytest.approx(
-        average_precision_score(split.labels, mean)
-    )
-    low, high = found["intervals"]["test/lungs/ensemble/image_auroc"]
-    assert low < found["metrics"]["test/lungs/ensemble/image_auroc"] < high
-    np.testing.assert_allclose(read_scores(folders[1] / "predictions.csv", split.names), scores[1], rtol=1e-5)
-
-
-def test_no_resamples_no_intervals(tmp_path, split):
-    folder = write(tmp_path / "seed_0", split, np.arange(len(split.names), dtype=float))
-    found = ensemble("lungs", split, [folder], num_resamples=0)
-    assert found["intervals"] == {}
-    assert "test/lungs/ensemble/image_auroc" in found["metrics"]
-
-
-def test_no_intervals_where_a_class_is_one_patient(tmp_path, split, caplog):
-    folder = write(tmp_path / "seed_0", split, np.arange(len(split.names), dtype=float))
-    one = dataclasses.replace(split, groups=split.names[:10] + ["patient"] * 10)
-    assert ensemble("lungs", one, [folder], num_resamples=10)["intervals"] == {}
-    assert [message[:23] for message in caplog.messages] == ["no confidence intervals"]
-
-
-def test_one_class_has_no_ensemble_metrics(tmp_path, split):
-    normals = split.take(np.arange(10))
-    assert ensemble("lungs", normals, [tmp_path], 10) == {"metrics": {}, "intervals": {}}
-
-
-def test_predictions_of_other_images_are_refused(tmp_path, split):
-    folder = write(tmp_path / "seed_0", split.take(np.arange(5, 15)), np.zeros(10))
-    with pytest.raises(ValueError, match=r"seed_0/predictions.csv: expected scores of the 20 test images.*found 10"):
-        ensemble("lungs", split, [folder], 10)
+def test_a_seed_is_its_own_folder_and_an_ensemble_its_neighbours(tiny_config, tmp_path):
+    config = tiny_config()
+    assert seed_folders(config, tmp_path / "w") == [tmp_path / "w"]
+    config.update(seed=3, num_seeds=2)
+    assert seed_folders(config, tmp_path / "w" / "ensemble") == [tmp_path / "w" / "seed_3", tmp_path / "w" / "seed_4"]
 
 
 def test_the_data_are_loaded_once_for_all_seeds(tiny_config, tmp_path, monkeypatch):
