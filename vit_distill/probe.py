@@ -7,6 +7,8 @@ hyper-parameter on `train`; `valid` chooses the value; `test` is scored once, at
 
 import dataclasses
 import functools
+import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -248,6 +250,7 @@ def _fit_linear(
 def _fit_logistic(
     train: Labelled, num_classes: int, options: ProbeOptions, seeds: Sequence[int]
 ) -> dict[float, list[Predict]]:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     del seeds  # a convex problem
@@ -258,6 +261,7 @@ def _fit_logistic(
     # One problem for class ids, one a finding otherwise; each warm-started along the grid.
     targets = [findings] if findings.ndim == 1 else [findings[:, f] for f in range(num_classes)]
     solvers = [LogisticRegression(max_iter=options.max_iterations, warm_start=True) for _ in targets]
+    stopped = set()  # values of C
 
     def fit(value: float) -> Predict:
         parts = []
@@ -265,7 +269,11 @@ def _fit_logistic(
             seen = np.unique(y).astype(np.int64)
             if len(seen) < 2:  # nothing to separate: no score tells images apart
                 continue
-            solver.set_params(C=value).fit(x, y)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # eight lines for each fit: one says it below
+                solver.set_params(C=value).fit(x, y)
+            if max(solver.n_iter_) >= options.max_iterations:
+                stopped.add(value)
             columns = [column] if findings.ndim == 2 else seen if len(seen) > 2 else seen[1:]
             parts.append((columns, seen, solver.coef_.T.copy(), solver.intercept_.copy()))
 
@@ -280,7 +288,14 @@ def _fit_logistic(
 
         return predict
 
-    return {value: [fit(value)] for value in options.c_values}
+    found = {value: [fit(value)] for value in options.c_values}
+    if stopped:
+        logging.warning(
+            "logistic probe: %d iterations did not suffice at C = %s: raise probe.max_iterations to fit these in full",
+            options.max_iterations,
+            ", ".join(f"{value:g}" for value in sorted(stopped)),
+        )
+    return found
 
 
 def _fit_knn(

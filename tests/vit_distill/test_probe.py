@@ -123,6 +123,16 @@ def test_logistic_probe_equals_scikit_learn():
     assert found["top1"] < 0.95  # hard enough to tell right from wrong
 
 
+@pytest.mark.parametrize(
+    ("iterations", "said"), [(3, "3 iterations did not suffice at C = 0.01, 1: raise"), (1000, "")]
+)
+def test_a_logistic_fit_that_was_cut_short_is_said_in_one_line(iterations: int, said: str, caplog, recwarn):
+    probe(*SETS, "logistic", options=replace(OPTIONS, max_iterations=iterations))
+    assert len(caplog.messages) == bool(said)
+    assert said in caplog.text
+    assert not list(recwarn)
+
+
 def test_knn_equals_scikit_learn_and_its_votes_are_weighted():
     train, valid, test = (make_set(n, s, noise=3.0) for n, s in ((60, 0), (60, 1), (90, 2)))
     model = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
