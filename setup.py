@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 # One line a bound: why it is there.
 INSTALL_REQUIRES = [
-    "jax>=0.10,<0.12",  # make_mesh axis types and jax.shard_map as used in core/mesh.py; 0.11 needs Python 3.12
+    "jax>=0.10,<0.12",  # make_mesh axis types and jax.shard_map (core/mesh.py, mtl_moe/moe.py); 0.11 needs Python 3.12
     "flax>=0.12,<0.13",  # Linen as in 0.12
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12,<0.13",  # the CheckpointManager / Composite API used in core/checkpoint.py
@@ -15,8 +15,8 @@ INSTALL_REQUIRES = [
     "ml-dtypes>=0.5",  # bfloat16 in safetensors
     "safetensors>=0.5",  # reads and writes weight files without running code from them
     "huggingface-hub>=1.0",  # teachers by name: hf-hub:ORGANISATION/NAME
-    "scikit-learn>=1.5",  # logistic regression and k-NN probes; its digits are the embedded data of the distiller
-    "scipy>=1.15",  # connected regions, generalised Pareto fit; kmeans2(rng=...) came with 1.15
+    "scikit-learn>=1.5",  # logistic regression of the probes; its digits are the embedded data of the distiller
+    "scipy>=1.15",  # connected regions, Gaussian filters; kmeans2(rng=...) came with 1.15
     "pillow>=11",  # reads every image format but DICOM and NIfTI (extra `medical`)
     "matplotlib>=3.9",  # figures of the report
     "jinja2>=3.1",  # the report page, with escaping

@@ -1,4 +1,6 @@
-"""Every default of both systems lives here, and the parser of `--config=FILE:ARGUMENT`.
+"""The defaults that training a detector or a student needs, and the parser of `--config=FILE:ARGUMENT`.
+
+What probes, tables, teachers and ablations need besides stands in their own files of `configs/`.
 
 A config is a ConfigDict; any field can be changed on the command line (`--config.train.num_steps=500`), and an unknown
 field is an error.
@@ -43,7 +45,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
     config = ConfigDict()
     config.system = "mtl_moe"
     config.seed = 0
-    config.num_seeds = 1  # runs with seeds seed, seed + 1, ... in workdir/seed_<n>, then mean and deviation
+    config.num_seeds = 1  # runs with seeds seed, seed + 1, ... in workdir/seed_<n>, then mean, deviation and ensemble
     config.data = dict(
         kind="phantom",  # phantom | bmad | folder | npz
         name="phantom",  # the BMAD set, or what the folder is called in reports

@@ -226,7 +226,7 @@ def fit_calibration(
     """Fits on calibration normals.
 
     Args:
-      raw, texture: [n, S] and [n], n at least five.
+      raw, texture: [n, S] and [n], n at least MIN_NORMALS (`check_calibration`).
       groups: [n], the patient of each.
       maps, body: [m, S, H, W] and [m, H, W] of some of the normals; None: for image scores only.
     """

@@ -24,6 +24,7 @@ from core.loop import train_loop
 from core.low_rank import init_low_rank, merge
 from core.mesh import check_batch_size, shard_batch, shardings
 from core.optim import build_optimizer
+from core.sampling import even_rows
 from core.state import TrainState, init_state
 from core.step import make_train_step_fn
 from core.tree import fingerprint, num_params
@@ -35,7 +36,6 @@ from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
-from mtl_moe.sampling import even_rows
 from mtl_moe.seeds import check_one_seed
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
@@ -93,7 +93,7 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
         "blocks": {"trunk": list(kept["block"]), "expert": list(kept["expert"])},
         **config.compress.to_dict(),
     }
-    found = _claim(output, facts, config)
+    found = _earlier(output, facts, config)
     if "ms_per_image" in found:
         return found
     facts |= {"source": workdir.absolute().name} | _source_metrics(workdir, trained.step)
@@ -112,7 +112,7 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
     return facts
 
 
-def _claim(output: Path, facts: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def _earlier(output: Path, facts: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """The content of an earlier compress.json of `output`, empty where there is none; writes nothing."""
     found = compressed_from(output)
     if not found:

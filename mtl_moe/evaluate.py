@@ -157,7 +157,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
-        router=router_use(system, networks[0], split.images(np.arange(min(len(split), 32)))),
+        router=router_use(system, networks[0], split.images(np.arange(min(len(split), 32))))
+        if len(networks) == 1
+        else {},  # experts of another seed are others: each seed's own report shows them
         floors=FLOORS,
         provenance=report["provenance"],
         config=system.config.to_dict(),

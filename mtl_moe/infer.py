@@ -18,11 +18,11 @@ from core.checkpoint import Checkpointer
 from core.logs import progress_bar
 from core.mesh import shard_batch
 from core.optim import build_optimizer
+from core.sampling import even_rows
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Split
 from mtl_moe.calibration import Calibration, evidence_names, fit_calibration, fused_names, load_calibration
 from mtl_moe.floors import log_mean_gradient
-from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.seeds import seed_folders
 from mtl_moe.system import System
@@ -172,7 +172,7 @@ def calibrate(system: System, scorer: Scorer, split: Split) -> Calibration:
     """Fits the calibration on held-out normals; see `mtl_moe.calibration`.
 
     Raises:
-      ValueError: if there are fewer than five, or an abnormal image is among them.
+      ValueError: if an abnormal image is among them.
     """
     if split.labels.any():
         raise ValueError("the calibration split holds abnormal images: expected normals only")

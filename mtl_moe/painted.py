@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.metrics import auroc_between
+from core.sampling import even_rows
 from input_pipeline.split import ArrayPixels, Split
-from mtl_moe.sampling import even_rows
 from mtl_moe.tasks import base
 from mtl_moe.tasks.synthetic import FAMILIES, Synthetic
 

@@ -97,7 +97,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         evidence_scores=evidence,
         calibration_scores=calibration.fused,
         groups=split.groups,
-        num_calibration_groups=len(calibration.fused),  # not shown: nothing here is known to be normal
+        num_calibration_groups=calibration.num_groups,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),

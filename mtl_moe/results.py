@@ -12,12 +12,12 @@ import numpy as np
 from core.bootstrap import bootstrap_intervals, matched_interval, pixel_intervals, possible_resamples
 from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
 from core.optim import build_optimizer
+from core.sampling import even_rows
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
 from mtl_moe.calibration import Calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scorer, Trained, calibrate
-from mtl_moe.sampling import even_rows
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 

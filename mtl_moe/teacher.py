@@ -50,7 +50,7 @@ def make_teacher(config: ModelConfig, state: Any, images: jax.Array, dtype: Any)
 def fit_patch_centers(images: np.ndarray, patch_size: int, num_clusters: int, seed: int) -> np.ndarray:
     """k-means centres [M, Q] of the patches of uint8 images [B, H, W, C]."""
     patches = np.asarray(patchify(to_float(jnp.asarray(images)), patch_size))
-    return _fit(patches.reshape(-1, patches.shape[-1]), num_clusters, seed)
+    return _k_means(patches.reshape(-1, patches.shape[-1]), num_clusters, seed)
 
 
 def make_refresh_fn(config: ModelConfig, images: np.ndarray, num_clusters: int, seed: int) -> Callable[[Any, Any], Any]:
@@ -64,7 +64,7 @@ def make_refresh_fn(config: ModelConfig, images: np.ndarray, num_clusters: int, 
     def refresh(ema_params: Any, state: Any) -> Any:
         trunk = jax.device_get(ema_params["trunk"])
         tokens = np.concatenate([np.asarray(tokens_of(trunk, images[i : i + 64])) for i in range(0, len(images), 64)])
-        centers = _fit(tokens.reshape(-1, config.width), num_clusters, seed)
+        centers = _k_means(tokens.reshape(-1, config.width), num_clusters, seed)
         if jax.process_count() > 1:  # each host had its own device's tokens, which may be rounded otherwise
             centers = np.asarray(multihost_utils.broadcast_one_to_all(centers))
         return state | {"trunk": trunk, "token_centers": centers, "refreshed": np.ones((), np.bool_)}
@@ -79,7 +79,7 @@ def _nearest(points: jax.Array, centers: jax.Array) -> jax.Array:
     return jnp.argmin(distance, axis=-1).reshape(points.shape[:3]).astype(jnp.int32)
 
 
-def _fit(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+def _k_means(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     points = points[rng.choice(len(points), min(len(points), MAX_PATCHES), replace=False)]
     # A cluster that loses all its points keeps its place; black patches are all alike, so this is no news to the user.

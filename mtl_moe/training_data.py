@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from core.files import write_json
+from core.sampling import even_rows
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from input_pipeline.split import join
 from mtl_moe.calibration import MIN_NORMALS
-from mtl_moe.sampling import even_rows
 
 FILE = "training_data.json"
 NUM_SAMPLES = 16

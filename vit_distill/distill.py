@@ -270,7 +270,8 @@ def make_step_fn(
 ) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """One update, (state, batch, run key) -> (state, metrics), for core.loop.
 
-    The batch holds image uint8 [B, S, S, C]; with cached views also index, view and target_0, target_1...: [B, N, D].
+    The batch holds image uint8 [B, S, S, C]; with cached views also index, view and target_00, target_01...
+    (two digits, as they are ordered by name): [B, N, D].
     """
     config = distiller.config
     update = make_update_fn(distiller, tx)

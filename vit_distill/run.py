@@ -12,6 +12,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.mesh import check_one_host
 from core.provenance import environment, print_devices
+from core.sampling import even_rows
 from core.workdir import check_config, save_config
 from input_pipeline.few_shot import write_manifest
 from input_pipeline.sources import LabelledSet
@@ -19,7 +20,6 @@ from vit_distill.distill import Distiller, build_distiller
 from vit_distill.evaluate import compare
 from vit_distill.images import decode, few_shot_images, held_out_images, own_manifest
 from vit_distill.lora import singular_values, suggested_rank
-from vit_distill.sampling import even_rows
 from vit_distill.student_io import (
     FREE_FIELDS,
     build_student,

@@ -25,6 +25,7 @@ from core.loop import train_loop
 from core.mesh import check_batch_size, make_mesh, replicate, shard_batch
 from core.optim import build_optimizer
 from core.provenance import environment
+from core.sampling import even_rows
 from core.state import TrainState, init_state
 from core.step import LossFn, make_train_step_fn
 from core.vit import VisionTransformer, VitConfig
@@ -33,7 +34,6 @@ from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.classification import LabelledSet, load_labelled
 from vit_distill.formats.timm import write_timm_folder
 from vit_distill.preprocessing import Preprocessing
-from vit_distill.sampling import even_rows
 from vit_distill.supervised_augment import mixup, random_crop
 
 # Without data.skip_corrupt of READING: nothing but the config says which images a teacher learns from.

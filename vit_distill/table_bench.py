@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core.mesh import make_mesh
+from core.sampling import even_rows
 from core.vit import VitConfig
 from input_pipeline.classification import load_labelled
 from input_pipeline.few_shot import select_few_shot
@@ -23,7 +24,6 @@ from vit_distill.features import extract_features, make_feature_fn
 from vit_distill.images import draw
 from vit_distill.losses import LossConfig
 from vit_distill.probe import Labelled, ProbeOptions, probe, wanted_metric
-from vit_distill.sampling import even_rows
 from vit_distill.teacher import Teacher
 from vit_distill.train import train
 

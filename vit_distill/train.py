@@ -15,6 +15,7 @@ from core.logs import MetricLogger
 from core.loop import train_loop
 from core.mesh import check_batch_size
 from core.optim import build_optimizer
+from core.sampling import even_rows
 from core.state import TrainState
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
@@ -29,7 +30,6 @@ from vit_distill.distill import (
 )
 from vit_distill.evaluate import run_blocks
 from vit_distill.forward import part_size
-from vit_distill.sampling import even_rows
 from vit_distill.teacher_cache import build_cache, cached_batches
 from vit_distill.warm_start import check_targets, warm_start
 

@@ -18,6 +18,7 @@ from configs.vit_distill import distill, probe, segment, table
 from configs.vit_distill import teacher as teacher_config
 from core.checkpoint import CheckpointError
 from core.mesh import make_mesh
+from core.sampling import even_rows
 from core.tree import paths
 from core.vit import VisionTransformer, VitConfig
 from core.workdir import check_config
@@ -27,7 +28,6 @@ from vit_distill.formats.timm import OWN_SECTION, write_timm_folder
 from vit_distill.images import few_shot_images, held_out_images
 from vit_distill.model_card import model_card
 from vit_distill.preprocessing import Preprocessing
-from vit_distill.sampling import even_rows
 from vit_distill.student_io import FREE_FIELDS, load_student
 from vit_distill.teacher import load_teacher_of
 

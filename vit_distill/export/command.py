@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from core.sampling import even_rows
 from core.workdir import check_config
 from vit_distill.export.export import KINDS, export
 from vit_distill.images import few_shot_images
-from vit_distill.sampling import even_rows
 from vit_distill.student_io import FREE_FIELDS, load_student
 
 NUM_IMAGES = 16  # for the comparison

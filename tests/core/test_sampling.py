@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_distill.sampling import even_rows
+from core.sampling import even_rows
 
 
 @pytest.mark.parametrize(
