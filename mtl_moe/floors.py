@@ -94,8 +94,9 @@ def _statistics(batches: Iterable[np.ndarray], names: Iterable[str]) -> dict[str
 
 
 def log_mean_gradient(images: np.ndarray) -> np.ndarray:
-    """Contrast of each image: log(1e-6 + mean gradient magnitude).
+    """Log of each image's mean gradient magnitude + 1e-6.
 
+    Called texture where it is an evidence, and contrast where pairs of images are matched by it.
     The gradient is the central difference per pixel of the channel mean in [0, 1], over the pixels that have all four
     neighbours: a difference of 0.07 between two images is 7 % more contrast. It depends on the resolution.
 

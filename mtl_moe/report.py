@@ -256,7 +256,8 @@ def _tasks(results: ReportData) -> Markup:
     note = (
         f"Best single evidence of a task: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one "
         "could have made. Change: a negative number says that the fused score is worse without it. The evidence "
-        "texture is no task: it is how far the logarithm of the image's mean gradient is from the normals' median."
+        "texture is no task: it is how far the logarithm of the image's mean gradient is from the normals' median. "
+        "Contrast, by which pairs are matched, is the same logarithm."
     )
     return page.join(
         [
