@@ -92,21 +92,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     networks = restore_networks(system, workdir)
     step = networks[0].step
     scorer = Scorer(system, *networks)
-    if has_train := "train" in dataset.splits:
-        normals, known = calibration_normals(dataset, workdir)
-        dataset = dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals})
-        folder = Path(_source(data)).name
-        calibration = dataclasses.replace(
-            calibrate(system, scorer, normals),
-            source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),
-            manifest_hash=dataset.manifest_hash,
-            dtype=system.config.score.dtype,
-        )
-        output.mkdir(parents=True, exist_ok=True)
-        calibration.save(output / "calibration.npz", step)
-    else:
-        calibration, known = own_calibration(system, workdir, step), True
-        output.mkdir(parents=True, exist_ok=True)
+    dataset, calibration, known = _calibrate(system, scorer, dataset, workdir, output, step)
     has_test = len(dataset.splits.get("test", ())) > 0
     split = dataset.splits["test" if has_test else "calibration"]
     save_maps = system.config.score.save_maps
@@ -123,7 +109,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     if results.has_both:
         results.add_detector(system, calibration, corrected, fused, scored.maps)
         results.add_floors(dataset)
-        if has_train and system.config.score.untrained:
+        if "train" in dataset.splits and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
     labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test
     thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, labels)
@@ -166,6 +152,32 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     )
     write_report(output / "report.html", page)
     return report
+
+
+def _calibrate(
+    system: System, scorer: Scorer, dataset: Dataset, workdir: Path, output: Path, step: int
+) -> tuple[Dataset, Calibration, bool]:
+    """Makes the folder `output` and, where there are training images, writes the calibration there.
+
+    Returns:
+      The data set with the normals that calibrate, the calibration, and whether they are known not to have been
+      trained on.
+    """
+    if "train" not in dataset.splits:
+        calibration = own_calibration(system, workdir, step)
+        output.mkdir(parents=True, exist_ok=True)
+        return dataset, calibration, True
+    normals, known = calibration_normals(dataset, workdir)
+    folder = Path(_source(system.config.data)).name
+    calibration = dataclasses.replace(
+        calibrate(system, scorer, normals),
+        source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),
+        manifest_hash=dataset.manifest_hash,
+        dtype=system.config.score.dtype,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    calibration.save(output / "calibration.npz", step)
+    return dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals}), calibration, known
 
 
 def _source(data: Any) -> str:
