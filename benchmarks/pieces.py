@@ -149,11 +149,11 @@ def calls(piece: str) -> int:
     return (TEACHER if kind == "frozen" else STUDENT) * (2 if name == "norm" else 1)
 
 
-def _median_ms(piece: Piece, repeats: int = 15) -> float:
+def _median_ms(piece: Piece) -> float:
     for _ in range(3):
         piece()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(15):
         start = time.perf_counter()
         piece()
         seconds.append(time.perf_counter() - start)

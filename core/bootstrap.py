@@ -12,6 +12,7 @@ from scipy import ndimage
 from core.metrics import AUPRO_FPR_LIMIT, EIGHT_CONNECTED, PAIRS_AT_ONCE, check_scores
 
 BOOTSTRAP_METRICS = ("auroc", "average_precision")
+LEVEL = 0.95  # coverage of intervals
 MAX_SAMPLE = 1_000_000  # pixels that say where the bins are
 NUM_BINS = 1024  # of all pixel scores, and as many of the anomalous ones; see `pixel_intervals`
 
@@ -73,7 +74,7 @@ def _weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     return area, (positive * hits / np.maximum(hits + false_alarms, 1.0)).sum(axis=1) / hits[:, -1]
 
 
-def _bootstrap(all_scores, labels, groups, num_resamples: int, seed: int) -> np.ndarray:
+def _bootstrap(all_scores, labels, groups, num_resamples: int, seed: int = 0) -> np.ndarray:
     """Values of BOOTSTRAP_METRICS for each of `all_scores` on the same resamples, [len(all_scores), 2, R]."""
     checked = [check_scores(scores, labels) for scores in all_scores]
     labels = checked[0][1]
@@ -96,7 +97,7 @@ def _index(metric: str) -> int:
     return BOOTSTRAP_METRICS.index(metric)
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def _interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     low, high = np.quantile(values, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)
 
@@ -108,7 +109,7 @@ def bootstrap_interval(
     groups: np.ndarray | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a metric, resampling groups (patients) with replacement.
 
@@ -127,15 +128,13 @@ def bootstrap_intervals(
     labels: np.ndarray,
     groups: np.ndarray | None = None,
     num_resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> list[dict[str, tuple[float, float]]]:
     """For each of `all_scores` [N] the `bootstrap_interval` of every metric, by its name: drawn once for all of them.
 
     Arguments as in `bootstrap_interval`.
     """
-    values = _bootstrap(all_scores, labels, groups, num_resamples, seed)
-    return [{m: _interval(v, level) for m, v in zip(BOOTSTRAP_METRICS, both, strict=True)} for both in values]
+    values = _bootstrap(all_scores, labels, groups, num_resamples)
+    return [{m: _interval(v) for m, v in zip(BOOTSTRAP_METRICS, both, strict=True)} for both in values]
 
 
 def bootstrap_difference(
@@ -145,16 +144,14 @@ def bootstrap_difference(
     labels: np.ndarray,
     groups: np.ndarray | None = None,
     num_resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
     """Paired interval (low, high) of metric(scores) - metric(other_scores): both see the same resampled images.
 
     Arguments as in `bootstrap_interval`; either scores may also be [K, N], of K runs whose metrics are averaged.
     """
     first, second = np.atleast_2d(scores), np.atleast_2d(other_scores)
-    values = _bootstrap([*first, *second], labels, groups, num_resamples, seed)[:, _index(metric)]
-    return _interval(values[: len(first)].mean(axis=0) - values[len(first) :].mean(axis=0), level)
+    values = _bootstrap([*first, *second], labels, groups, num_resamples)[:, _index(metric)]
+    return _interval(values[: len(first)].mean(axis=0) - values[len(first) :].mean(axis=0))
 
 
 def matched_interval(
@@ -165,7 +162,6 @@ def matched_interval(
     groups: np.ndarray | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
     """`bootstrap_interval` of `core.metrics.matched_auroc`, on the resamples that hold a matched pair.
 
@@ -192,7 +188,7 @@ def matched_interval(
     drawn = pairs > 0
     if not drawn.any():
         raise ValueError(f"expected pairs whose covariate differs by less than {tolerance}, found none")
-    return _interval(wins[drawn] / pairs[drawn], level)
+    return _interval(wins[drawn] / pairs[drawn])
 
 
 def pixel_intervals(
@@ -201,7 +197,6 @@ def pixel_intervals(
     groups: np.ndarray | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (low, high) of pixel_auroc, pixel_ap and aupro, resampling groups of images.
 
@@ -235,7 +230,7 @@ def pixel_intervals(
         "pixel_ap": (np.diff(tpr, axis=1) * precision).sum(axis=1),
         "aupro": np.array([_area_to_limit(f, p) for f, p in zip(fpr, pro, strict=True)]),
     }
-    return {name: _interval(value, level) for name, value in values.items()}
+    return {name: _interval(value) for name, value in values.items()}
 
 
 def _pixel_counts(scores: np.ndarray, mask: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

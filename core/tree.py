@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+MAX_LINES = 5  # of a difference, as errors tell it
+
 
 def paths(tree: Any) -> dict[str, Any]:
     """Leaves by path, for example {"block_00/attn/query/kernel": leaf}, in a fixed order."""
@@ -33,8 +35,8 @@ def spec(tree: Any) -> dict[str, list]:
     return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in paths(tree).items()}
 
 
-def spec_difference(expected: Mapping[str, Any], found: Mapping[str, Any], most: int = 5) -> str:
-    """Empty if two specs are equal; otherwise one line a difference, `most` lines at the most."""
+def spec_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Empty if two specs are equal; otherwise one line a difference, MAX_LINES at the most."""
     lines = [f"missing: {path} {expected[path]}" for path in expected if path not in found]
     lines += [f"unexpected: {path} {found[path]}" for path in found if path not in expected]
     lines += [
@@ -42,8 +44,8 @@ def spec_difference(expected: Mapping[str, Any], found: Mapping[str, Any], most:
         for path in expected
         if path in found and list(expected[path]) != list(found[path])
     ]
-    if len(lines) > most:
-        lines = [*lines[:most], f"... and {len(lines) - most} more"]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:MAX_LINES], f"... and {len(lines) - MAX_LINES} more"]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from mtl_moe.system import System
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
 MATCHED_TOLERANCE = 0.07
+FLOOR_IMAGES = 5000  # training images that floors are fitted on
 MASK_BATCH = 256  # masks read at a time
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
 FLOORS = {
@@ -143,7 +144,7 @@ class Results:
         self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
 
 
-def _some_images(split: Split, most: int = 5000) -> Iterator[np.ndarray]:
-    """At most `most` images, evenly spaced, in batches: floors need no more."""
-    rows = even_rows(len(split), most)
+def _some_images(split: Split) -> Iterator[np.ndarray]:
+    """At most FLOOR_IMAGES images, evenly spaced, in batches: floors need no more."""
+    rows = even_rows(len(split), FLOOR_IMAGES)
     return image_batches(split if len(rows) == len(split) else split.take(rows))
