@@ -5,7 +5,6 @@ Axes: B images, V views, N tokens, D width.
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from benchmarks.bmad_cost import product_flops
 from configs import workdir as saved
 from core.checkpoint import Checkpointer
 from core.optim import build_optimizer
@@ -88,22 +88,6 @@ def test_tokens_are_what_the_heads_read(tiny_config, num_neck_layers):
     np.testing.assert_allclose(logits.reshape(8, 3, 4, 4, -1), outputs["transform"], rtol=1e-4, atol=1e-5)
 
 
-def traced_macs(fn: Callable, *args: Any) -> int:
-    """Multiply-adds of all matrix products that the traced function holds."""
-
-    def count(jaxpr: Any) -> int:
-        total = 0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                shape = eqn.invars[0].aval.shape
-                total += math.prod(shape[axis] for axis in contracted) * math.prod(eqn.outvars[0].aval.shape)
-            total += sum(count(value.jaxpr) for value in eqn.params.values() if hasattr(value, "jaxpr"))
-        return total
-
-    return count(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
 def test_multiply_adds_are_those_traced(tiny_config):
     """Exactly, for the dense control; the mixture has the same and a router for each expert block."""
     config = deep_config(tiny_config)
@@ -115,7 +99,7 @@ def test_multiply_adds_are_those_traced(tiny_config):
     model = system.model.clone(mesh=None)
     apply = lambda params: model.apply({"params": params}, views, train=False, shared_views=True)[0]  # noqa: E731
     teacher = lambda trunk: trunk_tokens(system.model.config, trunk, image)  # noqa: E731
-    expected = traced_macs(apply, params) + traced_macs(teacher, params["trunk"])
+    expected = (product_flops(apply, params) + product_flops(teacher, params["trunk"])) // 2
     dense = score_macs(system.model.config, system.tasks, geometry)
     assert dense == expected
     mixture = dataclasses.replace(system.model.config, mlp="moe")
