@@ -28,10 +28,9 @@ from vit_distill.augment import fixed_view, random_resized_crop
 from vit_distill.forward import make_forward, micro_batches
 from vit_distill.lora import LoraConfig, attach, build_lora_config, init_adapters, merge
 from vit_distill.losses import LossConfig, distill_loss, student_targets, teacher_targets
+from vit_distill.student import METHODS
 from vit_distill.teacher import Teacher
 from vit_distill.weight_copy import aligned_targets, calibrated_blocks, choose_blocks, copy_blocks
-
-METHODS = ("lora", "full", "scratch", "copy")
 
 
 @dataclasses.dataclass(frozen=True)

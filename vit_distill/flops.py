@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from core.tree import num_params
 from core.vit import VitConfig, abstract_params
 from vit_distill.lora import TARGETS, LoraConfig
+from vit_distill.student import METHODS
 
 FLOPS_PER_MAC = 2
 
@@ -169,8 +170,8 @@ def step_cost(
     Raises:
       ValueError: for another method, or "lora" without its config.
     """
-    if method not in ("lora", "full", "scratch", "copy"):
-        raise ValueError(f"student.method: expected lora, full, scratch or copy, found {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"student.method: expected one of {METHODS}, found {method!r}")
     if method == "copy":
         return StepCost(0, 0, 0, 0)
     if method == "lora" and lora is None:

@@ -12,6 +12,8 @@ from input_pipeline.index import DataError
 from input_pipeline.sources import LabelledSet
 from vit_distill.preprocessing import Preprocessing
 
+MANIFEST = "manifest.json"
+
 
 def few_shot_images(
     config: Any, preprocessing: Preprocessing, workdir: Path | None
@@ -72,7 +74,7 @@ def decode(images: LabelledSet) -> None:
 
 def own_manifest(workdir: Path) -> Path | None:
     """The manifest of a run that was accepted: it was written before config.json; None where there is none yet."""
-    path = workdir / "manifest.json"
+    path = workdir / MANIFEST
     return path if path.exists() and (workdir / "config.json").exists() else None
 
 

@@ -18,9 +18,10 @@ from input_pipeline.few_shot import write_manifest
 from input_pipeline.sources import LabelledSet
 from vit_distill.distill import Distiller, build_distiller
 from vit_distill.evaluate import compare
-from vit_distill.images import decode, few_shot_images, held_out_images, own_manifest
+from vit_distill.images import MANIFEST, decode, few_shot_images, held_out_images, own_manifest
 from vit_distill.lora import singular_values, suggested_rank
 from vit_distill.student_io import (
+    FACTS,
     FREE_FIELDS,
     build_student,
     check_teacher,
@@ -66,7 +67,7 @@ def evaluate(config: Any, workdir: Path) -> None:
     if config.command != "distill":
         raise ValueError(f"--mode=evaluate: nothing to restore for command {config.command!r}; run it again instead")
     check_config(config, workdir, FREE_FIELDS)
-    if not (workdir / "student.json").exists():
+    if not (workdir / FACTS).exists():
         raise ValueError(f"{workdir} holds no distilled student: train first, or check --workdir")
     distiller, trainable, facts = load_distilled(workdir, config)
     images, few, rest = few_shot_images(config, distiller.teacher.preprocessing, workdir)
@@ -119,7 +120,7 @@ def _distill(config: Any, workdir: Path) -> None:
     if jax.process_index() == 0:  # of several hosts one writes
         workdir.mkdir(parents=True, exist_ok=True)
         if not accepted:
-            write_manifest(workdir / "manifest.json", images, few, **_selection(config.few_shot))
+            write_manifest(workdir / MANIFEST, images, few, **_selection(config.few_shot))
         save_config(config, workdir)
         if not known:  # what a student measured stays until there is a longer trained one
             save_facts(workdir, facts)

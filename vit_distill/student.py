@@ -7,6 +7,8 @@ from typing import Any
 from core.vit import VitConfig
 from vit_distill.preprocessing import Preprocessing
 
+METHODS = ("lora", "full", "scratch", "copy")
+
 
 @dataclasses.dataclass(frozen=True)
 class Student:
@@ -17,7 +19,7 @@ class Student:
       params: merged float32 parameters of core.vit.VisionTransformer.
       preprocessing: the teacher's.
       blocks: which teacher blocks were copied, from 0.
-      method: "lora" | "full" | "scratch" | "copy".
+      method: one of METHODS.
       base: parameters before the adapters (params itself without adapters).
       adapters: tree of vit_distill.lora, None without.
       facts: plain JSON for reports and model cards: teacher (name, sha256, licence, format, depth), rank, targets,

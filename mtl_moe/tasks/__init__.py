@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from mtl_moe.tasks.base import Geometry, Head, Task, Teacher
+from mtl_moe.tasks.base import SCORED_RATIO, Geometry, Head, Task, Teacher
 from mtl_moe.tasks.cluster import Cluster
 from mtl_moe.tasks.denoise import Denoise
 from mtl_moe.tasks.intensity import Intensity
@@ -24,8 +24,6 @@ TASKS = {
     "cluster": Cluster,
     "self_distill": SelfDistill,
 }
-
-SCORED_RATIO = 0.5  # of the patches, hidden in each of the two views of `base.hidden_views`
 
 __all__ = ["TASKS", "Geometry", "Head", "Task", "Teacher", "build_tasks"]
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 EPS = 1e-6
+SCORED_RATIO = 0.5  # of the patches, hidden in each of the two views of `hidden_views`
 
 
 class Head(NamedTuple):
@@ -136,7 +137,7 @@ def hide_random(key: jax.Array, images: jax.Array, patch_size: int, ratio: float
 
 def fixed_cells(grid: int) -> jax.Array:
     """Two fixed complementary random masks, boolean [2, grid, grid], each half of the cells."""
-    half = random_cells(jax.random.key(0), 1, grid, 0.5)[0]
+    half = random_cells(jax.random.key(0), 1, grid, SCORED_RATIO)[0]
     return jnp.stack([half, ~half])
 
 
