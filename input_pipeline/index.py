@@ -51,7 +51,6 @@ class Index:
     """
 
     dataset: str
-    root: Path
     layout: str
     splits: dict[str, tuple[Example, ...]]
     warnings: tuple[str, ...] = ()

@@ -293,7 +293,7 @@ def read_tree(
     }
     if "train" in splits and calibration_fraction:
         splits["train"], splits["calibration"] = split_calibration(splits["train"], calibration_fraction, seed)
-    return Index(dataset, root, layout, splits, tuple(warnings))
+    return Index(dataset, layout, splits, tuple(warnings))
 
 
 def refuse_masks(root: Path, names: Iterable[str], alone: bool = False) -> None:

@@ -51,14 +51,14 @@ def run_blocks(
     batch_size: int,
     keep: tuple[int, ...],
     dtype: Any = jnp.float32,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """All of `blocks_in_batches` at once, on the host: tokens [n, N, D] and pooled features [n, D]."""
+) -> list[np.ndarray]:
+    """The tokens of `blocks_in_batches` of all images at once, on the host: [n, N, D] for each of `keep`."""
     found, start = None, 0
-    for batch in blocks_in_batches(config, params, inputs, batch_size, keep, dtype):
+    for tokens, _ in blocks_in_batches(config, params, inputs, batch_size, keep, dtype):
         # Filled in place: joining the batches at the end would hold the tokens of all blocks twice.
-        found = found or jax.tree.map(lambda part: np.empty((len(inputs), *part.shape[1:]), part.dtype), batch)
-        stop = start + len(batch[1])
-        for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(batch), strict=True):
+        found = found or [np.empty((len(inputs), *part.shape[1:]), part.dtype) for part in tokens]
+        stop = start + len(tokens[0])
+        for whole, part in zip(found, tokens, strict=True):
             whole[start:stop] = part
         start = stop
     return found

@@ -104,7 +104,7 @@ def start_values(distiller: Distiller, images: LabelledSet) -> Any:
     sample = images.pixels.images(even_rows(len(images), config.calibration.num_images))
     inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(sample)))
     size = min(32, len(inputs))
-    targets, _ = run_blocks(teacher.config, teacher.params, inputs, size, distiller.pairs, DTYPES[config.teacher.dtype])
+    targets = run_blocks(teacher.config, teacher.params, inputs, size, distiller.pairs, DTYPES[config.teacher.dtype])
     return warm_start(
         distiller.student_config,
         distiller.base,

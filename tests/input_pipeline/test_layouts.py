@@ -1,11 +1,12 @@
 """Every folder layout that exists, and every one that must be refused."""
 
 import cProfile
+from pathlib import Path
 
 import pytest
 from trees import BRAIN, TRAIN, make_tree, picture, write
 
-from input_pipeline.bmad import BMAD, index_bmad
+from input_pipeline.bmad import BMAD, find_root, index_bmad
 from input_pipeline.index import DataError
 from input_pipeline.tree import read_tree
 
@@ -51,8 +52,8 @@ LAYOUTS = {
 }
 
 
-def check_brain(index):
-    """The images, labels, masks and groups that every layout of BRAIN must give."""
+def check_brain(index, root: Path):
+    """The images, labels, masks and groups that every layout of BRAIN must give, named from the folder `root` on."""
     train = index.splits["train"] + index.splits["calibration"]
     assert sorted(e.image.name for e in train) == TRAIN
     assert {e.label for e in train} == {0}
@@ -65,15 +66,15 @@ def check_brain(index):
         assert [e.mask for e in found if e.label == 0] == [None] * len(normal)
         assert all(e.mask != e.image and e.mask.is_file() and e.image.is_file() for e in found if e.label)
         assert [e.name for e in found] == sorted(e.name for e in found)
-        assert all(index.root / e.name == e.image and e.group == e.image.name.split("_")[0] for e in found)
+        assert all(root / e.name == e.image and e.group == e.image.name.split("_")[0] for e in found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_one_set_are_read_alike(tmp_path, layout):
     root = make_tree(tmp_path / "Brain_AD", LAYOUTS[layout])
-    check_brain(read_tree(root, calibration_fraction=0.2))
+    check_brain(read_tree(root, calibration_fraction=0.2), find_root("brain", root))
     for given in (root, tmp_path):  # the set's folder or its parent
-        check_brain(index_bmad("brain", given, calibration_fraction=0.2))
+        check_brain(index_bmad("brain", given, calibration_fraction=0.2), find_root("brain", root))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_layouts_of_one_set_are_read_alike(tmp_path, layout):
 def test_set_is_found_in_its_parent(tmp_path, name, folder):
     make_tree(tmp_path / "other", {"train/good": TRAIN})
     root = make_tree(tmp_path / folder, {"train/good": TRAIN, "test/good": G, "test/Ungood": U})
-    assert index_bmad(name, tmp_path).root == root
+    assert find_root(name, tmp_path) == root
 
 
 def test_bmad_compares_with_the_table(tmp_path):
