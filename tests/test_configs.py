@@ -4,6 +4,7 @@ Axis alphabet: B batch, H W C image.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from core.files import write_json
 from core.optim import build_optimizer
 from core.tree import num_params, spec
 from core.workdir import LOGGING, READING, check_config
+from mtl_moe import ablation as detectors_ablation
 from mtl_moe import ablation_cell, compress, run
 from mtl_moe.system import build_system
 from mtl_moe.train import make_update_fn
@@ -224,11 +226,19 @@ def test_configs_of_before_a_field_was_there_are_read(tmp_path: Path):
     check_config(found, tmp_path, ())
 
 
-@pytest.mark.parametrize("fields", [run.FREE_FIELDS, compress.FREE_FIELDS, ablation_cell.FREE_FIELDS])
-def test_free_fields_exist(fields: tuple[str, ...]):
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (common.detector, run.FREE_FIELDS),
+        (common.detector, compress.FREE_FIELDS),
+        (common.detector, ablation_cell.FREE_FIELDS),
+        (ablation.get_config, detectors_ablation.FREE_FIELDS),
+    ],
+)
+def test_free_fields_exist(make: Callable[[], ConfigDict], fields: tuple[str, ...]):
     """A renamed field would silently bind a work directory to it; devices, reading and logging bind none."""
     assert {"mesh.", *READING, *LOGGING} <= set(fields)
-    config = json.loads(json.dumps(common.detector().to_dict()))
+    config = json.loads(json.dumps(make().to_dict()))
     for field in fields:
         node = config
         for key in filter(None, field.split(".")):

@@ -1,5 +1,6 @@
-"""A toy system with everything a real one has: experts, noise from the key, extra state, decay mask, schedule."""
+"""A toy system with everything that a real one has (experts, noise, extra state, decay mask, schedule), and scores."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -53,3 +54,16 @@ def toy() -> SimpleNamespace:
         tx=build_optimizer(optim, NUM_STEPS),
         sgd=optax.sgd(0.1),
     )
+
+
+@pytest.fixture(scope="session")
+def random_scores() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Makes scores and labels [num], a third of them 1, whose scores are one deviation higher."""
+
+    def make(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        labels = rng.permutation(np.arange(num) % 3 == 0).astype(int)
+        scores = rng.normal(size=num) + labels
+        return (np.round(scores, 1) if ties else scores), labels
+
+    return make

@@ -12,15 +12,8 @@ EXACT = 1e-12
 METRICS = ("auroc", "average_precision")
 
 
-def _random_scores(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(num) % 3 == 0).astype(int)
-    scores = rng.normal(size=num) + labels
-    return (np.round(scores, 1) if ties else scores), labels
-
-
-def test_weighted_metrics_equal_sklearn_with_sample_weights():
-    scores, labels = _random_scores(3)
+def test_weighted_metrics_equal_sklearn_with_sample_weights(random_scores):
+    scores, labels = random_scores(3)
     weights = np.random.default_rng(0).integers(0, 3, size=(20, len(scores)))
     weights[0] = labels * 0 + 1
     references = (sklearn_metrics.roc_auc_score, sklearn_metrics.average_precision_score)  # as BOOTSTRAP_METRICS
@@ -80,8 +73,8 @@ def test_bootstrap_interval_matches_the_sampling_distribution():
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_bootstrap_by_group_is_wider_for_repeated_images():
-    scores, labels = _random_scores(1, num=50, ties=False)
+def test_bootstrap_by_group_is_wider_for_repeated_images(random_scores):
+    scores, labels = random_scores(1, num=50, ties=False)
     repeated = [np.repeat(x, 8) for x in (scores, labels, [f"patient_{i}" for i in range(50)])]
     plain = np.ptp(bootstrap.bootstrap_interval("average_precision", *repeated[:2]))
     grouped = np.ptp(bootstrap.bootstrap_interval("average_precision", *repeated))
@@ -89,15 +82,15 @@ def test_bootstrap_by_group_is_wider_for_repeated_images():
     assert 2.0 < grouped / plain < 4.0
 
 
-def test_bootstrap_chunks_do_not_change_the_number_of_resamples():
-    scores, labels = _random_scores(2, num=700)
+def test_bootstrap_chunks_do_not_change_the_number_of_resamples(random_scores):
+    scores, labels = random_scores(2, num=700)
     values = bootstrap._bootstrap([scores], labels, None, 3001, 0)
     assert values.shape == (1, 2, 3001)
     assert (values.std(axis=2) > 0).all()
 
 
-def test_intervals_of_many_scores_are_those_of_each_drawn_once(monkeypatch):
-    scores, labels = _random_scores(5)
+def test_intervals_of_many_scores_are_those_of_each_drawn_once(random_scores, monkeypatch):
+    scores, labels = random_scores(5)
     others = np.random.default_rng(0).normal(size=(2, len(scores)))
     several, groups = [scores, *others], np.arange(len(scores)) // 2
     alone = [{m: bootstrap.bootstrap_interval(m, s, labels, groups, 50) for m in METRICS} for s in several]
@@ -125,8 +118,8 @@ def test_matched_interval_is_that_of_the_images_drawn(monkeypatch):
         bootstrap.matched_interval(scores, labels, np.arange(60), 0.5, groups, 40)
 
 
-def test_bootstrap_difference_is_paired():
-    scores, labels = _random_scores(4, num=200)
+def test_bootstrap_difference_is_paired(random_scores):
+    scores, labels = random_scores(4, num=200)
     assert bootstrap.bootstrap_difference("auroc", scores, 3 * scores + 1, labels) == (0.0, 0.0)
     worse = scores + np.random.default_rng(0).normal(size=200) * 0.2
     low, high = bootstrap.bootstrap_difference("auroc", scores, worse, labels)
@@ -136,8 +129,8 @@ def test_bootstrap_difference_is_paired():
     assert mirrored == pytest.approx((-high, -low), abs=EXACT)
 
 
-def test_bootstrap_refuses():
-    scores, labels = _random_scores(0)
+def test_bootstrap_refuses(random_scores):
+    scores, labels = random_scores(0)
     with pytest.raises(ValueError, match="found 'aupro'"):
         bootstrap.bootstrap_interval("aupro", scores, labels)
     with pytest.raises(ValueError, match="one group per image"):

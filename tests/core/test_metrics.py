@@ -12,17 +12,10 @@ from core import metrics
 EXACT = 1e-12
 
 
-def _random_scores(seed: int, num: int = 60, ties: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(num) % 3 == 0).astype(int)
-    scores = rng.normal(size=num) + labels
-    return (np.round(scores, 1) if ties else scores), labels
-
-
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_image_metrics_equal_sklearn(seed, ties):
-    scores, labels = _random_scores(seed, ties=ties)
+def test_image_metrics_equal_sklearn(random_scores, seed, ties):
+    scores, labels = random_scores(seed, ties=ties)
     assert metrics.auroc(scores, labels) == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores), abs=EXACT)
     expected = sklearn_metrics.average_precision_score(labels, scores)
     assert metrics.average_precision(scores, labels) == pytest.approx(expected, abs=EXACT)
@@ -208,8 +201,8 @@ def test_threshold_needs_enough_calibration_images():
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.5, 100.0])
-def test_matched_auroc_equals_a_loop_over_pairs(tolerance):
-    scores, labels = _random_scores(7)
+def test_matched_auroc_equals_a_loop_over_pairs(random_scores, tolerance):
+    scores, labels = random_scores(7)
     covariate = np.round(np.random.default_rng(1).normal(size=len(scores)), 1)
     wins, pairs = 0.0, 0
     for i in np.flatnonzero(labels == 1):
@@ -225,8 +218,8 @@ def test_matched_auroc_equals_a_loop_over_pairs(tolerance):
         assert wins / pairs == pytest.approx(metrics.auroc(scores, labels), abs=EXACT)
 
 
-def test_matched_auroc_of_many_pairs_takes_little_memory(monkeypatch):
-    scores, labels = _random_scores(8, num=6000)
+def test_matched_auroc_of_many_pairs_takes_little_memory(random_scores, monkeypatch):
+    scores, labels = random_scores(8, num=6000)
     covariate = np.random.default_rng(2).normal(size=len(scores))
     tracemalloc.start()
     found = metrics.matched_auroc(scores, labels, covariate, 0.5)
@@ -237,8 +230,8 @@ def test_matched_auroc_of_many_pairs_takes_little_memory(monkeypatch):
     assert metrics.matched_auroc(scores, labels, covariate, 0.5) == found
 
 
-def test_matched_aurocs_of_many_scores_are_those_of_each():
-    several, labels = [_random_scores(seed)[0] for seed in (7, 8)], _random_scores(7)[1]
+def test_matched_aurocs_of_many_scores_are_those_of_each(random_scores):
+    several, labels = [random_scores(seed)[0] for seed in (7, 8)], random_scores(7)[1]
     covariate = np.random.default_rng(1).normal(size=len(labels))
     alone = [metrics.matched_auroc(scores, labels, covariate, 0.5) for scores in several]
     values, pairs = metrics.matched_aurocs(several, labels, covariate, 0.5)

@@ -147,14 +147,6 @@ def test_differences_need_resamples(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_free_fields_exist():
-    config = config_file.get_config()
-    for field in FREE_FIELDS:
-        node = config
-        for key in filter(None, field.split(".")):
-            node = node[key]
-
-
 def test_an_ablation_of_before_a_section_was_there_goes_on(config, tmp_path):
     old = json.loads(json.dumps(config.to_dict()))
     del old["slices"], old["compress"], old["data"]["window"], old["optim"]["kind"]
