@@ -1,4 +1,4 @@
-"""Tables of results, as both systems write them: numbers over seeds, and Markdown. Axes: none."""
+"""Tables of results, as both systems write them: numbers over seeds, and Markdown."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Which images belong to one patient or near-duplicate group, so that no split divides them.
-
-Axes: none.
-"""
+"""Which images belong to one patient or near-duplicate group, so that no split divides them."""
 
 import logging
 import re

@@ -2,7 +2,7 @@
 
 A row is trained (a cell for each seed, in workdir/cells/<row>_seed<n>) or, where it differs in scoring alone, measured
 from the base's cells, or fused from other rows' cells. Finished cells are not run again, and a stopped one goes on from
-its checkpoint. Axes: none.
+its checkpoint.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the ablation's page and figure show; everything was computed before. Axes: none."""
+"""What the ablation's page and figure show; everything was computed before."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

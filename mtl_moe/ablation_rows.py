@@ -1,4 +1,4 @@
-"""The rows of the ablation: what differs from the base in each, and which of them a config asks for. Axes: none."""
+"""The rows of the ablation: what differs from the base in each, and which of them a config asks for."""
 
 import dataclasses
 import fnmatch

@@ -2,7 +2,7 @@
 
 Folders move and are decoded anew, so the names are compared, and for sets whose names are mere numbers how bright some
 images are. Where a set is another one after all, hashes of the decoded pixels tell which of its images were trained on:
-one image more in a folder, and the draw of the held-out ones is wholly another. Axes: none.
+one image more in a folder, and the draw of the held-out ones is wholly another.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 What differs is the row's method and its learning rate, which is chosen for each row by the feature loss on held-out
 images. A cell is one student (row, few-shot ratio, reduction, seed); finished cells lie in workdir/cells and are not
-run again. Axes: none.
+run again.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """From the cells of an ablation to its table: means and deviations over seeds, the paper's claims, the files.
 
-A cell is the JSON of one trained (or copied) and probed student, see table.py. Axes: none.
+A cell is the JSON of one trained (or copied) and probed student, see table.py.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Which normals calibrate when a folder is no longer what a detector learned from. Axes: none."""
+"""Which normals calibrate when a folder is no longer what a detector learned from."""
 
 import json
 from pathlib import Path
