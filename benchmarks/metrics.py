@@ -91,6 +91,7 @@ def peak_gb() -> float:
 
 
 def measure(contender: str, num_images: int, num_regions: int, repeats: int) -> dict:
+    """Seconds of a call, memory of the process before and at its peak in GB, and the values."""
     maps, masks = synthetic_maps(num_images, num_regions)
     if contender != "ours":
         import sklearn.metrics  # noqa: F401  (its import belongs to the memory before the call, not to the time)

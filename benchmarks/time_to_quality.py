@@ -19,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.distill_step import torch_step
 from benchmarks.record import write_record
@@ -26,10 +27,11 @@ from configs.vit_distill import distill as recipe
 from core.mesh import shard_batch
 from core.optim import build_optimizer
 from core.vit import VisionTransformer, VitConfig
+from input_pipeline.sources import LabelledSet
 from vit_distill.distill import build_distiller, build_state, make_step_fn
 from vit_distill.images import few_shot_images
 from vit_distill.lora import merge
-from vit_distill.teacher import load_teacher
+from vit_distill.teacher import Teacher, load_teacher
 from vit_distill.train import start_values, training_batches
 
 WARM = {"lora.warm_start": True}
@@ -45,8 +47,18 @@ RECIPES = {
 }
 
 
-def follow(config, teacher, images, held_out, target, every: int) -> list[tuple[int, float, float]]:
-    """(update, seconds, held-out error) every few updates of a run; stops when the error reaches `target`."""
+def follow(
+    config: ConfigDict,
+    teacher: Teacher,
+    images: LabelledSet,
+    held_out: tuple[jax.Array, jax.Array],
+    target: float,
+    every: int,
+) -> list[tuple[int, float, float]]:
+    """(update, seconds, held-out error) every few updates of a run; stops when the error reaches `target`.
+
+    `held_out`: normalised images [n, H, W, C] and the tokens [n, N, D] of the teacher's last block.
+    """
     start = time.perf_counter()
     it = build_distiller(config, teacher)
     tx = build_optimizer(config.optim, config.train.num_steps)
@@ -74,7 +86,7 @@ def follow(config, teacher, images, held_out, target, every: int) -> list[tuple[
     return curve
 
 
-def torch_update_seconds(architecture: VitConfig, config, bf16: bool) -> float:
+def torch_update_seconds(architecture: VitConfig, config: ConfigDict, bf16: bool) -> float:
     """Median seconds of PyTorch's update of a model of the teacher's sizes on one fixed batch."""
     options = {
         "img_size": architecture.image_size,
