@@ -96,7 +96,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         warmup_steps=100,
         weight_decay=0.05,
         b2=0.95,
-        clip_norm=1.0,
+        clip_norm=1.0,  # of all gradients together; 0: none
     )
     config.train = dict(
         batch_size=8,
@@ -220,7 +220,7 @@ def distiller() -> ConfigDict:
         warmup_steps=20,
         weight_decay=0.05,
         b2=0.95,
-        clip_norm=1.0,
+        clip_norm=1.0,  # of all gradients together; 0: none
     )
     config.train = dict(
         batch_size=128,

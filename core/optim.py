@@ -56,10 +56,15 @@ def build_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation
     adamw: weight decay on kernels, expert matrices and adapters, never on biases, norms or embeddings.
 
     Raises:
-      ValueError: for another kind.
+      ValueError: for another kind, or numbers with which nothing would be learned.
     """
     if config.kind not in KINDS:
         raise ValueError(f"optim.kind: expected one of {KINDS}, found {config.kind!r}")
+    if not (config.learning_rate >= 0 and config.weight_decay >= 0 and config.clip_norm >= 0 and 0 <= config.b2 < 1):
+        raise ValueError(
+            "optim: expected learning_rate, weight_decay and clip_norm (0: no clipping) of at least 0 and b2 in "
+            f"[0, 1), found {config.learning_rate}, {config.weight_decay}, {config.clip_norm} and {config.b2}"
+        )
 
     def with_schedule(learning_rate: Any = None) -> optax.GradientTransformation:
         return _chain(config, build_schedule(config, num_steps, learning_rate))
@@ -87,7 +92,8 @@ def _chain(config: Any, schedule: optax.Schedule) -> optax.GradientTransformatio
             weight_decay=config.weight_decay,
             mask=lambda params: tree.mask(params, r".*/(kernel|w1|w2|a|b)"),
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
 
 
 def matrix_axes(params: Any) -> Any:

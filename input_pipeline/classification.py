@@ -82,7 +82,8 @@ def load_labelled(
             f"found '{data.groups}'; to keep patients together cut the splits yourself, or read image files"
         )
     sizes = Sizes(image_size, image_size, data.channels, Resize(crop=True, interpolation=interpolation))
-    sets = _split_up(SOURCES[data.kind](data, sizes), data)
+    source = SOURCES[data.kind](data, sizes)
+    sets = _split_up(source, data)
     if split not in sets:
         raise DataError(
             f"data '{data.kind}' {data.root}: no {split} split (found {', '.join(sets)}); "
@@ -90,6 +91,9 @@ def load_labelled(
             f"{'labels or masks and ' * (split == 'test')}two patients or groups in a class"
         )
     found = sets[split]
+    if split == "train" and "train" in source and (aside := len(source["train"]) - len(found)):
+        layout = f"{found.layout}, {aside} of them set apart (data.test_fraction, data.valid_fraction)"
+        found = replace(found, layout=layout)
     if split != "train" and "train" in sets:
         crossing = sorted(set(sets["train"].groups) & set(found.groups))
         warn_of_crossing(found.name, crossing, "sort each patient's images into one split")
@@ -133,7 +137,8 @@ def carve(found: LabelledSet, fraction: float, seed: int) -> np.ndarray:
     """Rows to set apart: of each class about `fraction` of its images, whole groups.
 
     A group belongs to the class of its first image; all images of multi-label sets are of one class here. Of each class
-    at least one group is taken and at least one left, where it has two.
+    at least one group is taken and at least one left, where it has two; a group that is too large for what is wanted is
+    passed over, and where all are the smallest is taken, with a warning where that is more than twice too many.
 
     Returns:
       bool [N], nowhere true for fraction 0.
@@ -152,12 +157,20 @@ def carve(found: LabelledSet, fraction: float, seed: int) -> np.ndarray:
     order, chosen = name_order([str(g) for g in groups], seed), np.zeros(len(groups), bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        target, taken = max(1, round(fraction * counts[members].sum())), 0
-        for group in members[:-1]:
-            if taken >= target:
-                break
-            chosen[group] = True
-            taken += counts[group]
+        total, taken = counts[members].sum(), 0
+        target = max(1, round(fraction * total))
+        for group in members if len(members) > 1 else ():
+            if taken + counts[group] <= target:
+                chosen[group] = True
+                taken += counts[group]
+        if len(members) > 1 and not taken:
+            chosen[smallest := members[np.argmin(counts[members])]] = True
+            if (taken := counts[smallest]) > 2 * target:
+                logging.warning(
+                    "%d of %d images are set apart, not %d: the smallest of %d patients or groups is that large; add "
+                    "patients, or, if images of one group are of different patients, say so by data.groups",
+                    *(taken, total, target, len(members)),
+                )
     return chosen[inverse]
 
 

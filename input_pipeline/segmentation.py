@@ -18,7 +18,7 @@ from input_pipeline.groups import groups_of_labelled
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, SelectedPixels, Sizes, existing_root, set_of_files
 from input_pipeline.split import FilePixels, Rows
-from input_pipeline.tree import IMAGE_SUFFIXES, SPLIT_WORDS
+from input_pipeline.tree import IMAGE_SUFFIXES, split_folders
 
 IGNORED = 255  # id of pixels that no class was given
 MAX_UNNAMED = 64  # classes that need no classes.txt: blurred masks, which hold every value, look like more
@@ -77,7 +77,7 @@ def read_segmentation(root: str, name: str, sizes: Sizes, groups: str = "auto") 
         class ids that classes.txt does not name.
     """
     folder = existing_root(root, "segmentation", EXPECTED)
-    splits = {SPLIT_WORDS[c.name.lower()]: c for c in sorted(folder.iterdir()) if c.name.lower() in SPLIT_WORDS}
+    splits = split_folders(folder)
     if "train" not in splits:
         raise DataError(f"{folder}: no train/. {EXPECTED}")
     pairs = {split: _pairs(splits[split], folder, groups) for split in ("train", "valid", "test") if split in splits}

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from input_pipeline.groups import groups_of_labelled
 from input_pipeline.index import DataError, Example
 from input_pipeline.sources import LabelledSet, Sizes, existing_root, set_of_files
-from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree, refuse_masks
+from input_pipeline.tree import SPLIT_WORDS, find_images, left_out, no_image, read_tree, refuse_masks, split_folders
 
 EXPECTED = (
     "Expected {train,valid,test}/<class>/*.png (or .jpg, .tif, .bmp, .webp; valid and test may be absent, the classes "
@@ -31,7 +31,7 @@ def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dic
     """
     folder = existing_root(root, "folder", EXPECTED)
     children = _folders(folder)
-    splits = {SPLIT_WORDS[c.name.lower()]: c for c in children if c.name.lower() in SPLIT_WORDS}
+    splits = split_folders(folder)
     if splits and "train" not in splits:
         raise DataError(f"{folder}: found {', '.join(sorted(c.name for c in children))} but no train/. {EXPECTED}")
     others = [c.name for c in children if c.name.lower() not in SPLIT_WORDS]

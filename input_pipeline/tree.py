@@ -37,6 +37,26 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *di
 
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid"}
 SPLIT_WORDS |= {"test": "test", "testing": "test"}
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of `root` that are called as a split is: "train", "valid", "test" -> folder.
+
+    Raises:
+      DataError: for two folders of one split.
+    """
+    found: dict[str, Path] = {}
+    for folder in sorted(child for child in root.iterdir() if child.is_dir()):
+        if split := SPLIT_WORDS.get(folder.name.lower()):
+            if split in found:
+                raise DataError(
+                    f"{root}: {found[split].name}/ and {folder.name}/ both name the {split} split: expected one of "
+                    "them; put their images together, or move one away"
+                )
+            found[split] = folder
+    return found
+
+
 _NORMAL = ("good", "normal", "healthy")
 _ABNORMAL = ("ungood", "abnormal", "anomaly", "bad")
 _IMAGES = ("img", "image", "images", "data")

@@ -196,3 +196,22 @@ def test_a_rate_given_to_the_update_is_that_of_the_config(kind):
     expected, found = run(3e-3), run(0.1, learning_rate=np.float32(3e-3))
     assert jax.tree.structure(expected) == jax.tree.structure(found)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found, expected)
+
+
+@pytest.mark.parametrize(
+    "field", [dict(learning_rate=-1e-2), dict(weight_decay=-0.1), dict(clip_norm=-1.0), dict(b2=1.5)]
+)
+def test_numbers_with_which_nothing_would_be_learned_are_refused(field):
+    with pytest.raises(ValueError, match=r"optim: expected learning_rate, .*\(0: no clipping\)"):
+        build_optimizer(_config(**field), NUM_STEPS)
+
+
+def test_without_a_norm_nothing_is_clipped():
+    params = {"kernel": jnp.ones((2, 2))}
+    grads = {"kernel": jnp.full((2, 2), 1e3)}
+    found = [build_optimizer(_config(clip_norm=norm, b2=0.9), NUM_STEPS) for norm in (0.0, 1e9)]
+    updates = [tx.update(grads, tx.init(params), params)[0]["kernel"] for tx in found]
+    np.testing.assert_array_equal(*updates)
+    assert jax.tree.structure(found[0].init(params)) == jax.tree.structure(found[1].init(params))
+    moments = optax.tree.get(found[0].update(grads, found[0].init(params), params)[1], "mu")
+    np.testing.assert_allclose(moments["kernel"], 100.0, rtol=1e-5)  # 0.1 of the whole gradient

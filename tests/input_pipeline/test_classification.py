@@ -154,6 +154,36 @@ def test_groups_are_never_cut():
     assert not {groups[r] for r in np.flatnonzero(rows)} & {groups[r] for r in np.flatnonzero(~rows)}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_patient_of_most_images_is_not_set_apart(seed: int, caplog):
+    counts = dict(zip("abcdefgh", (400, 30, 20, 60, 15, 25, 10, 40), strict=True))
+    groups = [patient for patient, count in counts.items() for _ in range(count)]
+    rows = carve(grouped(groups, [0] * 600), 0.1, seed)
+    assert 30 < rows.sum() <= 60
+    assert not caplog.messages
+
+
+def test_a_smallest_patient_that_is_too_large_is_said(caplog):
+    rows = carve(grouped(["a"] * 50 + ["b"] * 30 + ["c"] * 40, [0] * 120), 0.1, 0)
+    assert np.flatnonzero(rows).tolist() == list(range(50, 80))
+    assert "30 of 120 images are set apart, not 12: the smallest of 3 patients" in caplog.text
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    make_tree(tmp_path, {"train/a": ["1.png"], "training/a": ["2.png"]})
+    with pytest.raises(DataError, match=r"train/ and training/ both name the train split"):
+        load_labelled(data("folder", tmp_path), "train", 8)
+
+
+def test_what_is_set_apart_is_said(tmp_path):
+    make_tree(tmp_path, {name: [f"{i}.png" for i in range(20)] for name in ("a", "b")})
+    found = load_labelled(data("folder", tmp_path), "train", 8)
+    assert found.layout.endswith(f", {40 - len(found)} of them set apart (data.test_fraction, data.valid_fraction)")
+    assert len(found) < 40
+    kept = load_labelled(data("folder", tmp_path, test_fraction=0.0, valid_fraction=0.0), "train", 8)
+    assert (len(kept), "set apart" in kept.layout) == (40, False)
+
+
 def test_patients_on_both_sides_of_one_s_own_splits_are_said(tmp_path, caplog):
     images = {"train/a": ["p1_0.png", "p2_0.png"], "valid/a": ["p3_0.png"], "test/a": ["p1_1.png", "p2_1.png"]}
     make_tree(tmp_path, images)

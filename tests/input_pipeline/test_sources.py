@@ -253,7 +253,7 @@ def test_chestxray14(chest):
     expected = Image.open(path).resize((8, 8), Image.Resampling.BICUBIC).convert("RGB")
     np.testing.assert_array_equal(train.images([3])[0], expected)
     parts = [load_labelled(data("chestxray14", chest, valid_fraction=0.4), s, 8) for s in ("train", "valid")]
-    assert len(parts[1]) >= 2
+    assert len(parts[1]) >= 1
     assert not set(parts[0].groups) & set(parts[1].groups)
     config = data("chestxray14", chest, valid_fraction=0.0, groups="image")
     train = load_labelled(config, "train", 8)

@@ -20,7 +20,7 @@ from vit_distill.export.compare import TOLERANCE, Outputs, largest_difference, m
 from vit_distill.export.usage import usage
 from vit_distill.formats.hugging_face import write_hugging_face_folder
 from vit_distill.formats.timm import write_timm_folder
-from vit_distill.lora import merge
+from vit_distill.lora import attach, merge
 from vit_distill.model_card import model_card
 from vit_distill.student import Student
 from vit_distill.teacher import load_teacher
@@ -78,7 +78,7 @@ def _compare(
 
     The expected values come from base and adapters, not from the merged weights that were written.
     """
-    params = student.params if student.adapters is None else merge(student.base, student.adapters, student.lora)
+    params = student.params if student.adapters is None else attach(student.base, student.adapters, student.lora)
     expected = model_outputs(student.config, params, np.asarray(student.preprocessing.evaluate(images)))
     readers, skipped = {entry.tool: lambda: entry.read(student, folder)}, {}
     if entry.other_tool:

@@ -17,7 +17,7 @@ from vit_distill.export import command, other_tools
 from vit_distill.export import export as export_module
 from vit_distill.export.compare import model_outputs
 from vit_distill.export.export import KINDS, export
-from vit_distill.lora import merge
+from vit_distill.lora import attach
 from vit_distill.teacher import load_teacher
 
 # What our own reader and, where it can be installed, the tool of the format find.
@@ -32,7 +32,7 @@ pytestmark = [
 
 def _expected(student, images):
     """Tokens, pooled and logits of base and adapters, as training saw them."""
-    params = merge(student.base, student.adapters, student.lora) if student.lora else student.params
+    params = attach(student.base, student.adapters, student.lora) if student.lora else student.params
     return model_outputs(student.config, params, np.asarray(student.preprocessing.evaluate(images)))
 
 
