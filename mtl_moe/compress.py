@@ -36,7 +36,6 @@ from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
-from mtl_moe.seeds import check_one_seed
 from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
 from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
@@ -51,9 +50,8 @@ def small_config(config: Any, reduction: int | None = None) -> Any:
     """The config of the smaller detector; `reduction` None: as in config.compress.
 
     Raises:
-      ValueError: for a reduction that this detector does not allow, or a folder of several seeds.
+      ValueError: for a reduction that this detector does not allow.
     """
-    check_one_seed(config)
     small = config.copy_and_resolve_references()
     if reduction is not None:
         small.compress.reduction = reduction

@@ -134,6 +134,7 @@ def compress(config: Any, workdir: Path, output: str, reduction: int | None = No
         raise ValueError(f"{workdir} is no work directory of a trained detector: train one, or check --workdir")
     enable_compilation_cache()
     print_devices()
+    check_one_seed(config)
     check_config(config, workdir, FREE_FIELDS)
     small = build_system(compression.small_config(config, reduction))
     dataset = load_dataset(config.data, min_size=config.model.patch_size)
