@@ -147,6 +147,7 @@ def _coloured_images(index: Index, kept: set[str], data: ConfigDict) -> list[str
     examples = [e for found in index.splits.values() for e in found if e.name in kept]
     if data.channels == 3:
         return []
+    # core.sampling.even_rows, which the pipeline may not import
     rows = np.unique(np.linspace(0, len(examples) - 1, COLOUR_SAMPLE).round().astype(int))
     coloured = sum(_is_coloured(read_image(examples[row].image, HASH_SIZE, 3, window=data.window)) for row in rows)
     if not coloured:

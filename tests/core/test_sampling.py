@@ -7,7 +7,8 @@ from core.sampling import even_rows
 
 
 @pytest.mark.parametrize(
-    ("total", "most", "expected"), [(10, 4, [0, 3, 6, 9]), (3, 8, [0, 1, 2]), (5, 1, [0]), (0, 4, []), (4, 0, [])]
+    ("total", "most", "expected"),
+    [(10, 4, [0, 3, 6, 9]), (6, 4, [0, 2, 3, 5]), (3, 8, [0, 1, 2]), (5, 1, [0]), (0, 4, []), (4, 0, [])],
 )
 def test_rows_by_hand(total: int, most: int, expected: list[int]):
     assert even_rows(total, most).tolist() == expected
