@@ -135,7 +135,7 @@ def _source_metrics(workdir: Path, step: int) -> dict[str, Any]:
     if not path.exists():
         return {}
     report = json.loads(path.read_text())
-    if report["provenance"].get("checkpoint_step") != step:
+    if "metrics" not in report or report["provenance"].get("checkpoint_step") != step:
         return {}
     fused = {name: value for name, value in report["metrics"].items() if name.count("/") == 2}
     return {"source_metrics": fused, "source_git_revision": report["provenance"]["git_revision"]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         calibration = _calibrate(system, scorer, workdir, normals, source)
     map_fn = make_map_fn(calibration, config.data.image_size, config.data.mask_size)
     output.mkdir(parents=True, exist_ok=True)
-    if (output / "predictions.csv").exists():  # maps of an earlier prediction, whose images may have been others
+    if _wrote_maps(output):  # of an earlier prediction, whose images may have been others
         shutil.rmtree(output / "maps", ignore_errors=True)
     write = functools.partial(write_maps, output / "maps")
     scored = scorer.split(split, "score", map_fn if config.score.save_maps else None, write=write, keep_maps=False)
@@ -75,6 +76,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         "calibration": {"source": calibration.source, "manifest_hash": calibration.manifest_hash},
     }
     report = {
+        "maps": bool(config.score.save_maps),
         "thresholds": thresholds,
         "provenance": provenance(system, facts, workdir, step, time.time() - start),
     }
@@ -106,6 +108,25 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     )
     write_report(output / "report.html", data)
     return fused
+
+
+def check_output(output: Path, *folders: Path | None) -> None:
+    """What is found in `output` may be replaced, so it is no work directory and holds none of the images of `folders`.
+
+    Raises:
+      ValueError: if it is or does.
+    """
+    if any((output / name).exists() for name in ("config.json", "checkpoints")):
+        raise ValueError(f"--output={output} is a work directory, whose results would be lost: name another folder")
+    for folder in (folder.resolve() for folder in folders if folder):
+        if output.resolve().is_relative_to(folder) or folder.is_relative_to((output / "maps").resolve()):
+            raise ValueError(f"--output={output} lies among the images of {folder}: name a folder outside of it")
+
+
+def _wrote_maps(output: Path) -> bool:
+    """Whether the maps in `output` are those of an earlier prediction; a folder of that name may be the user's."""
+    path = output / "report.json"
+    return path.exists() and bool(json.loads(path.read_text()).get("maps"))
 
 
 def _calibrate(system: System, scorer: Scorer, workdir: Path, normals: Path, source: Path) -> Calibration:

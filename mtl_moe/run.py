@@ -100,7 +100,9 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
     images, site = Path(source), Path(normals) if normals else None
     name = "_against_".join(path.resolve().name for path in (images, site) if path)
     folder = Path(output) if output else workdir / "predict" / name
-    if not output:
+    if output:
+        prediction.check_output(folder, images, site)
+    else:
         check_source(folder, prediction.source_of(images, site), "name another folder with --output=FOLDER")
     prediction.predict(build_system(config), workdir, images, folder, site)
     print(f"scores (a low p_value is suspicious): {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")

@@ -1,5 +1,6 @@
 """Trains the detector: config and data in, checkpoints and metrics.jsonl out. Run the same command again to resume."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     jax.eval_shape(step_fn, system.abstract_state(tx), {"image": image}, jax.random.key(0))
     learned, first_host = has_checkpoint(workdir), jax.process_index() == 0
     if first_host and not learned:
+        _check_own(workdir)
         for name in (FILE, "config.json"):  # of a run that ended before it had learned anything
             (workdir / name).unlink(missing_ok=True)
     if first_host or learned:  # another host might read what the first one is about to remove
@@ -91,6 +93,18 @@ def make_update_fn(system: System, tx: optax.GradientTransformation) -> Callable
     """Compiled update as `core.step.make_train_step_fn` gives it, of the training loss and with its micro-batches."""
     train, loss_fn = system.config.train, make_loss_fn(system.model, system.config, system.tasks)
     return make_train_step_fn(loss_fn, tx, ema_decay=train.ema_decay, accumulation=train.accumulation)
+
+
+def _check_own(workdir: Path) -> None:
+    """Raises ValueError if the config.json of a folder without checkpoints is not that of a detector's own run."""
+    path = workdir / "config.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {"system": "mtl_moe"}
+    except ValueError:
+        found = None
+    own = isinstance(found, dict) and found.get("system") == "mtl_moe" and "command" not in found
+    if not own or found.get("num_seeds", 1) != 1:
+        raise ValueError(f"{path} is of something else than the training of one detector: use another --workdir")
 
 
 def _refresh_event(system: System, dataset: Dataset) -> Any:

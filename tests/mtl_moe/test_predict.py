@@ -16,7 +16,7 @@ from input_pipeline.split import Split
 from mtl_moe import run
 from mtl_moe.evaluate import evaluate
 from mtl_moe.infer import Scorer, calibrate, restore
-from mtl_moe.predict import predict
+from mtl_moe.predict import check_output, predict
 from mtl_moe.training_data import bind_training_data
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +173,23 @@ def test_the_page_says_on_whose_normals_the_work_directory_was_calibrated(tiny_r
     dataclasses.replace(calibration, dtype="bfloat16").save(workdir / "calibration.npz", 3)
     with pytest.raises(ValueError, match=r"score.dtype='float32', but the calibration was made for 'bfloat16'"):
         predict(system, workdir, source, tmp_path / "out")
+
+
+def test_what_is_in_the_way_of_the_output_is_kept(tiny_run, folders, tmp_path):
+    """A folder "maps" of the user's own, beside results, is not one of ours."""
+    normals, new = folders
+    output = tmp_path / "out"
+    (output / "maps").mkdir(parents=True)
+    (output / "maps" / "mine.txt").write_text("mine")
+    for _ in range(2):
+        predict(tiny_run.system, tiny_run.workdir, new, output, normals)
+    assert (output / "maps" / "mine.txt").read_text() == "mine"
+    check_output(output, new, None)
+    (output / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a work directory, whose results would be lost"):
+        check_output(output, new, None)
+    for folder in (new, new / "results"):
+        with pytest.raises(ValueError, match="lies among the images of"):
+            check_output(folder, normals, new)
+    with pytest.raises(ValueError, match="lies among the images of"):
+        check_output(tmp_path / "sets", tmp_path / "sets" / "maps" / "new", None)

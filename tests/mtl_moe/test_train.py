@@ -60,6 +60,15 @@ def test_a_folder_in_which_nothing_was_learned_takes_another_config_and_other_im
         run.train_and_evaluate(config, tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "vit"}', "no JSON", '{"system": "mtl_moe", "num_seeds": 3}'])
+def test_another_folder_s_config_is_not_replaced(tiny_config, tmp_path, content):
+    config = tiny_config()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json is of something else than the training of one detector"):
+        train(build_system(config), load_dataset(config.data), tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
 def test_checkpoints_are_closed_after_an_error_before_the_first_update(tiny_config, tmp_path, monkeypatch):
     config = tiny_config()
     config.tasks.names = ("masked",)
