@@ -107,8 +107,11 @@ class Scorer:
         fill = np.repeat(images[-1:], self.batch_size - len(images), axis=0)
         placed = shard_batch({"image": np.concatenate([images, fill]) if len(fill) else images}, self._system.mesh)
         first, *more = (self._score_fn(one.params, one.extra, placed["image"]) for one in self._networks)
-        joined = {name: jnp.concatenate([first[name], *(one[name] for one in more)], 1) for name in ("raw", "maps")}
-        return first | joined if more else first
+        if not more:
+            return first
+        return first | {
+            name: jnp.concatenate([first[name], *(one[name] for one in more)], 1) for name in ("raw", "maps")
+        }
 
     def images(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Any number n of uint8 images [n, H, W, C]; results are [n, ...]. For few images: everything is kept."""
