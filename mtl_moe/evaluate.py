@@ -108,7 +108,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     results = Results(dataset.name, split, scored.texture, system.config.score.bootstrap)
     if results.has_both:
         results.add_detector(system, calibration, corrected, fused, scored.maps)
-        results.add_floors(dataset)
+        results.add_floors(dataset, fused)
         if "train" in dataset.splits and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
     labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test

@@ -27,6 +27,7 @@ _METRIC_NAMES = {
     "aupro": "AUPRO (exact, to 30 % false positives)",
     "aupro_bmad": "AUPRO (BMAD's formula)",
     "matched_auroc": "Image AUROC over pairs of like contrast",
+    "floor_matched_auroc": "Image AUROC over pairs alike in the strongest floor",
 }
 
 
@@ -108,20 +109,29 @@ def _floor_verdict(results: ReportData) -> list[Markup]:
     what = f"“{name}”" + (f" ({results.floors[name]})" if name in results.floors else "")
     key = results.prefix + "image_auroc"
     auroc = results.metrics[key]
+    alike = _floor_matched(results)
     if floors[name] >= auroc:
         text = (
             f"A floor is higher: {what} alone reaches {floors[name]:.3f}, the detector {auroc:.3f}. On these data the "
-            "detector has not shown that it adds anything to that."
+            f"detector has not shown by its AUROC that it adds anything to that.{alike}"
         )
         return [page.paragraph(text, "callout warn")]
     text = f"The strongest floor, {what}, reaches {floors[name]:.3f}"
     if key in results.intervals and floors[name] >= results.intervals[key][0]:
-        return [
-            page.paragraph(
-                f"{text}: lower, but inside the detector's interval, so the lead is not certain.", "callout warn"
-            )
-        ]
-    return [page.paragraph(f"{text}: the detector is {auroc - floors[name]:.3f} above it.", "callout")]
+        text = f"{text}: lower, but inside the detector's interval, so the lead is not certain.{alike}"
+        return [page.paragraph(text, "callout warn")]
+    return [page.paragraph(f"{text}: the detector is {auroc - floors[name]:.3f} above it.{alike}", "callout")]
+
+
+def _floor_matched(results: ReportData) -> str:
+    """A sentence on pairs of images that the strongest floor of those without a network does not tell apart."""
+    value = results.value("floor_matched_auroc")
+    if not value:
+        return ""
+    (name, floor), *_ = results.grouped("floor", "floor_matched_auroc").items()
+    return (
+        f" Over pairs of a normal and an abnormal image alike in “{name}” it has {value}, “{name}” itself {floor:.3f}."
+    )
 
 
 def _reading_guide(results: ReportData) -> Markup:

@@ -29,8 +29,9 @@ class ReportData:
     """What the report shows. Metric keys are those of report.json:
 
     `test/<dataset>/` + `image_auroc` | `image_ap` | `pixel_auroc` | `pixel_ap` | `aupro` | `aupro_bmad` |
-    `matched_auroc` | `normal_vs_calibration` | `abnormal_vs_calibration` (AUROC of test images against the calibration
-    normals), bare or after `task/<evidence>/`, `leave_out/<task>/` (fused without it) or `floor/<floor>/`.
+    `matched_auroc` | `floor_matched_auroc` (over pairs alike in the strongest floor) | `normal_vs_calibration` |
+    `abnormal_vs_calibration` (AUROC of test images against the calibration normals), bare or after `task/<evidence>/`,
+    `leave_out/<task>/` (fused without it) or `floor/<floor>/`.
     With abnormal and normal images `image_auroc` must be there; all others are shown where they are.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from scipy import stats
 
 from core.bootstrap import bootstrap_intervals, matched_interval, pixel_intervals, possible_resamples
 from core.metrics import auroc, auroc_between, average_precision, matched_aurocs, pixel_metrics
@@ -23,6 +24,8 @@ from mtl_moe.system import System
 
 # Pairs count as of like contrast when their log mean gradients differ by less: 7 % contrast.
 MATCHED_TOLERANCE = 0.07
+# Pairs count as alike in a floor when at most this share of the test images lies between them: whatever its unit.
+FLOOR_TOLERANCE = 0.05
 FLOOR_IMAGES = 5000  # training images that floors are fitted on
 MASK_BATCH = 256  # masks read at a time
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
@@ -81,12 +84,13 @@ class Results:
         parts = task_evidences(system.tasks).items()
         self._images({f"leave_out/{task}/": calibration.fuse(corrected, leave_out=names) for task, names in parts})
 
-    def add_floors(self, dataset: Dataset) -> None:
+    def add_floors(self, dataset: Dataset, fused: np.ndarray) -> None:
         """Scores and maps that learn next to nothing, fitted on the same training normals; without these, those that
-        need no fit."""
+        need no fit. And what the detector's `fused` scores [N] say of pairs that are alike in the strongest of them."""
         fit = floors.statistics(_some_images(dataset.splits["train"])) if "train" in dataset.splits else None
         scores = floors.floor_scores(fit, floors.statistics(image_batches(self._split)))
         self._images({f"floor/{name}/": values for name, values in scores.items()})
+        self._match_floor(scores, fused)
         if self._split.has_masks:
             map_fn, size, parts = floors.make_floor_map_fn(fit), dataset.mask_size, []
             for images in image_batches(self._split):
@@ -111,6 +115,20 @@ class Results:
         self._images({"floor/untrained/": calibration.fuse(calibration.corrected(scored.raw, scored.texture))})
         if scored.maps is not None:
             self._pixel("floor/untrained/", scored.maps)
+
+    def _match_floor(self, scores: Mapping[str, np.ndarray], fused: np.ndarray) -> None:
+        # The strongest is found with the test labels, which makes the comparison harder for the detector.
+        name = max(scores, key=lambda name: self.metrics[f"{self._prefix}floor/{name}/image_auroc"])
+        ranks = stats.rankdata(scores[name]) / len(scores[name])
+        pairs = (self._split.labels, ranks, FLOOR_TOLERANCE)
+        (auroc_of_pairs, of_floor), num_pairs = matched_aurocs([fused, scores[name]], *pairs)
+        if not num_pairs:
+            return
+        self.metrics[self._prefix + "floor_matched_auroc"] = auroc_of_pairs
+        self.metrics[f"{self._prefix}floor/{name}/floor_matched_auroc"] = of_floor  # near 0.5: it tells no pair apart
+        if self._num_resamples:
+            interval = matched_interval(fused, *pairs, np.array(self._split.groups), self._num_resamples)
+            self.intervals[self._prefix + "floor_matched_auroc"] = interval
 
     def _images(self, scores: Mapping[str, np.ndarray], interval: bool = False) -> None:
         """Image metrics of all `scores` [N], by key: their pairs and resamples are the same, and looked for once."""

@@ -194,9 +194,29 @@ def test_cases_and_intervals_can_be_left_out(small_run, monkeypatch):
 def test_floors_are_measured_without_a_detector(small_run):
     split = small_run.dataset.splits["test"]
     found = results.Results("phantom", split, np.zeros(len(split)), 0)
-    found.add_floors(small_run.dataset)
+    found.add_floors(small_run.dataset, np.zeros(len(split)))
     floor = "test/phantom/floor/pca_error/"
     assert found.metrics[floor + "matched_auroc"] == pytest.approx(found.metrics[floor + "image_auroc"])
+
+
+def test_a_score_that_is_its_strongest_floor_is_near_chance_over_pairs_alike_in_it(small_run):
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    brightness = np.clip(rng.normal(100, 15, 400) + 15 * labels, 0, 255)
+    images = np.broadcast_to(brightness[:, None, None, None], (400, 32, 32, 1)) + rng.normal(0, 20, (400, 32, 32, 1))
+    images = images.clip(0, 255).astype(np.uint8)
+    names = [str(i) for i in range(400)]
+    split = Split(names, names, labels, False, ArrayPixels(images, None, 32))
+    learned = rng.normal(0, 1, 400) + 2 * labels
+    for fused, low, high in ((brightness, 0.45, 0.6), (learned, 0.85, 0.98)):
+        found = results.Results("grey", split, np.zeros(400), 50)
+        dataset = dataclasses.replace(small_run.dataset, splits={"test": split})  # floors that need no fit
+        found.add_floors(dataset, fused)
+        assert found.metrics["test/grey/floor/mean_intensity/image_auroc"] > 0.7
+        assert found.metrics["test/grey/floor/mean_intensity/floor_matched_auroc"] < 0.6
+        value, interval = (part["test/grey/floor_matched_auroc"] for part in (found.metrics, found.intervals))
+        assert low < value < high
+        assert interval[0] < value < interval[1]
 
 
 @pytest.mark.parametrize(

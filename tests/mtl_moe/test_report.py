@@ -241,6 +241,14 @@ def test_24_cases_of_colour_stay_below_4_mb(tmp_path):
     assert len(written(tmp_path, results)) < 4_000_000
 
 
+def test_what_is_left_where_the_strongest_floor_tells_nothing_is_said(tmp_path):
+    results = synthetic_results()
+    matched = {"test/demo/floor_matched_auroc": 0.777, "test/demo/floor/low_gradient/floor_matched_auroc": 0.523}
+    html = written(tmp_path, dataclasses.replace(results, metrics=results.metrics | matched, cases=()))
+    assert "alike in “low_gradient” it has 0.777, “low_gradient” itself 0.523" in html
+    assert "alike in “" not in written(tmp_path, dataclasses.replace(results, cases=()))
+
+
 def test_an_unreachable_threshold_and_an_undefined_metric_are_left_out(tmp_path):
     results = synthetic_results()
     row = {"fpr": 0.001, "threshold": np.inf, "observed_fpr": 0.0, "tpr": 0.0}
