@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,20 @@ from core.files import write_json
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
-from mtl_moe.calibration import Calibration, check_calibration
+from mtl_moe.calibration import TEXTURE, Calibration, check_calibration
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, own_calibration, restore_networks
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import ReportData
+from mtl_moe.report_figures import flag_rate_error
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.seeds import seeds_together
 from mtl_moe.system import System
 from mtl_moe.training_data import new_normals, seen_in_training
+
+CHECKED_RATE = 0.1  # of normals flagged by design, at which an unlabelled folder is compared with its calibration
 
 
 def source_of(source: Path, normals: Path | None) -> str:
@@ -65,6 +70,9 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     fused = calibration.fuse(corrected)
     p = calibration.p_values(fused)
     evidence = calibration.by_name(calibration.tail_scores(corrected))
+    caution = unlike_calibration(p, evidence[TEXTURE], split.groups, calibration)
+    if caution:
+        logging.warning("%s", caution)
     write_predictions(output / "predictions.csv", split, fused, p, evidence, skipped)
     thresholds = [
         {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
@@ -90,6 +98,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         f"{len(calibration.fused)} calibration normals of {calibration.source or 'its last evaluation'}."
         + unfinished(system, step)
         + seen_in_training(scored.hashes, workdir),
+        caution=caution,
         metrics={},
         tasks=[task.name for task in system.tasks],
         names=split.names,
@@ -108,6 +117,30 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     )
     write_report(output / "report.html", data)
     return fused
+
+
+def unlike_calibration(p: np.ndarray, texture: np.ndarray, groups: Sequence[str], calibration: Calibration) -> str:
+    """A caution where so many images are flagged that something else than disease may be the reason; "" where not.
+
+    Without labels nothing tells a folder of patients from one of another scanner: both are odd. More than half of the
+    images beyond what chance explains, where CHECKED_RATE of normals would be, is too much to pass over in silence.
+
+    Args:
+      p, texture: [N] p-values, and tail scores u of the evidence texture.
+      groups: [N], patient of each image.
+    """
+    flagged, num_groups = p <= CHECKED_RATE, len(set(groups))
+    if flagged.mean() - 2 * flag_rate_error(0.5, num_groups, calibration.num_groups) <= 0.5:
+        return ""
+    text = (
+        f"{flagged.sum()} of {len(p)} images are flagged where {CHECKED_RATE:.0%} of normal ones are: either most of "
+        "them are abnormal, or they were made otherwise than the calibration normals (another device, protocol, "
+        "resolution or window), and then scores and p-values do not tell disease"
+    )
+    odd = int((texture >= -np.log(CHECKED_RATE)).sum())
+    if 2 * odd > len(p):
+        text += f"; {odd} are beyond {1 - CHECKED_RATE:.0%} of normals by their amount of texture alone, as those are"
+    return text + ". Normals of the very same origin tell which: --mode=predict --normals=FOLDER calibrates on them."
 
 
 def check_output(output: Path, *folders: Path | None) -> None:

@@ -66,6 +66,8 @@ def p_value_phrase(p_value: float, num_calibration: int) -> str:
 
 def _result(results: ReportData) -> Markup:
     parts = [page.paragraph(results.headline, "lead")]
+    if results.caution:
+        parts.append(page.paragraph(results.caution, "callout warn"))
     if not results.has_both:
         known = "All labelled images are of one kind" if np.any(results.labels >= 0) else "No labels are known"
         return page.join(
@@ -145,7 +147,8 @@ def _reading_guide(results: ReportData) -> Markup:
         "unit.",
         "p-value: the share of normal images that look at least as odd. 0.005 reads “1 of 200 normals looks this odd”. "
         "It is no probability of disease. It holds for images made like the calibration normals (same devices, same "
-        "kind of patients); where test normals are known, the section Calibration checks it.",
+        "kind of patients); where test normals are known, the section Calibration checks it; where no label is, a box "
+        "above says so if far more images are flagged than of normals would be.",
         "Map: where the tasks fail. All maps of all cases share one scale: 0 is the median of the calibration normals, "
         "1 their 95th percentile. A dark map says something too; no map is stretched to its own maximum.",
         "AUROC: the share of pairs of one abnormal and one normal image that the score puts in the right order. Floor: "

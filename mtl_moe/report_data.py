@@ -38,6 +38,7 @@ class ReportData:
     dataset: str
     layout: str  # one line: what was found where, with counts
     headline: str  # one sentence of the caller's, above the result in numbers
+    caution: str = ""  # what stands in the way of believing the page, in a box below the headline
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # metric key -> 95 % (low, high)
     tasks: Sequence[str]

@@ -16,7 +16,7 @@ from input_pipeline.split import Split
 from mtl_moe import run
 from mtl_moe.evaluate import evaluate
 from mtl_moe.infer import Scorer, calibrate, restore
-from mtl_moe.predict import check_output, predict
+from mtl_moe.predict import check_output, predict, unlike_calibration
 from mtl_moe.training_data import bind_training_data
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,11 @@ def folders(tiny_run, tmp_path_factory):
     root = tmp_path_factory.mktemp("site")
     train, test = (tiny_run.dataset.splits[name] for name in ("train", "test"))
     return write(train, np.arange(12), root / "normals"), write(test, np.arange(6), root / "new")
+
+
+def calibration_of(tiny_run):
+    scorer = Scorer(tiny_run.system, restore(tiny_run.system, tiny_run.workdir))
+    return calibrate(tiny_run.system, scorer, tiny_run.dataset.splits["calibration"])
 
 
 def test_the_normals_of_a_site_calibrate_its_scores(tiny_run, folders, tmp_path):
@@ -65,6 +70,34 @@ def test_the_documents_example_gives_what_prediction_does(tiny_run, folders, tmp
     )
     assert names["maps"].shape == (6, 32, 32)
     assert names["p_values"].min() > 0
+
+
+def test_a_folder_unlike_the_calibration_normals_is_said_to_be(tiny_run, folders, tmp_path, caplog):
+    normals, new = folders
+    other = tmp_path / "noise"
+    other.mkdir()
+    for path in sorted(normals.iterdir()):
+        noise = np.random.default_rng(0).integers(0, 256, np.asarray(Image.open(path)).shape)
+        for i in range(4):
+            Image.fromarray(np.roll(noise, i).astype(np.uint8)).save(other / f"{path.stem}_{i}.png")
+    predict(tiny_run.system, tiny_run.workdir, other, tmp_path / "out", normals)
+    sentence = "48 of 48 images are flagged where 10% of normal ones are"
+    assert sentence in caplog.text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert sentence in page
+    assert "by their amount of texture alone" in page
+    caplog.clear()
+    predict(tiny_run.system, tiny_run.workdir, new, tmp_path / "same", normals)
+    assert "images are flagged where" not in caplog.text + (tmp_path / "same" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("flagged", "num", "said"), [(3, 3, False), (60, 100, False), (80, 100, True), (0, 50, False)])
+def test_a_few_flagged_images_are_no_reason_for_a_caution(tiny_run, flagged, num, said):
+    p = np.where(np.arange(num) < flagged, 0.01, 0.5)
+    calibration = dataclasses.replace(calibration_of(tiny_run), num_groups=100)
+    text = unlike_calibration(p, np.zeros(num), [str(i) for i in range(num)], calibration)
+    assert bool(text) == said
+    assert "texture" not in text
 
 
 def test_folders_that_cannot_calibrate_are_named(tiny_run, folders, tmp_path):
