@@ -137,6 +137,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         false_positive_rates=(0.01, 0.05, 0.1),
         gallery=6,  # cases of each kind in the report
         bootstrap=1000,
+        painted=64,  # normals, at most, that defects are painted on where there are no abnormal images
         save_maps=False,  # also write each scored image's map to maps/: overlay as .png, values as .npy
         untrained=True,  # also score with the untrained network of the same architecture
     )

@@ -28,6 +28,7 @@ from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scored, Scorer, calibrate, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.painted import KINDS, by_kind, criteria, painted_auroc, sources
+from mtl_moe.painted_check import unseen_scores
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
@@ -176,19 +177,9 @@ def measure(stored: Stored, calibration: Calibration, leave_out: Sequence[str] =
     keep = {name: i for i, name in enumerate(calibration.names) if name not in leave_out}
     _, folds = fit_folds(calibration.evidences, calibration.fusion, normals.raw, normals.texture, stored.normal_groups)
 
-    def unseen(scored: Scored, made_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Corrected [N, K] and fused [N] scores of images that were made of the normals `made_of` [N]."""
-        # The fit that a normal is part of finds it, painted or not, more normal than it finds a new image.
-        corrected, fused = np.empty((len(made_of), len(calibration.names))), np.empty(len(made_of))
-        for fold, others in folds:
-            rows = np.isin(made_of, fold)
-            corrected[rows] = others.corrected(scored.raw[rows], scored.texture[rows])
-            fused[rows] = others.fuse(corrected[rows], leave_out)
-        return corrected, fused
-
-    _, clean = unseen(normals, np.arange(len(normals.raw)))
+    _, clean = unseen_scores(folds, normals, np.arange(len(normals.raw)), leave_out)
     made_of = np.tile(sources(len(normals.raw), len(images.raw) // len(KINDS)), len(KINDS))
-    corrected, fused = unseen(images, made_of)
+    corrected, fused = unseen_scores(folds, images, made_of, leave_out)
     painted = {FUSED: fused} | {name: corrected[:, i] for name, i in keep.items()}
     corrected = calibration.corrected(test.raw, test.texture)
     scores = calibration.fuse(corrected, leave_out)

@@ -19,8 +19,10 @@ from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import Dataset, Split
 from mtl_moe.calibration import Calibration, check_calibration
-from mtl_moe.infer import Scorer, calibrate, evidence_maps, own_calibration, restore_networks, router_use
+from mtl_moe.infer import Scored, Scorer, calibrate, evidence_maps, own_calibration, restore_networks, router_use
 from mtl_moe.outputs import write_maps, write_predictions
+from mtl_moe.painted import criteria
+from mtl_moe.painted_check import PaintedCheck, check_painted
 from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import Case, ReportData, select_cases
@@ -47,10 +49,10 @@ def check_score(score: Any, dataset: Dataset) -> None:
             f"{dataset.name}: without train/ a detector is measured on test/, which has to hold normal and abnormal "
             f"images (test/good and test/Ungood); found {found}; --mode=predict scores images without labels"
         )
-    if min(score.bootstrap, score.gallery) < 0 or score.batch_size < 1:
+    if min(score.bootstrap, score.gallery, score.painted) < 0 or score.batch_size < 1:
         raise ValueError(
-            f"score: expected bootstrap and gallery of at least 0 (0: none) and a batch_size of at least 1, found "
-            f"{score.bootstrap}, {score.gallery} and {score.batch_size}"
+            "score: expected bootstrap, gallery and painted of at least 0 (0: none) and a batch_size of at least 1, "
+            f"found {score.bootstrap}, {score.gallery}, {score.painted} and {score.batch_size}"
         )
     if not all(0 < rate < 1 for rate in score.false_positive_rates):
         raise ValueError(f"score.false_positive_rates: expected rates in (0, 1), found {score.false_positive_rates}")
@@ -77,8 +79,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     """Restores what was trained for `workdir`, evaluates, writes all outputs to `result_folder`.
 
     Without a test split the calibration normals are shown instead, each scored by a fit without it, and neither
-    accuracy nor rates are given. Without training images the scores are calibrated as those of a prediction are, and
-    what would be fitted on them is left out: `LEFT_OUT`.
+    accuracy nor rates are given; without abnormal images, defects painted on these normals show what is noticed.
+    Without training images the scores are calibrated as those of a prediction are, and what would be fitted on them is
+    left out: `LEFT_OUT`.
 
     Returns:
       The content of report.json.
@@ -111,6 +114,9 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         results.add_floors(dataset, fused)
         if "train" in dataset.splits and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
+    painted = None
+    if not results.has_both and "train" in dataset.splits and system.config.score.painted:
+        painted = _painted(system, scorer, calibration, dataset, None if has_test else scored, results)
     labels = split.labels if has_test else np.full(len(split), -1)  # rates of the normals that set them are no test
     thresholds = _thresholds(system.config.score.false_positive_rates, calibration, fused, labels)
     report = {
@@ -140,6 +146,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         groups=split.groups,
         num_calibration_groups=calibration.num_groups,
         tested=has_test,
+        painted=painted,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
@@ -178,6 +185,19 @@ def _calibrate(
     output.mkdir(parents=True, exist_ok=True)
     calibration.save(output / "calibration.npz", step)
     return dataclasses.replace(dataset, splits=dataset.splits | {"calibration": normals}), calibration, known
+
+
+def _painted(
+    system: System, scorer: Scorer, calibration: Calibration, dataset: Dataset, scored: Scored | None, results: Results
+) -> PaintedCheck:
+    """Adds the AUROC of painted defects to `results`; `scored`: the calibration normals, None: not scored yet."""
+    normals = dataset.splits["calibration"]
+    scored = scored or scorer.split(normals, "calibration normals")
+    found = check_painted(scorer, calibration, normals, scored, system.config.score.painted)
+    prefix = f"painted/{dataset.name}/"
+    results.metrics |= {prefix + name: value for name, value in criteria(found.aurocs).items()}
+    results.metrics |= {f"{prefix}family/{name}": value for name, value in found.aurocs.items()}
+    return found
 
 
 def _source(data: Any) -> str:

@@ -14,6 +14,7 @@ from core.metrics import roc_curve
 from mtl_moe import report_figures as figures
 from mtl_moe.calibration import TEXTURE
 from mtl_moe.report_data import Case, ReportData, span
+from mtl_moe.report_painted import painted_section
 
 DISCLAIMER = (
     "For research use. Not a medical device: not evaluated for, and not to be used for, diagnosis or any decision "
@@ -37,6 +38,7 @@ def write_report(path: str | Path, results: ReportData) -> None:
         page.Section("Result", _result(results)),
         page.Section("How to read this page", _reading_guide(results)),
         page.Section("Scores", _scores(results)),
+        page.Section("Painted defects", painted_section(results.painted)) if results.painted else None,
         page.Section("Thresholds", _thresholds(results)) if results.thresholds else None,
         page.Section("Cases", _cases(results)) if results.cases else None,
         page.Section("Tasks", _tasks(results)) if results.grouped("task", "image_auroc") else None,
@@ -74,7 +76,9 @@ def _result(results: ReportData) -> Markup:
             [
                 *parts,
                 page.paragraph(
-                    f"{known}: this page shows scores, p-values and cases; accuracy cannot be stated.", "callout"
+                    f"{known}: this page shows scores, p-values and cases; accuracy cannot be stated."
+                    + (" What is noticed of painted defects is shown below." if results.painted else ""),
+                    "callout",
                 ),
             ]
         )

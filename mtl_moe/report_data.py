@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mtl_moe.painted_check import PaintedCheck
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -50,6 +52,7 @@ class ReportData:
     calibration_scores: np.ndarray  # float [M]
     groups: Sequence[str]  # [N]: patient of each image
     num_calibration_groups: int  # patients among the calibration normals
+    painted: PaintedCheck | None = None
     tested: bool = True  # False: the images are the calibration normals themselves, and tell nothing of new ones
     # Each with `fpr` and `threshold`, and where labels allow `observed_fpr` and `tpr` (else None or absent).
     thresholds: Sequence[Mapping[str, float | None]] = ()

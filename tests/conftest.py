@@ -52,7 +52,7 @@ def tiny_config() -> Callable[[], ConfigDict]:
             dtype="float32",  # what the tests' tolerances are for
         )  # fmt: skip
         config.optim.kind = "adamw"  # compiles much faster; Muon is trained by test_end_to_end and tested by itself
-        config.score.update(batch_size=8, gallery=1, bootstrap=20, untrained=False)
+        config.score.update(batch_size=8, gallery=1, bootstrap=20, painted=2, untrained=False)
         return config
 
     return make

@@ -27,7 +27,7 @@ RUN_THE_SYSTEM = {
     f"mtl_moe/{name}.py"
     for name in (
         "run", "system", "train", "evaluate", "infer", "predict", "outputs", "provenance", "compress", "ablation",
-        "ablation_cell", "painted", "results", "seeds", "training_data",
+        "ablation_cell", "painted", "painted_check", "results", "seeds", "training_data",
     )
 } | {
     f"vit_distill/{name}.py"

@@ -21,6 +21,7 @@ from mtl_moe import results
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
 from mtl_moe.evaluate import check_score, evaluate
 from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.painted import KINDS, UNSEEN
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.training_data import FILE, bind_training_data
 
@@ -153,7 +154,12 @@ def small_run(make_run, tiny_config):
 def test_without_a_test_split_no_accuracy_is_given(small_run):
     splits = {key: split for key, split in small_run.dataset.splits.items() if key != "test"}
     report = evaluate(small_run.system, dataclasses.replace(small_run.dataset, splits=splits), small_run.workdir)
-    assert report["metrics"] == {}
+    # But for defects that were painted on them: of each family, on so many as are asked for.
+    prefix, metrics = "painted/phantom/", report["metrics"]
+    families = [f"{prefix}family/{name}" for name in KINDS[1:]]
+    assert set(metrics) == {*families, prefix + "trained", prefix + "unseen"}
+    unseen = [metrics[f"{prefix}family/{name}"] for name in UNSEEN]
+    assert metrics[prefix + "unseen"] == pytest.approx(np.mean(unseen))
     # Nor a rate of false positives: these are the very normals that set the thresholds.
     assert {row[name] for row in report["thresholds"] for name in ("observed_fpr", "tpr")} == {None}
     rows = predictions_of(small_run.workdir)
@@ -166,6 +172,7 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     assert "the images shown are the calibration normals" in page
     assert "Test normals flagged" not in page
     assert '<section id="calibration"' not in page
+    assert page.count('alt="painted: ') == len(KINDS) - 1
     strict_json(small_run.workdir / "report.json")
 
 
@@ -223,7 +230,7 @@ def test_a_score_that_is_its_strongest_floor_is_near_chance_over_pairs_alike_in_
     ("field", "value", "message"),
     [
         ("false_positive_rates", (0.05, 1.0), r"rates in \(0, 1\), found \(0.05, 1.0\)"),
-        ("bootstrap", -1, "bootstrap and gallery of at least 0"),
+        ("bootstrap", -1, "bootstrap, gallery and painted of at least 0"),
         ("batch_size", 0, "batch_size of at least 1"),
         ("fusion", "vote", "score.fusion: expected one of"),
     ],
@@ -367,6 +374,6 @@ def test_a_test_split_of_one_class_gives_no_accuracy(small_run):
     normals = test.take(np.flatnonzero(test.labels == 0))
     splits = small_run.dataset.splits | {"test": without_masks(normals, normals.labels)}
     report = evaluate(small_run.system, dataclasses.replace(small_run.dataset, splits=splits), small_run.workdir)
-    assert report["metrics"] == {}
+    assert {key.split("/")[0] for key in report["metrics"]} == {"painted"}
     assert [row["name"] for row in predictions_of(small_run.workdir)] == normals.names
     assert all(0 <= row["observed_fpr"] <= 1 for row in report["thresholds"])
