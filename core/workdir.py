@@ -15,6 +15,7 @@ LATER_FIELDS = {
         "optim.kind": "adamw",
         "compress.kind": "adamw",
         "score.save_maps": False,
+        "score.painted": 64,
     },
     "vit_distill": {
         "data.groups": "auto",
