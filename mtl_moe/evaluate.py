@@ -26,7 +26,7 @@ from mtl_moe.painted_check import PaintedCheck, check_painted
 from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import Case, ReportData, select_cases
-from mtl_moe.results import FLOORS, Results
+from mtl_moe.results import FLOORS, Results, evidence_map_rows
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.seeds import seeds_together
 from mtl_moe.system import System
@@ -102,7 +102,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     wanted = split.has_masks or save_maps
     map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if wanted else None
     write = functools.partial(write_maps, output / "maps") if save_maps else None
-    scored = scorer.split(split, "score", map_fn, write=write, keep_maps=split.has_masks)
+    keep = evidence_map_rows(split) if has_test else ()
+    scored = scorer.split(split, "score", map_fn, keep, write=write, keep_maps=split.has_masks)
     corrected = calibration.corrected(scored.raw, scored.texture)
     # The fit that a normal is part of finds it more normal than it finds a new image.
     fused = calibration.fuse(corrected) if has_test else calibration.fused
@@ -110,7 +111,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
 
     results = Results(dataset.name, split, scored.texture, system.config.score.bootstrap)
     if results.has_both:
-        results.add_detector(system, calibration, corrected, fused, scored.maps)
+        results.add_detector(system, calibration, corrected, fused, scored.maps, scored.kept)
         results.add_floors(dataset, fused)
         if "train" in dataset.splits and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)

@@ -15,6 +15,7 @@ from mtl_moe import report_figures as figures
 from mtl_moe.calibration import TEXTURE
 from mtl_moe.report_data import Case, ReportData, span
 from mtl_moe.report_painted import painted_section
+from mtl_moe.results import MAX_EVIDENCE_MAPS
 
 DISCLAIMER = (
     "For research use. Not a medical device: not evaluated for, and not to be used for, diagnosis or any decision "
@@ -276,6 +277,8 @@ def _tasks(results: ReportData) -> Markup:
         "texture is no task: it is how far the logarithm of the image's mean gradient is from the normals' median. "
         "Contrast, by which pairs are matched, is the same logarithm."
     )
+    if results.grouped("task", "pixel_auroc"):
+        note += f" Maps of single evidences: of at most {MAX_EVIDENCE_MAPS} images, evenly spaced."
     return page.join(
         [
             page.table(header, rows, "Each evidence alone, with 95 % intervals", strong=(0,)),

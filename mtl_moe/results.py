@@ -3,6 +3,7 @@
 Axes: N test images, K evidences, H W C image, M side of the finished maps.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 
@@ -28,6 +29,7 @@ MATCHED_TOLERANCE = 0.07
 FLOOR_TOLERANCE = 0.05
 FLOOR_IMAGES = 5000  # training images that floors are fitted on
 MASK_BATCH = 256  # masks read at a time
+MAX_EVIDENCE_MAPS = 256  # images whose maps of every evidence are measured: 360 MB with seven at 224 pixels
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
 FLOORS = {
     "mean_intensity": "how bright the image is",
@@ -68,9 +70,14 @@ class Results:
         corrected: np.ndarray,
         fused: np.ndarray,
         maps: np.ndarray | None,
+        kept: Mapping[str, np.ndarray],
     ) -> None:
         """Fused scores [N] with intervals, each evidence of `corrected` [N, K], the best single one, each task left
-        out; finished maps [N, M, M] where the split has masks."""
+        out; where the split has masks, finished maps [N, M, M], and the evidences' own of `kept` images.
+
+        Args:
+          kept: `Scored.kept` of the split's `evidence_map_rows`.
+        """
         evidences = calibration.by_name(corrected)
         self._images({"": fused} | {f"task/{name}/": scores for name, scores in evidences.items()}, interval=True)
         for name, label in (("normal_vs_calibration", 0), ("abnormal_vs_calibration", 1)):
@@ -78,6 +85,7 @@ class Results:
             self.metrics[self._prefix + name] = against
         if self._split.has_masks:
             self._pixel("", maps, interval=True)
+            self._evidence_pixels(calibration, kept, maps.shape[1])
         # Named best with the test labels in sight: a comparison, never a choice.
         singles = [self.metrics[f"{self._prefix}task/{name}/image_auroc"] for name in evidence_names(system.tasks)]
         self.metrics[self._prefix + "best_single/image_auroc"] = max(singles)
@@ -149,6 +157,21 @@ class Results:
                 of_pairs = (labels, self._texture, MATCHED_TOLERANCE, groups, self._num_resamples)
                 self.intervals[keys[0] + "matched_auroc"] = matched_interval(scores[""], *of_pairs)
 
+    def _evidence_pixels(self, calibration: Calibration, kept: Mapping[str, np.ndarray], side: int) -> None:
+        """What each evidence's map would be worth by itself, finished as the fused one is."""
+        masks = self._masks[evidence_map_rows(self._split)]
+        names = np.array(calibration.names[: kept["maps"].shape[1]])
+        for name in dict.fromkeys(names.tolist()):
+            own = names == name  # one for each network
+            alone = dataclasses.replace(
+                calibration, map_low=calibration.map_low[own], map_scale=calibration.map_scale[own]
+            )
+            map_fn, parts = make_map_fn(alone, kept["maps"].shape[-1], side), []
+            for start in range(0, len(masks), MASK_BATCH):
+                some = slice(start, start + MASK_BATCH)
+                parts.append(np.asarray(map_fn(kept["maps"][some][:, own], kept["body"][some])))
+            self._add_pixel(f"task/{name}/", np.concatenate(parts), masks)
+
     def _pixel(self, key: str, maps: np.ndarray, interval: bool = False) -> None:
         if self._masks is None:
             rows = np.arange(len(self._split))
@@ -158,8 +181,16 @@ class Results:
             groups = np.array(self._split.groups)
             found = pixel_intervals(maps, self._masks, groups, self._num_resamples)
             self.intervals |= {self._prefix + key + name: value for name, value in found.items()}
-        values = pixel_metrics(maps, self._masks)
+        self._add_pixel(key, maps, self._masks)
+
+    def _add_pixel(self, key: str, maps: np.ndarray, masks: np.ndarray) -> None:
+        values = pixel_metrics(maps, masks)
         self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def evidence_map_rows(split: Split) -> np.ndarray:
+    """The images of a split with masks whose maps of every evidence are measured; none without masks."""
+    return even_rows(len(split), MAX_EVIDENCE_MAPS if split.has_masks else 0)
 
 
 def _some_images(split: Split) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from input_pipeline.split import ArrayPixels, Split, join
 from mtl_moe import results
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
 from mtl_moe.evaluate import check_score, evaluate
-from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.infer import Scorer, Trained, calibrate, restore
 from mtl_moe.painted import KINDS, UNSEEN
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.training_data import FILE, bind_training_data
@@ -127,6 +127,24 @@ def test_predictions_agree_with_the_report_and_the_calibration(tiny_run, report)
     for row, score in zip(rows, scores, strict=True):
         at_least = np.sum(calibration.fused >= score * (1 - 1e-6))
         assert float(row["p_value"]) == pytest.approx((1 + at_least) / 7, rel=1e-5)  # six calibration normals
+
+
+def test_the_map_of_each_evidence_is_measured(tiny_run, report):
+    split, names = tiny_run.dataset.splits["test"], evidence_names(tiny_run.system.tasks)
+    calibration = load_calibration(tiny_run.workdir / "calibration.npz", fused_names(tiny_run.system.tasks), 3)
+    scorer = Scorer(tiny_run.system, restore(tiny_run.system, tiny_run.workdir))
+    scored = scorer.images(split.images(np.arange(len(split))))
+    masks = split.masks(np.arange(len(split)))[..., 0] > 0
+    for i, name in enumerate(names):
+        low, scale = calibration.map_low[i : i + 1], calibration.map_scale[i : i + 1]
+        alone = dataclasses.replace(calibration, map_low=low, map_scale=scale)
+        finish = make_map_fn(alone, 32, masks.shape[-1])
+        expected = pixel_metrics(np.asarray(finish(scored["maps"][:, i : i + 1], scored["body"])), masks)
+        for metric in ("pixel_auroc", "aupro"):
+            found = report["metrics"][f"test/phantom/task/{name}/{metric}"]
+            assert found == pytest.approx(expected[metric], abs=1e-4)
+    page = (tiny_run.workdir / "report.html").read_text()
+    assert "Maps of single evidences: of at most 256 images" in page
 
 
 def test_thresholds_flag_what_their_p_value_says(tiny_run, report):

@@ -241,6 +241,15 @@ def test_24_cases_of_colour_stay_below_4_mb(tmp_path):
     assert len(written(tmp_path, results)) < 4_000_000
 
 
+def test_what_each_evidence_draws_stands_beside_what_it_ranks(tmp_path):
+    results = synthetic_results()
+    metrics = results.metrics | {f"test/demo/task/{TASKS[0]}/pixel_auroc": 0.7654}
+    html = written(tmp_path, dataclasses.replace(results, metrics=metrics, cases=()))
+    (row,) = re.findall(rf"<tr[^>]*><t[dh][^>]*>{TASKS[0]}</t[dh]>.*?</tr>", html, re.DOTALL)
+    assert "0.765" in row
+    assert "Maps of single evidences" in html
+
+
 def test_what_is_left_where_the_strongest_floor_tells_nothing_is_said(tmp_path):
     results = synthetic_results()
     matched = {"test/demo/floor_matched_auroc": 0.777, "test/demo/floor/low_gradient/floor_matched_auroc": 0.523}
