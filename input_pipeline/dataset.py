@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -35,6 +36,7 @@ __all__ = [
     "dataset_from_index",
     "load_dataset",
     "load_images",
+    "preprocessing",
 ]
 
 
@@ -137,6 +139,24 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
     pixels, rows, skipped = _decode(pixels, False, in_memory, data.skip_corrupt, root.resolve().name)
     names, groups = ([values[row] for row in rows] for values in (names, groups))
     return Split(names, groups, np.full(len(names), -1, np.int32), False, pixels), skipped
+
+
+def preprocessing(data: ConfigDict) -> dict[str, Any]:
+    """How `load_dataset` and `load_images` make uint8 images of files, for programs that do it themselves."""
+    return {
+        "size": data.image_size,
+        "channels": data.channels,
+        "colour": "luminance (ITU-R 601, Pillow's mode L)" if data.channels == 1 else "RGB; grey is repeated",
+        "resize": "stretched to a square, Pillow bilinear, antialiased; after the conversion to grey or RGB",
+        "transparency": "laid on black; an opaque alpha is dropped",
+        "orientation": "EXIF is ignored; TIFFs are turned, by Pillow",
+        "16-bit grey": "divided by 257 as float32 (65535 becomes 255; TIFFs whose white is zero are turned round), "
+        "resized as float32 (Pillow's mode F), then rounded (halves to even) and cut to 0..255",
+        "floating point": "in 0..1, times 255, then as 16-bit grey",
+        "DICOM": "modality table or rescaling, the window below to 0..1, MONOCHROME1 turned round, padding black; then "
+        "as floating point",
+        "window": list(data.window) or "the file's own",  # (centre, width)
+    }
 
 
 def _from_cache(data: ConfigDict) -> Dataset:

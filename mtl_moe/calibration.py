@@ -65,6 +65,8 @@ class Evidence(NamedTuple):
 class Calibration:
     """What held-out normals say about each evidence; see the module's docstring. All arrays are float64.
 
+    `corrected`, `tail_scores` and `fuse` take arrays of NumPy, float64 then, or of JAX, in float32 (`export`).
+
     Attributes:
       evidences: the S with a map.
       fusion: one of FUSIONS.
@@ -114,14 +116,14 @@ class Calibration:
 
     def corrected(self, raw: np.ndarray, texture: np.ndarray) -> np.ndarray:
         """Raw scores [N, S] and textures [N] -> scores [N, K]: those without the texture's share, and its distance."""
-        texture = np.asarray(texture, np.float64)[:, None]
-        return np.hstack([raw - self.intercept - texture * self.slope, np.abs(texture - self.texture_median)])
+        xp, texture = raw.__array_namespace__(), texture[:, None]
+        away = xp.abs(texture - np.float64(self.texture_median))
+        return xp.hstack([raw - self.intercept[None] - texture * self.slope[None], away])
 
     def tail_scores(self, corrected: np.ndarray) -> np.ndarray:
         """u = -log(1 - F(s)), [N, K]: 0.7 at the normals' median, 3 at their 95th percentile, linear-like beyond."""
-        return np.stack(
-            [_tail_score(s, r, t) for s, r, t in zip(corrected.T, self.reference.T, self.tail, strict=True)], 1
-        )
+        columns = zip(corrected.T, self.reference.T, self.tail, strict=True)
+        return corrected.__array_namespace__().stack([_tail_score(s, r, t) for s, r, t in columns], 1)
 
     def fuse(self, corrected: np.ndarray, leave_out: Sequence[str] = ()) -> np.ndarray:
         """Image scores [N] from corrected scores [N, K], without the named evidences.
@@ -132,15 +134,16 @@ class Calibration:
         keep = [i for i, name in enumerate(self.names) if name not in leave_out]
         values = corrected
         if self.fusion == "robust_z":
-            median = np.median(self.reference, axis=0)
-            spread = 1.4826 * np.median(np.abs(self.reference - median), axis=0) + EPS
+            median = np.median(self.reference, axis=0, keepdims=True)
+            spread = 1.4826 * np.median(np.abs(self.reference - median), axis=0, keepdims=True) + EPS
             values = (corrected - median) / spread
         elif self.fusion in ("tail", "max"):
             values = self.tail_scores(corrected)
         if self.fusion == "max":
-            return values[:, keep].max(1)
+            return values[:, np.array(keep)].max(1)
         columns = [[i for i in keep if self.kinds[i] == kind] for kind in dict.fromkeys(self.kinds)]
-        return np.mean([values[:, same].mean(1) for same in columns if same], axis=0)
+        means = [values[:, np.array(same)].mean(1) for same in columns if same]
+        return values.__array_namespace__().stack(means).mean(0)
 
     def p_values(self, fused: np.ndarray) -> np.ndarray:
         """Share of calibration normals at least as odd, [N] in [1 / (n + 1), 1]."""
@@ -327,11 +330,12 @@ def _fit_tail(reference: np.ndarray) -> np.ndarray:
 
 
 def _tail_score(scores: np.ndarray, reference: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    xp = scores.__array_namespace__()
     threshold, scale, shape = tail
     n = len(reference)
-    less, at_most = np.searchsorted(reference, scores, "left"), np.searchsorted(reference, scores, "right")
-    body = -np.log1p(-((less + at_most) / 2 + 0.5) / (n + 1))
+    less, at_most = xp.searchsorted(reference, scores, "left"), xp.searchsorted(reference, scores, "right")
+    body = -xp.log1p(-((less + at_most) / 2 + 0.5) / (n + 1))
     start = -np.log1p(-(np.searchsorted(reference, threshold, "right") / (n + 1)))
-    excess = np.maximum(scores - threshold, 0) / scale
-    beyond = start + (np.log1p(shape * excess) / shape if shape > 0 else excess)
-    return np.where(scores > threshold, beyond, np.minimum(body, start))
+    excess = xp.maximum(scores - threshold, 0) / scale
+    beyond = start + (xp.log1p(shape * excess) / shape if shape > 0 else excess)
+    return xp.where(scores > threshold, beyond, xp.minimum(body, start))

@@ -1,6 +1,7 @@
 """The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, slices, compress, export."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from core.compilation import enable_compilation_cache
 from core.files import write_json
 from core.provenance import print_devices
 from core.workdir import check_config, save_config
-from input_pipeline.dataset import Dataset, load_dataset
+from input_pipeline.dataset import Dataset, load_dataset, preprocessing
 from input_pipeline.nifti import write_slices
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
@@ -23,7 +24,7 @@ from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
 from mtl_moe.calibration import check_calibration
 from mtl_moe.free_fields import DETECTOR
-from mtl_moe.infer import restore
+from mtl_moe.infer import own_calibration, restore
 from mtl_moe.provenance import check_source
 from mtl_moe.seeds import ENSEMBLE, check_one_seed, seed_folders, summarise
 from mtl_moe.system import build_system, sample_images
@@ -163,7 +164,13 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
     data.memory_limit_gb = 0.0  # of files, only the images that are compared are decoded
     dataset = load_dataset(data, min_size=config.model.patch_size)
     folder = Path(output) if output else workdir / "export" / kind
-    facts = exporting.export(system, trained, sample_images(dataset, config.seed, config.score.batch_size), folder)
+    try:
+        calibration = own_calibration(system, workdir, trained.step)
+    except ValueError as error:
+        logging.warning("the exported program gives raw scores, no p-values: %s", error)
+        calibration = None
+    images = sample_images(dataset, config.seed, config.score.batch_size)
+    facts = exporting.export(system, trained, calibration, images, preprocessing(data), folder)
     print(f"exported to {folder}; reloaded, it differs by {max(facts['max_difference'].values()):.1e}")
 
 

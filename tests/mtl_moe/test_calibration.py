@@ -211,6 +211,17 @@ def test_fusions_are_what_they_say(leave_out):
         np.testing.assert_allclose(calibration.fuse(corrected, leave_out), wanted[fusion], rtol=1e-4)
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_scores_are_the_same_in_jax(fusion):
+    """As exported programs have them: float32, so that only rounding differs. In NumPy they are float64."""
+    calibration = fit(*make_data(slopes=SLOPES), fusion)
+    fresh = make_data(300, seed=1, slopes=SLOPES)
+    expected = calibration.fuse(calibration.corrected(*fresh))
+    assert expected.dtype == np.float64
+    found = jax.jit(lambda raw, texture: calibration.fuse(calibration.corrected(raw, texture)))(*fresh)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_p_values_count_the_normals_at_least_as_odd(calibration):
     fused = np.concatenate([calibration.fused[::25], [-1.0, 100.0]])
     wanted = [(1 + sum(c >= x for c in calibration.fused)) / (NUM + 1) for x in fused]
