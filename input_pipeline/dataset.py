@@ -88,9 +88,9 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto", requ
             f"image_size={data.image_size}, mask_size={data.mask_size}"
         )
     if data.kind == "npz" or data.cache:
-        return _recarve(_from_cache(data), data)
+        return _recarve(_from_cache(data), data, require_train)
     if data.kind == "phantom":
-        return _recarve(_from_phantom(data), data)
+        return _recarve(_from_phantom(data), data, require_train)
     index = build_index(data, require_train)
     return dataset_from_index(index, data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
 
@@ -189,17 +189,19 @@ def _from_phantom(data: ConfigDict) -> Dataset:
     return Dataset(data.name or "phantom", f"generated phantoms: {counts}", digest.hexdigest(), *facts)
 
 
-def _recarve(dataset: Dataset, data: ConfigDict) -> Dataset:
-    """Draws the calibration split from train (with a stored calibration split put back first)."""
+def _recarve(dataset: Dataset, data: ConfigDict, require_train: bool) -> Dataset:
+    """Draws the calibration split from train (with a stored calibration split put back first), where there is one."""
     splits = dict(dataset.splits)
     if check_groups(data.groups) == "image":
         splits = {key: replace(split, groups=split.names) for key, split in splits.items()}
     elif data.groups != "auto":
         splits = {key: replace(split, groups=groups_in(split.names, data.groups)) for key, split in splits.items()}
-    if "train" not in splits:
+    if "train" not in splits and require_train:
         raise DataError(f"data set '{dataset.name}' has no training normals: found {', '.join(splits) or 'nothing'}")
     crossing = crossing_groups({key: split.groups for key, split in splits.items()})
     warn_of_crossing(dataset.name, list(crossing))
+    if "train" not in splits:
+        return replace(dataset, splits=splits)
     parts = [splits.pop(key) for key in ("train", "calibration") if key in splits]
     dataset.splits = {}
     train = join(parts)

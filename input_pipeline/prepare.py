@@ -33,7 +33,8 @@ _PART = {"calibration": "train"}  # calibration images are training images to th
 def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1) -> dict:
     """Checks every image of `config.data` (kind 'bmad' or 'folder') and writes the .npz cache to `out_path`.
 
-    The cache is written when every file can be decoded, or with `data.skip_corrupt` from those that can.
+    The cache is written when every file can be decoded, or with `data.skip_corrupt` from those that can. Without
+    training normals it is one to measure a trained detector on.
 
     Returns:
       A dict of plain values: dataset, layout, manifest_hash, warnings (counts against the BMAD table among them),
@@ -48,7 +49,7 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1) -> d
     """
     if data.kind not in ("bmad", "folder"):
         raise ValueError(f"prepare checks folders of images (data.kind 'bmad' or 'folder'), found '{data.kind}'")
-    index = build_index(data)
+    index = build_index(data, require_train=False)
     same, extrema = defaultdict(list), []
 
     def look(key: str, name: str, image: np.ndarray) -> None:
@@ -118,6 +119,8 @@ def _native_sizes(index: Index, kept: set[str]) -> dict[str, int]:
 
 def _unwindowed(extrema: np.ndarray) -> list[str]:
     """extrema: int [N, 2], the darkest and brightest value of each training image."""
+    if not len(extrema):
+        return []
     brightest, contrast = np.median(extrema[:, 1]), np.median(np.ptp(extrema, axis=1))
     if brightest < DARK:
         return [
@@ -185,10 +188,12 @@ def format_report(report: dict) -> str:
     for key, count in report["counts"].items():
         lines.append(f"{key:12s} {count['normal']} normal, {count['abnormal']} abnormal, {count['masks']} masks")
     groups = report["calibration_groups"]
-    lines.append(
+    calibrated = (
         f"smallest p-value: 1/{len(groups) + 1} = {1 / (len(groups) + 1):.2g}, by {len(groups)} calibration normals of "
         f"{len(set(groups))} patients or groups"
     )
+    untrained = "no training normals: a trained detector can be measured on these images, none can be trained"
+    lines.append(calibrated if "train" in report["counts"] else untrained)
     lines += ["native sizes (height x width):", *shown([f"{s}: {n}" for s, n in report["native_sizes"].items()])]
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     lines += [f"corrupt files: {len(report['corrupt'])}", *(f"  {reason}" for reason in report["corrupt"].values())]

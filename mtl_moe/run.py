@@ -113,6 +113,8 @@ def prepare(config: Any, output: str) -> None:
     """Checks a data folder and, with `output`, writes the decoded cache."""
     report = prepare_data(config.data, output, min_size=config.model.patch_size)
     print(format_report(report))
+    if "train" not in report["counts"]:  # the report says it
+        return
     try:
         check_calibration(config.score.fusion, report["calibration_groups"])
     except ValueError as error:

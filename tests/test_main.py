@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -397,6 +398,11 @@ def test_prepare_says_what_the_calibration_normals_allow(
     no_calibration(folder_config, Path())
     run.prepare(folder_config, "")
     assert "training will be refused: only 0 calibration normals" in capsys.readouterr().out
+    shutil.rmtree(Path(folder_config.data.root) / "train")
+    run.prepare(folder_config, "")
+    printed = capsys.readouterr().out
+    assert "no training normals" in printed
+    assert "training will be refused" not in printed
 
 
 def test_slices_prints_what_it_wrote_and_asks_for_both_folders(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -38,6 +38,24 @@ def test_cache_gives_the_splits_of_the_files_under_every_seed(tmp_path):
                 equal_batches(eval_batches(found, 3), eval_batches(split, 3))
 
 
+def test_a_test_split_alone_is_prepared_and_read_for_evaluation_only(tmp_path):
+    root = make_tree(tmp_path / "set", {key: names for key, names in BRAIN.items() if key.startswith("test")})
+    report = prepare(data_config(root), tmp_path / "set.npz")
+    assert (report["warnings"], report["calibration_groups"]) == ([], [])
+    text = format_report(report)
+    assert "no training normals: a trained detector can be measured" in text
+    assert "smallest p-value" not in text
+    files = load_dataset(data_config(root), require_train=False)
+    for changes in ({}, {"groups": "image"}):
+        config = data_config(cache=str(tmp_path / "set.npz"), **changes)
+        cached = load_dataset(config, require_train=False)
+        assert list(cached.splits) == ["test"]
+        assert cached.splits["test"].groups == (files.splits["test"].names if changes else files.splits["test"].groups)
+        equal_batches(eval_batches(cached.splits["test"], 3), eval_batches(files.splits["test"], 3))
+        with pytest.raises(DataError, match="data set 'set' has no training normals: found test"):
+            load_dataset(config)
+
+
 def test_a_cache_is_never_three_times_in_memory(tmp_path):
     rng, names = np.random.default_rng(0), [f"{k:03d}_0" for k in range(512)]
     image = rng.integers(0, 256, (512, 64, 64, 1), dtype=np.uint8)
