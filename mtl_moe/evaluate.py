@@ -293,5 +293,6 @@ def _headline(system: System, dataset: Dataset, calibration: Calibration, learne
         text += (
             " There is no test split: the images shown are the calibration normals. Score others with --mode=predict."
         )
+        text += " valid/ is not used: call it test/ to be measured on it." if "valid" in dataset.splits else ""
         logging.warning("no test split: the report shows the calibration normals; score others with --mode=predict")
     return text

@@ -170,7 +170,8 @@ def small_run(make_run, tiny_config):
 
 
 def test_without_a_test_split_no_accuracy_is_given(small_run):
-    splits = {key: split for key, split in small_run.dataset.splits.items() if key != "test"}
+    splits = dict(small_run.dataset.splits)
+    splits["valid"] = splits.pop("test")
     report = evaluate(small_run.system, dataclasses.replace(small_run.dataset, splits=splits), small_run.workdir)
     # But for defects that were painted on them: of each family, on so many as are asked for.
     prefix, metrics = "painted/phantom/", report["metrics"]
@@ -188,6 +189,7 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     np.testing.assert_allclose([float(row["score"]) for row in rows], without_them, rtol=1e-5)
     page = (small_run.workdir / "report.html").read_text()
     assert "the images shown are the calibration normals" in page
+    assert "valid/ is not used: call it test/ to be measured on it." in page
     assert "Test normals flagged" not in page
     assert '<section id="calibration"' not in page
     assert page.count('alt="painted: ') == len(KINDS) - 1
