@@ -21,7 +21,6 @@ from core.checkpoint import Checkpointer
 from core.files import write_json
 from core.logs import MetricLogger
 from core.loop import train_loop
-from core.low_rank import init_low_rank, merge
 from core.mesh import check_batch_size, shard_batch, shardings
 from core.optim import build_optimizer
 from core.sampling import even_rows
@@ -36,7 +35,15 @@ from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scorer, Trained, restore
 from mtl_moe.model import build_geometry
 from mtl_moe.provenance import COMPRESS_FILE, compressed_from
-from mtl_moe.shrink import TARGETS, copy_blocks, kept_blocks, make_distill_loss_fn, make_error_fn, weights_of
+from mtl_moe.shrink import (
+    copy_blocks,
+    init_updates,
+    kept_blocks,
+    make_distill_loss_fn,
+    make_error_fn,
+    updated,
+    weights_of,
+)
 from mtl_moe.system import System
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
 
@@ -101,8 +108,7 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
         bind_training_data(dataset, output)
     save_config(config, output)
 
-    adapters = _distil(full, small, trained, base, dataset, output)
-    distilled = merge(base, adapters)
+    distilled = updated(base, _distil(full, small, trained, base, dataset, output))
     extra = _extra(trained.extra, distilled)
     _save_detector(small, distilled["params"], extra, trained.step, output)
     facts |= _measure(full, small, trained, base["params"], Trained(distilled["params"], extra, trained.step), dataset)
@@ -142,7 +148,7 @@ def _source_metrics(workdir: Path, step: int) -> dict[str, Any]:
 
 
 def _distil(full: System, small: System, trained: Trained, base: Any, dataset: Dataset, output: Path) -> Any:
-    """Trains the adapters from the newest checkpoint of `output`/distillation, if there is one."""
+    """Trains the updates from the newest checkpoint of `output`/distillation, if there is one."""
     config = small.config
     options, optim = config.compress, config.optim.copy_and_resolve_references()
     optim.update(kind=options.kind, learning_rate=options.learning_rate)
@@ -175,8 +181,8 @@ def _distil(full: System, small: System, trained: Trained, base: Any, dataset: D
 
 
 def _init_fn(base: Any, rank: int) -> Callable[[jax.Array], tuple[Any, Any]]:
-    """Function key -> (adapters, extra) for `core.state.init_state`."""
-    return lambda key: (init_low_rank(key, base, TARGETS, rank), {})
+    """Function key -> (updates, extra) for `core.state.init_state`."""
+    return lambda key: (init_updates(key, base, rank), {})
 
 
 def _extra(extra: Mapping[str, Any], distilled: Mapping[str, Any]) -> dict[str, Any]:

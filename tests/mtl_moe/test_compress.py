@@ -5,6 +5,7 @@ Axes: B images, V views, N tokens, D width.
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from benchmarks.bmad_cost import product_flops
 from configs import workdir as saved
+from core import tree
 from core.checkpoint import Checkpointer
 from core.optim import build_optimizer
 from core.workdir import save_config
@@ -29,7 +31,7 @@ from mtl_moe.cost import score_macs
 from mtl_moe.infer import Trained, restore
 from mtl_moe.model import build_geometry, build_model_config, trunk_tokens
 from mtl_moe.scoring import make_score_fn
-from mtl_moe.shrink import copy_blocks, kept_blocks, make_tokens_fn, weights_of
+from mtl_moe.shrink import copy_blocks, init_updates, kept_blocks, make_tokens_fn, updated, weights_of
 from mtl_moe.system import build_system
 from mtl_moe.training_data import FILE, bind_training_data
 
@@ -175,17 +177,32 @@ def restored(compressed: Compressed) -> tuple[Any, Trained, Any, Trained]:
     return full, restore(full, compressed.workdir), small, restore(small, compressed.output)
 
 
-def test_experts_routers_and_heads_are_the_full_detectors(compressed):
+def test_blocks_learn_and_heads_are_the_full_detectors(compressed):
     _, full, _, small = restored(compressed)
     same, trained = jax.tree.map(np.array_equal, full.params["expert_00"], small.params["expert_00"]), small.params
-    assert all(jax.tree.leaves((same["mlp"]["experts"], same["mlp"]["router"], same["norm1"])))
+    assert not any(jax.tree.leaves((same["norm1"], same["mlp"]["experts"]["b2"], same["mlp"]["router"]["kernel"])))
     assert not same["attn"]["query"]["kernel"]
     assert not same["mlp"]["shared"]["fc1"]["kernel"]
     for name in (name for name in trained if name.startswith(("head_", "norm_", "detail_", "task_"))):
         jax.tree.map(np.testing.assert_array_equal, trained[name], full.params[name])
     teachers = [state.extra["teacher"]["trunk"] for state in (full, small)]
-    assert not np.array_equal(*(trunk["block_00"]["mlp"]["fc1"]["kernel"] for trunk in teachers))
-    np.testing.assert_array_equal(teachers[0]["pos_embedding"], teachers[1]["pos_embedding"])
+    for path in ("block_00/mlp/fc1/kernel", "block_00/mlp/fc1/bias", "pos_embedding"):
+        assert not np.array_equal(*(tree.paths(trunk)[path] for trunk in teachers))
+
+
+def test_updates_begin_at_the_copy_and_cover_every_number_of_the_blocks_once(compressed):
+    _, full, _, _ = restored(compressed)
+    base = copy_blocks(weights_of(full.params, full.extra), {"block": (0,), "expert": (0,)})
+    updates = init_updates(jax.random.key(0), base, 4)
+    jax.tree.map(np.testing.assert_array_equal, updated(base, updates), base)
+    factors, difference = tree.paths(updates["low_rank"]), tree.paths(updates["difference"])
+    covered = [path.removesuffix("/a") + "/kernel" for path in factors if path.endswith("/a")] + list(difference)
+    heads = re.compile("params/(head|norm|detail|task)_.*")
+    assert sorted(covered) == sorted(path for path in tree.paths(base) if not heads.fullmatch(path))
+    ones = updates | {"difference": jax.tree.map(jnp.ones_like, updates["difference"])}
+    changed = tree.paths(jax.tree.map(lambda new, old: new - old, updated(base, ones), base))
+    for path, value in changed.items():
+        np.testing.assert_allclose(value, float(path in difference), atol=1e-6)
 
 
 def test_distilled_tokens_and_scores_are_nearer_than_copied_ones(compressed):
