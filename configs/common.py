@@ -125,7 +125,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
     config.compress = dict(  # --mode=compress; the optimiser's other fields, batches and logs are those of training
         reduction=2,  # r: one block in r is kept, of the trunk and of the expert blocks
         rank=64,  # of the kept blocks' kernels' updates; it and the rate by token error on held-out normals
-        num_steps=600,
+        num_steps=1200,
         kind="adamw",  # as optim.kind
         learning_rate=1e-2,
         save_every=200,

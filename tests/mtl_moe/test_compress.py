@@ -292,5 +292,5 @@ def test_a_detector_trained_before_the_section_existed_can_be_compressed(compres
     del fields["compress"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = saved.get_config(str(tmp_path))
-    assert config.compress.num_steps == 600
+    assert config.compress.num_steps == 1200
     run.check_config(config, tmp_path, run.FREE_FIELDS)
