@@ -29,8 +29,8 @@ class ReportData:
         training.
       choice: rows {rule, blocks, loss} of `weight_copy.calibrated_blocks`; `blocks` are those copied.
       singular_values, suggested_ranks: by adapter path, of `lora.singular_values` and `lora.suggested_rank`.
-      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there; `verdicts`, `verdict_note`: of
-        `table_summary`; `shared`: what all rows have in common.
+      table: rows of `table_summary.summarise`; `metric`: what "accuracy" is there, "" without a probe;
+        `verdicts`, `verdict_note`: of `table_summary`; `shared`: what all rows have in common.
       facts: of the Student: teacher, few_shot, lora, loss and so on.
       load_report: lines of the teacher's LoadReport.
       provenance, config: plain JSON.

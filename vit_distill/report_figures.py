@@ -78,14 +78,16 @@ def spectra_figure(values: Mapping[str, np.ndarray]) -> Figure:
 def cost_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     """Accuracy (mean, bars of one standard deviation) against GFLOPs an image: a panel a few-shot ratio, a line a row.
 
-    Rows as `table_summary.summarise` gives them; those without a ratio (teacher, copy) stand in every panel.
+    Without a probe (metric "") L1 to the teacher's features, of which the teacher has none. Rows as
+    `table_summary.summarise` gives them; those without a ratio (teacher, copy) stand in every panel.
     """
     ratios = sorted({row["ratio"] for row in rows if row["ratio"] is not None}) or [None]
     fig, axes = new_axes(1.6 + 4.6 * len(ratios), 4.2, columns=len(ratios))
     names = list(dict.fromkeys(row["row"] for row in rows if row["row"] != "teacher"))
+    key = "accuracy" if metric else "l1"
     for ax, ratio in zip(axes, ratios, strict=True):
         for row in rows:
-            if row["row"] == "teacher":
+            if row["row"] == "teacher" and metric:
                 ax.plot(row["gflops"], row["accuracy"], marker="*", markersize=13, color=INK, linestyle="")
                 ax.axhline(row["accuracy"], color=INK, linewidth=0.8, linestyle=":", label=row["title"])
         for i, name in enumerate(names):
@@ -93,8 +95,8 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
             found.sort(key=lambda row: row["gflops"])
             ax.errorbar(
                 [row["gflops"] for row in found],
-                [row["accuracy"] for row in found],
-                [row["accuracy_std"] or 0.0 for row in found],
+                [row[key] for row in found],
+                [row[f"{key}_std"] or 0.0 for row in found],
                 color=COLORS[i % len(COLORS)],
                 linestyle="-" if i < len(COLORS) else "--",
                 marker=MARKERS[i % len(MARKERS)],
@@ -107,7 +109,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
             ax.set_title(f"{100 * ratio:g} % of the images", fontsize=9)
         _style(ax, "GFLOPs an image (2 a multiply-add)")
         ax.set_xlim(left=0)
-        ax.set_ylabel(metric, fontsize=9)
+        ax.set_ylabel(metric or "L1 on held-out images", fontsize=9)
     axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 

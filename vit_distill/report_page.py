@@ -14,10 +14,6 @@ from core import report as page
 from vit_distill import report_figures as figures
 from vit_distill.report_data import ReportData
 
-# Of the ablation table; its cells are those of `table_cells`.
-TABLE_HEADER = (
-    "Row", "Images", "r", "{metric}", "valid", "L1", "Trained", "Parameters", "GFLOPs", "Learning rate", "n",
-)  # fmt: skip
 EDGES = "* a learning rate, † a probe's hyper-parameter at the edge of its grid: a wider grid might give more"
 
 
@@ -157,23 +153,22 @@ def _adapters(results: ReportData) -> Markup:
 
 
 def _ablation(results: ReportData) -> Markup:
+    shown = f"{results.metric} of the probe" if results.metric else "L1 to the teacher's features on held-out images"
     chart = page.chart(
         figures.cost_figure(results.table, results.metric),
-        "Accuracy against cost",
-        f"{results.metric} of the probe against the cost of one image; bars: one standard deviation over seeds.",
+        "Accuracy against cost" if results.metric else "Distance against cost",
+        f"{shown} against the cost of one image; bars: one standard deviation over seeds.",
     )
     best: dict[Any, int] = {}
-    for i, row in enumerate(results.table):
+    for i, row in enumerate(results.table if results.metric else ()):
         group = (row["ratio"], row["reduction"])
         key = "valid_accuracy"
         if row["ratio"] is not None and (group not in best or row[key] > results.table[best[group]][key]):
             best[group] = i
-    header = [name.format(metric=results.metric) for name in TABLE_HEADER]
-    caption = (
-        "Mean ± standard deviation over n seeds; valid: mean on the validation images, by which the best of each ratio "
-        f"and r is marked; {EDGES}."
-    )
-    table = page.table(header, table_cells(results.table), caption, strong=tuple(best.values()))
+    marked = "valid: mean on the validation images, by which the best of each ratio and r is marked; "
+    caption = f"Mean ± standard deviation over n seeds; {marked * bool(results.metric)}{EDGES}."
+    cells = table_cells(results.table, results.metric)
+    table = page.table(table_header(results.metric), cells, caption, strong=tuple(best.values()))
     parts = [page.key_values(results.shared), chart, table]
     if results.verdicts:
         rows = [[v["claim"], v["where"], f"{v['difference']:+.4f}", v["verdict"]] for v in results.verdicts]
@@ -184,18 +179,28 @@ def _ablation(results: ReportData) -> Markup:
     return page.join(parts)
 
 
-def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Cells of the ablation table as text, for TABLE_HEADER."""
+def table_header(metric: str) -> list[str]:
+    """Of the ablation table; without a probe (metric "") the cls token's distance stands in its place."""
+    found = [metric, "valid"] if metric else ["cls L1"]
+    return ["Row", "Images", "r", *found, "L1", "Trained", "Parameters", "GFLOPs", "Learning rate", "n"]
+
+
+def table_cells(rows: Sequence[Mapping[str, Any]], metric: str) -> list[list[str]]:
+    """Cells of the ablation table as text, for `table_header`."""
     cells = []
     for row in rows:
+        if metric:
+            edge = "†" if row["probe_at_grid_edge"] else ""
+            found = [spread(row["accuracy"], row["accuracy_std"], 4) + edge, f"{row['valid_accuracy']:.4f}"]
+        else:
+            found = ["" if row["cls_l1"] is None else spread(row["cls_l1"], row["cls_l1_std"], 3)]
         rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}{'*' if row['at_grid_edge'] else ''}"
         cells.append(
             [
                 row["title"],
                 "" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
                 str(row["reduction"]),
-                spread(row["accuracy"], row["accuracy_std"], 4) + ("†" if row["probe_at_grid_edge"] else ""),
-                f"{row['valid_accuracy']:.4f}",
+                *found,
                 "" if row["l1"] is None else spread(row["l1"], row["l1_std"], 3),
                 f"{row['num_trained'] / 1e6:.2f} M" if row["num_trained"] else "",
                 f"{row['params'] / 1e6:.2f} M",

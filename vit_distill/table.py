@@ -188,8 +188,9 @@ def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path
                 cell |= _measured(bench, student.distiller.student_config, student.params, student)
             write_json(path, cell)
         cells.append(cell | {"at_grid_edge": bool(edge)})
-        distance = "" if cell["l1"] is None else f", L1 {cell['l1']:.4f}"
-        print(f"  {group.where}, seed {config.seed}: {bench.metric} {cell['accuracy']:.4f}{distance}")
+        figures = {bench.metric: cell["accuracy"], "L1": cell["l1"]}
+        found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+        print(f"  {group.where}, seed {config.seed}: {found or 'nothing to compare it with'}")
     return cells
 
 
@@ -204,7 +205,7 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
         "reduction": group.reduction,
         "seed": int(config.seed),
         "metric": bench.metric,
-        "num_test": len(bench.probe_sets[2]),
+        "num_test": bench.num_test,
         "num_effective": bench.num_effective,
         **{key: plan["models"]["teacher" if teacher else "student"][key] for key in ("params", "gflops")},
         "num_trained": 0 if teacher else plan["training"]["num_trained"],
@@ -217,11 +218,12 @@ def _identity(bench: Bench, group: Group, plan: Mapping[str, Any], config: Any) 
 
 
 def _measured(bench: Bench, config: Any, params: Any, student: Trained | None) -> dict[str, Any]:
-    """Probe and feature distances; the teacher has none to itself."""
-    found = probe_model(bench, config, params)
-    measured = {"accuracy": found[bench.metric], "valid_accuracy": found[f"valid_{bench.metric}"], "probe": found}
-    measured |= {"blocks": None, "seconds": None}
-    measured |= dict.fromkeys(("loss", "l1", "patch_l1", "cls_l1"))
+    """Probe (None without one) and feature distances; the teacher has none to itself."""
+    missing = ("accuracy", "valid_accuracy", "probe", "blocks", "seconds", "loss", "l1", "patch_l1", "cls_l1")
+    measured = dict.fromkeys(missing)
+    if bench.metric:
+        found = probe_model(bench, config, params)
+        measured |= {"accuracy": found[bench.metric], "valid_accuracy": found[f"valid_{bench.metric}"], "probe": found}
     if student is not None:
         measured |= held_out_metrics(bench, student)
         measured |= {"blocks": list(student.distiller.blocks), "seconds": student.seconds}
@@ -243,11 +245,11 @@ def _read(path: Path, bench: Bench, group: Group, rate: float | None) -> dict[st
             f"{bench.teacher.report.sha256[:12]}...): use another --workdir"
         )
     now = bench.data_hashes(group.ratio)
-    if changed := [name for name, found in cell.get("data", now).items() if found != now[name]]:
+    if changed := [name for name, found in cell.get("data", now).items() if found != now.get(name)]:
         raise ValueError(
             f"{path} was made of other images ({', '.join(changed)}): use the data it was made of, or another --workdir"
         )
-    known_since = {"num_test": len(bench.probe_sets[2]), "num_effective": bench.num_effective}
+    known_since = {"num_test": bench.num_test, "num_effective": bench.num_effective}
     return known_since | cell if cell["learning_rate"] == rate else None
 
 

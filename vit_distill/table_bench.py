@@ -52,7 +52,7 @@ class Bench:
       held_out: normalised images [n, H, W, C] of the validation split, n a multiple of the batch they are run in;
         learning rates are chosen by the feature loss on them. Their labels are not looked at.
       held_out_hash: over the names of these images.
-      probe_sets: train, valid and test of the probe.
+      probe_sets: train, valid and test of the probe; () where there are no labels to probe with.
       cache: folder for cached teacher features (train.cached_views above 0).
       targets, calibrated: teacher tokens of the held-out images by what they are compared with, and calibrated blocks
         by (ratio, reduction); filled when first needed.
@@ -64,7 +64,7 @@ class Bench:
     few_shot: dict[float, LabelledSet]
     held_out: np.ndarray
     held_out_hash: str
-    probe_sets: tuple[LabelledSet, LabelledSet, LabelledSet]
+    probe_sets: tuple[LabelledSet, ...]
     cache: Path
     targets: dict[Any, list[tuple[np.ndarray, ...]]] = dataclasses.field(default_factory=dict)
     calibrated: dict[tuple[float, int], tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -72,7 +72,12 @@ class Bench:
 
     @property
     def metric(self) -> str:
-        """What rows are compared by: what probes are chosen by, or as the table was begun (earlier versions: top1)."""
+        """What rows are compared by: what probes are chosen by, or as the table was begun (earlier versions: top1).
+
+        "" without a probe.
+        """
+        if not self.probe_sets:
+            return ""
         _, valid, test = self.probe_sets
         return self.begun_with or wanted_metric(len(test.classes), valid.labels, test.labels)
 
@@ -81,18 +86,24 @@ class Bench:
         """Test images n for which a (1 - a) / n is the variance of the metric a by their chance.
 
         top1: all of them. AUC: those of the rarer class, at most (van Dantzig, 1951). Balanced accuracy: C^2 over the
-        sum of 1 / n_c over the C classes that occur, as if their recalls were equal. None for a mean AUC: unknown.
+        sum of 1 / n_c over the C classes that occur, as if their recalls were equal. None for a mean AUC: unknown, and
+        without a probe.
         """
-        labels = self.probe_sets[2].labels
-        if self.metric == "mean_auc":
+        if self.metric in ("", "mean_auc"):
             return None
+        labels = self.probe_sets[2].labels
         counts = np.unique(labels, return_counts=True)[1]
         found = {"top1": counts.sum(), "auc": counts.min(), "balanced_accuracy": len(counts) ** 2 / (1 / counts).sum()}
         return float(found[self.metric])
 
+    @property
+    def num_test(self) -> int:
+        """Images that the probe is scored on."""
+        return len(self.probe_sets[2]) if self.probe_sets else 0
+
     def data_hashes(self, ratio: float | None) -> dict[str, str | None]:
         """Hashes over names and labels of the images of a cell; `ratio` is None for a row that trains on none."""
-        sets = dict(zip(("train", "valid", "test"), self.probe_sets, strict=True))
+        sets = dict(zip(("train", "valid", "test"), self.probe_sets, strict=False))
         return {
             "few_shot": None if ratio is None else self.few_shot[ratio].manifest_hash(),
             "held_out": self.held_out_hash,
@@ -104,8 +115,8 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
     """Reads the data; images are decoded when they are first used, and once.
 
     Raises:
-      ValueError: as `load_labelled`; if the probed set has no labels, or `data` fewer than table.held_out validation
-        images.
+      ValueError: as `load_labelled`; if the set that table.probe_data names has no labels, or `data` fewer than
+        table.held_out validation images.
     """
     section, preprocessing = config.table, teacher.preprocessing
 
@@ -115,13 +126,13 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
     train, valid = load(config.data, "train"), load(config.data, "valid")
     probed = probed_data(config)
     splits = [train, valid] if probed is config.data else [load(probed, split) for split in ("train", "valid")]
-    unlabelled = [split.name for split in splits if not split.labelled]
-    if unlabelled:
-        raise ValueError(
-            f"the table probes its students and needs labels; {unlabelled[0]} has images without any: name a labelled "
-            "set with table.probe_data"
-        )
-    splits.append(load(probed, "test"))
+    if all(split.labelled for split in splits):
+        splits.append(load(probed, "test"))
+    elif probed is config.data:
+        print(f"{train.name} has no labels: students are compared by held-out features (table.probe_data: and probed)")
+        splits = []
+    else:
+        raise ValueError(f"table.probe_data: {splits[0].name} has images without labels; expected a labelled set")
     few_shot = {
         ratio: train.take(select_few_shot(train, ratio=ratio, seed=config.few_shot.seed)) for ratio in section.ratios
     }
@@ -136,7 +147,7 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
         np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows)))),
         valid.take(rows).manifest_hash(),
     )
-    if section.probe.per_class:
+    if splits and section.probe.per_class:
         rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
         splits[0] = splits[0].take(rows)
     begun = next(iter(sorted((workdir / "cells").glob("*_seed*.json"))), None)

@@ -15,7 +15,7 @@ from core.report import save_png
 from core.table import markdown_table, mean_and_std
 from vit_distill.report_data import ReportData
 from vit_distill.report_figures import cost_figure
-from vit_distill.report_page import EDGES, TABLE_HEADER, table_cells, write_page
+from vit_distill.report_page import EDGES, table_cells, table_header, write_page
 from vit_distill.table_bench import Bench
 
 # The paper's ordering, and what truncation and DoRA are compared with.
@@ -68,7 +68,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "num_effective",
         ):
             row[key] = members[0][key]
-        row["probe_at_grid_edge"] = any(member["probe"]["at_grid_edge"] for member in members)
+        row["probe_at_grid_edge"] = any((member["probe"] or {}).get("at_grid_edge") for member in members)
         for key in ("accuracy", "valid_accuracy", "l1", "cls_l1", "loss", "seconds"):
             values = [member[key] for member in members if member[key] is not None]
             row[key], row[f"{key}_std"] = mean_and_std(values)
@@ -86,7 +86,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       different images: on the same ones it is smaller. A mean AUC has none of the sample.
     """
     found = []
-    trained = [row for row in rows if row["ratio"] is not None]
+    trained = [row for row in rows if row["ratio"] is not None and row["accuracy"] is not None]
     settings = sorted({(row["ratio"], row["reduction"]) for row in trained})
     for (better, worse), (ratio, reduction) in itertools.product(CLAIMS + QUESTIONS, settings):
         pair = [_find(rows, name, ratio, reduction) for name in (better, worse)]
@@ -134,7 +134,7 @@ def _find(rows: Sequence[Mapping[str, Any]], name: str, ratio: float, reduction:
 def markdown(title: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The table, what is the same in all its rows (`facts`), and the verdicts, as Markdown."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    lines += markdown_table([name.format(metric=metric) for name in TABLE_HEADER], table_cells(rows))
+    lines += markdown_table(table_header(metric), table_cells(rows, metric))
     lines += ["", f"Mean ± standard deviation over n seeds; {EDGES}.", ""]
     judged = verdicts(rows)
     if judged:
@@ -152,8 +152,8 @@ def shared_facts(bench: Bench) -> dict[str, Any]:
     config, section, train = bench.config, bench.config.table, bench.config.train
     sizes = ", ".join(f"{100 * ratio:g} % = {len(images)}" for ratio, images in bench.few_shot.items())
     names = ("train", "valid", "test")
-    probe_sizes = ", ".join(f"{len(images)} {name}" for name, images in zip(names, bench.probe_sets, strict=True))
-    return {
+    probe_sizes = ", ".join(f"{len(images)} {name}" for name, images in zip(names, bench.probe_sets, strict=False))
+    facts = {
         "teacher": f"{bench.teacher.name}, sha256 {bench.teacher.report.sha256[:12]}...",
         "images to distil on": f"{next(iter(bench.few_shot.values())).name}, {sizes} (few-shot seed "
         f"{config.few_shot.seed})",
@@ -163,9 +163,11 @@ def shared_facts(bench: Bench) -> dict[str, Any]:
         f"{config.loss.cls_weight:g}; rank {config.lora.rank}; blocks {config.student.blocks}",
         "learning rates": f"of {tuple(section.learning_rates)} by the loss on {len(bench.held_out)} held-out images, "
         f"{section.tune_steps or train.num_steps} updates each",
-        "probe": f"{section.probe.kind} on the pooled feature after the final norm, {bench.probe_sets[0].name}, "
-        f"{probe_sizes} images",
     }
+    if not bench.probe_sets:
+        return facts | {"probe": "none: the images have no labels"}
+    about = f"{section.probe.kind} on the pooled feature after the final norm, {bench.probe_sets[0].name}"
+    return facts | {"probe": f"{about}, {probe_sizes} images"}
 
 
 def write_tables(bench: Bench, cells: Sequence[Mapping[str, Any]], workdir: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@ r"""Every row of the paper's ablation from one command: one target, equal images
 
 Command: python main.py --config=configs/vit_distill/table.py --config.teacher.checkpoint=FILE_OR_FOLDER \
            --config.data.root=IMAGES --workdir=W
-The data need labels: students are probed. A stopped run goes on by the same command; rows, ratios, reductions and
-seeds can be added later: --config.table.ratios='(0.01, 0.1)' --config.table.rows='("teacher", "copy", "enhanced")'.
+Students are probed where the data, or table.probe_data, have labels; without labels the rows tell how far their
+features are from the teacher's on held-out images, by which learning rates are chosen in any case.
+A stopped run goes on by the same command; rows, ratios, reductions and seeds can be added later:
+--config.table.ratios='(0.01, 0.1)' --config.table.rows='("teacher", "copy", "enhanced")'.
 Rows that the paper does not have: last, calibrated, post, full_post, aligned, warm, cls, full_cls, muon, full_muon,
 muon_post, full_muon_post, recipe (ROWS in vit_distill/table.py).
 Cost: rows x ratios x reductions x (seeds - 1 + three to five learning rates) distillations; --mode=plan tells what one

@@ -149,7 +149,7 @@ def test_data_that_do_not_fit(fields: dict, message: str):
 
 
 def test_cells_of_the_table():
-    teacher, copy, enhanced, full = table_cells(results().table)
+    teacher, copy, enhanced, full = table_cells(results().table, "top1")
     assert teacher == ["teacher", "", "1", "0.6000", "0.6000", "", "", "1.00 M", "0.5", "", "3"]
     assert copy[1] == copy[9] == ""
     assert enhanced == [

@@ -131,7 +131,8 @@ class Fakes:
         )()
         return SimpleNamespace(
             config=config, teacher=teacher, few_shot=dict.fromkeys(config.table.ratios, images), metric="top1",
-            held_out=range(32), probe_sets=(images,) * 3, num_effective=9.0, data_hashes=lambda ratio: self.hashes,
+            held_out=range(32), probe_sets=(images,) * 3, num_test=9, num_effective=9.0,
+            data_hashes=lambda ratio: self.hashes,
         )  # fmt: skip
 
     def train(self, bench, config, ratio):
@@ -446,9 +447,10 @@ def test_students_can_be_probed_on_another_set_than_they_are_distilled_on(tmp_pa
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(photos / f"{i:02d}.png")
     config = small_config(ratios=(0.5,))
     config.data.update(kind="folder", name="photos", root=str(photos), valid_fraction=0.4)
-    with pytest.raises(ValueError, match=r"photos has images without any: name a labelled set with table\.probe_data"):
+    config.table.probe_data.update(kind="folder", root=str(photos))
+    with pytest.raises(ValueError, match=r"table\.probe_data: photos has images without labels"):
         table_bench.load_bench(config, make_teacher(), tmp_path)
-    config.table.probe_data.kind = "digits"
+    config.table.probe_data.update(kind="digits", root="")
     bench = table_bench.load_bench(config, make_teacher(), tmp_path)
     assert (bench.few_shot[0.5].name, len(bench.few_shot[0.5]), len(bench.held_out)) == ("photos", 24, 32)
     digits = small_config()
@@ -470,6 +472,33 @@ def test_students_can_be_probed_on_another_set_than_they_are_distilled_on(tmp_pa
     config.table.probe_data.update(kind="", root="somewhere")
     with pytest.raises(ValueError, match=r"table\.probe_data: expected a kind"):
         table_bench.load_bench(config, make_teacher(), tmp_path)
+
+
+def test_images_without_labels_make_a_table_without_a_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(photos / f"{i:02d}.png")
+    teacher = make_teacher(config=dataclasses.replace(NANO, depth=2))
+    monkeypatch.setattr(table, "load_teacher_of", lambda config: teacher)
+    rows = ("teacher", "copy", "enhanced", "full")
+    config = small_config(rows=rows, ratios=(1.0,), num_seeds=1, learning_rates=(0.001, 0.01), held_out=6)
+    config.data.update(kind="folder", name="photos", root=str(photos), valid_fraction=0.25)
+    config.train.cached_views = 1
+    found = {row["row"]: row for row in table.run_table(config, tmp_path / "w")}
+    assert "photos has no labels: students are compared by held-out features" in capsys.readouterr().out
+    assert found["full"]["l1"] < found["copy"]["l1"]
+    assert found["full"]["learning_rate"] in (0.001, 0.01)
+    assert {(row["metric"], row["accuracy"]) for row in found.values()} == {("", None)}
+    text = (tmp_path / "w" / "table.md").read_text()
+    assert "| Row | Images | r | cls L1 | L1 | Trained |" in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}
+    assert "Row against row" not in text
+    assert "Distance against cost" in (tmp_path / "w" / "report.html").read_text()
+    assert list(table.run_table(config, tmp_path / "w")) == list(found.values())
 
 
 @pytest.mark.parametrize(
