@@ -20,6 +20,8 @@ LATER_FIELDS = {
     "vit_distill": {
         "data.groups": "auto",
         "optim.kind": "adamw",
+        "optim.learning_rates": (),
+        "optim.tune_steps": 0,
         "teacher.overrides.position_resize": None,
         "table.probe_data.groups": "",
         "table.probe.neighbours": (1, 5, 10, 20, 50),

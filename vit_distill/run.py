@@ -1,5 +1,6 @@
 """The commands of the distiller, as main.py calls them: train (what config.command says), evaluate, plan, export."""
 
+import dataclasses
 import importlib
 import time
 from pathlib import Path
@@ -32,8 +33,10 @@ from vit_distill.student_io import (
     student_facts,
     truncated,
 )
+from vit_distill.table_bench import WHOLE, student_bench
 from vit_distill.teacher import load_teacher_of
 from vit_distill.train import check_trains, train
+from vit_distill.tune import check_rates, choose_rate
 
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
@@ -95,6 +98,7 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 def _distill(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
+    tunes = _check_options(config)
     teacher = load_teacher_of(config)
     check_teacher(workdir, teacher)
     images, few, rest = few_shot_images(config, teacher.preprocessing, workdir)
@@ -103,6 +107,8 @@ def _distill(config: Any, workdir: Path) -> None:
     if held_out is not None and not len(rest):
         aside += " (of the validation split)"
     print(f"{images.name}: {images.layout}; {len(few)} images to distil on, {aside}")
+    if tunes and held_out is None:
+        raise ValueError("optim.learning_rates are chosen on held-out images, and none are: give one learning_rate")
     accepted = own_manifest(workdir) is not None
     known = read_facts(workdir) if accepted else None
     sample = few_shot.images(even_rows(len(few), config.calibration.num_images))
@@ -126,6 +132,8 @@ def _distill(config: Any, workdir: Path) -> None:
             save_facts(workdir, facts)
     trainable = None
     if config.student.method != "copy":
+        if tunes:
+            distiller, facts["tuned"] = _tuned(distiller, few_shot, held_out, workdir)
         state = train(distiller, few_shot, workdir)
         facts["updates"] = int(state.step)
         if jax.process_count() == 1:
@@ -139,6 +147,30 @@ def _distill(config: Any, workdir: Path) -> None:
         print(
             f"{workdir / 'teacher_features'} ({cached / 2**30:.2f} GiB) serves longer training only: it may be deleted"
         )
+
+
+def _check_options(config: Any) -> bool:
+    """Whether the learning rate is chosen by the run; raises ValueError for options of a distillation that clash."""
+    rates = config.optim.learning_rates
+    if not rates:
+        return False
+    check_rates(rates, "optim")
+    check_one_host("optim.learning_rates")
+    if config.student.method == "copy":
+        raise ValueError('optim.learning_rates: student.method="copy" trains nothing')
+    return True
+
+
+def _tuned(
+    distiller: Distiller, few_shot: LabelledSet, held_out: LabelledSet, workdir: Path
+) -> tuple[Distiller, dict[str, Any]]:
+    """The distiller with the best of optim.learning_rates, and what was found, for the report."""
+    config = distiller.config.copy_and_resolve_references()
+    bench = student_bench(distiller, few_shot, held_out, workdir)
+    rate, losses, _ = choose_rate(bench, config, WHOLE, "optim", workdir / "learning_rates.json")
+    config.optim.learning_rate = rate
+    found = {"learning_rate": rate, "held_out_losses": {f"{r:g}": losses[r] for r in sorted(losses)}}
+    return dataclasses.replace(distiller, config=config), found
 
 
 def _selection(section: Any) -> dict[str, Any]:

@@ -7,19 +7,18 @@ run again.
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.compilation import enable_compilation_cache
 from core.files import write_json
-from core.loop import NonFiniteLossError
 from core.workdir import LOGGING, READING, check_config, save_config
 from vit_distill.plan import make_plan
 from vit_distill.table_bench import Bench, Trained, held_out_metrics, load_bench, probe_model, train_student
 from vit_distill.table_summary import write_report, write_tables
 from vit_distill.teacher import load_teacher_of
+from vit_distill.tune import at_edge, check_rates, choose_rate
 
 ENHANCED = {"student.method": "lora", "lora.preset": "enhanced"}
 # Title of each row, and the config fields that make it. "teacher" and "copy" use no images and are run once.
@@ -104,9 +103,7 @@ def build_groups(section: Any) -> list[Group]:
     unknown = sorted(set(section.rows) - set(ROWS))
     if unknown or not section.rows:
         raise ValueError(f"table.rows: expected some of {tuple(ROWS)}, found {tuple(section.rows)}")
-    rates = tuple(section.learning_rates)
-    if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
-        raise ValueError(f"table.learning_rates: expected ascending rates above 0, found {rates}")
+    check_rates(section.learning_rates, "table")
     if not section.ratios or not section.reductions or section.num_seeds < 1:
         raise ValueError("table: expected ratios, reductions and num_seeds of at least 1 each")
     groups = [Group("teacher", None, 1)] if "teacher" in section.rows else []
@@ -173,7 +170,11 @@ def _announcement(groups: Sequence[Group], config: Any) -> str:
 def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The cells of a group, each read from its file or run."""
     trains = group.ratio is not None
-    rate, edge, first = _tune(bench, group, folder / f"{group.name}_learning_rates.json") if trains else (None,) * 3
+    rate, first = None, None
+    if trains:
+        path = folder / f"{group.name}_learning_rates.json"
+        rate, _, first = choose_rate(bench, cell_config(bench.config, group), group.ratio, "table", path)
+    edge = at_edge(rate, bench.config.table.learning_rates)
     cells = []
     for seed in range(bench.config.table.num_seeds if trains else 1):
         config = cell_config(bench.config, group, seed, rate)
@@ -187,7 +188,7 @@ def _run_group(bench: Bench, group: Group, plan: Mapping[str, Any], folder: Path
                 student = first if seed == 0 and first else train_student(bench, config, group.ratio)
                 cell |= _measured(bench, student.distiller.student_config, student.params, student)
             write_json(path, cell)
-        cells.append(cell | {"at_grid_edge": bool(edge)})
+        cells.append(cell | {"at_grid_edge": edge})
         figures = {bench.metric: cell["accuracy"], "L1": cell["l1"]}
         found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
         print(f"  {group.where}, seed {config.seed}: {found or 'nothing to compare it with'}")
@@ -251,49 +252,3 @@ def _read(path: Path, bench: Bench, group: Group, rate: float | None) -> dict[st
         )
     known_since = {"num_test": bench.num_test, "num_effective": bench.num_effective}
     return known_since | cell if cell["learning_rate"] == rate else None
-
-
-def _tune(bench: Bench, group: Group, path: Path) -> tuple[float, bool, Trained | None]:
-    """(learning rate, whether it is at the edge of the grid, the first seed's student where it is at hand)."""
-    grid, tune_steps = tuple(bench.config.table.learning_rates), bench.config.table.tune_steps
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    losses = {float(rate): math.inf if loss is None else loss for rate, loss in stored.items()}
-    kept: dict[float, Trained] = {}
-
-    def loss_of(rate: float) -> float:
-        if rate not in losses:
-            config = cell_config(bench.config, group, 0, rate)
-            if tune_steps:
-                config.train.num_steps = tune_steps
-            try:
-                student = train_student(bench, config, group.ratio)
-                loss = held_out_metrics(bench, student)["loss"]
-                losses[rate] = loss if math.isfinite(loss) else math.inf
-            except NonFiniteLossError as error:
-                print(f"  learning rate {rate:g} does not train: {error}")
-                losses[rate] = math.inf
-            write_json(path, losses)
-            if losses[rate] == min(losses.values()) < math.inf and not tune_steps:
-                kept.clear()
-                kept[rate] = student
-        return losses[rate]
-
-    rate = walk(grid, loss_of)
-    if not losses[rate] < math.inf:
-        raise ValueError(f"{group.where}: no rate of table.learning_rates={grid} trains; lower them")
-    edge = len(grid) > 1 and rate in (grid[0], grid[-1])
-    tried = ", ".join(f"{r:g}: {losses[r]:.4f}" for r in sorted(losses))
-    note = "; at the edge of table.learning_rates: widen it" if edge else ""
-    print(f"  learning rate {rate:g} by held-out loss ({tried}){note}")
-    return rate, edge, kept.get(rate)
-
-
-def walk(grid: Sequence[float], loss_of: Callable[[float], float]) -> float:
-    """The grid's value of the smallest loss, from the middle downhill; with one valley the same as trying all."""
-    position = len(grid) // 2
-    while True:
-        near = range(max(position - 1, 0), min(position + 2, len(grid)))
-        best = min(near, key=lambda i: loss_of(grid[i]))
-        if best == position:
-            return grid[position]
-        position = best

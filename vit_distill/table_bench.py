@@ -28,6 +28,7 @@ from vit_distill.teacher import Teacher
 from vit_distill.train import train
 
 HELD_OUT_BATCH = 32
+WHOLE = 1.0  # the ratio of a bench of one student: the images were chosen before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,16 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
         workdir / "teacher_features",
         begun_with=json.loads(begun.read_text())["metric"] if begun else "",
     )
+
+
+def student_bench(distiller: Distiller, images: LabelledSet, held_out: LabelledSet, workdir: Path) -> Bench:
+    """The bench of a single distillation: nothing is probed, its blocks are chosen, teacher features are shared."""
+    config, teacher = distiller.config, distiller.teacher
+    rows = even_rows(len(held_out), len(held_out) // HELD_OUT_BATCH * HELD_OUT_BATCH or len(held_out))
+    inputs = np.asarray(teacher.preprocessing.evaluate(jnp.asarray(held_out.images(rows))))
+    blocks = {(WHOLE, config.student.reduction): distiller.blocks}
+    cache, names = workdir / "teacher_features", held_out.take(rows).manifest_hash()
+    return Bench(config, teacher, {WHOLE: images}, inputs, names, (), cache, calibrated=blocks)
 
 
 def probed_data(config: Any) -> Any:

@@ -174,6 +174,33 @@ def test_adapters_can_be_cut_to_a_lower_rank(workdir: Path, tmp_path: Path):
     assert values[1] > 1e-4  # there was something to cut
 
 
+def test_a_run_chooses_its_learning_rate_by_what_is_held_out(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(teacher)
+    config.student.update(blocks="calibrated", method="full")
+    config.train.update(num_steps=4, cached_views=1)
+    config.optim.update(learning_rates=(1e-5, 1e-2), tune_steps=2)
+    run.train_and_evaluate(config, tmp_path / "tuned")
+    assert "learning rate 0.01 by held-out loss (1e-05: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "tuned" / "report.json").read_text())["student"]["tuned"]
+    assert found["learning_rate"] == 0.01
+    assert found["held_out_losses"]["0.01"] < found["held_out_losses"]["1e-05"]
+    # The student is that of the rate alone.
+    alone = make_config(teacher)
+    alone.student.update(config.student)
+    alone.train.update(config.train)
+    alone.optim.learning_rate = 1e-2
+    run.train_and_evaluate(alone, tmp_path / "alone")
+    params = [paths(load_student(tmp_path / name).params) for name in ("tuned", "alone")]
+    assert all(np.array_equal(leaf, params[1][path]) for path, leaf in params[0].items())
+    # Longer training goes on with the rate that was found.
+    monkeypatch.setattr("vit_distill.tune.train_student", lambda *_: pytest.fail("tried again"))
+    config.train.num_steps = 5
+    run.train_and_evaluate(config, tmp_path / "tuned")
+    assert load_student(tmp_path / "tuned").facts["tuned"] == found
+
+
 def test_another_config_or_command_is_refused(workdir: Path, teacher: Path):
     config = saved.get_config(str(workdir))
     config.lora.rank = 3
@@ -203,9 +230,11 @@ def test_a_student_of_before_optimisers_had_a_kind_is_read(workdir: Path, tmp_pa
     copy = tmp_path / "w"
     shutil.copytree(workdir, copy)
     config = json.loads((copy / "config.json").read_text())
-    del config["optim"]["kind"]
+    for field in ("kind", "learning_rates", "tune_steps"):
+        del config["optim"][field]
     (copy / "config.json").write_text(json.dumps(config))
     assert load_student(copy).blocks == load_student(workdir).blocks
+    check_config(saved.get_config(str(workdir)), copy, (*FREE_FIELDS, "optim.kind"))
 
 
 def test_a_folder_without_a_student_is_named(tmp_path: Path):
@@ -258,6 +287,16 @@ def test_the_manifest_of_an_earlier_run_gives_the_same_images(workdir: Path, tea
         (lambda c: c.train.update(batch_size=9, accumulation=2), "train.batch_size=9"),
         (lambda c: c.loss.update(kind="l3"), "loss.kind"),
         (lambda c: c.few_shot.update(ratio=0.5), "few_shot"),
+        (lambda c: c.optim.update(learning_rates=(0.01, 0.001)), r"optim\.learning_rates: expected ascending"),
+        (lambda c: [c.optim.update(learning_rates=(0.01,)), c.student.update(method="copy")], "trains nothing"),
+        (
+            lambda c: [
+                c.optim.update(learning_rates=(0.01,)),
+                c.data.update(split="valid"),
+                c.few_shot.update(per_class=0),
+            ],
+            "chosen on held-out images, and none are",
+        ),
     ],
 )
 def test_a_command_that_fails_leaves_nothing_behind(change, message: str, teacher: Path, tmp_path: Path):

@@ -17,12 +17,13 @@ from configs.vit_distill.table import get_config
 from core.loop import NonFiniteLossError
 from core.vit import VisionTransformer, VitConfig
 from input_pipeline.classification import load_labelled
-from vit_distill import table, table_bench, table_summary
+from vit_distill import table, table_bench, table_summary, tune
 from vit_distill.preprocessing import Preprocessing
 from vit_distill.probe import score_metrics
-from vit_distill.table import Group, build_groups, cell_config, walk
+from vit_distill.table import Group, build_groups, cell_config
 from vit_distill.table_summary import markdown, summarise, verdicts
 from vit_distill.teacher import LoadReport, Teacher
+from vit_distill.tune import walk
 
 NANO = VitConfig(depth=4, width=16, num_heads=2, mlp_dim=32, patch_size=8, image_size=16)
 
@@ -121,8 +122,9 @@ class Fakes:
         self.teacher, self.hashes = make_teacher(), {"few_shot": "few", "held_out": "h"}
         monkeypatch.setattr(table, "load_teacher_of", lambda config: self.teacher)
         monkeypatch.setattr(table, "load_bench", self.bench)
-        monkeypatch.setattr(table, "train_student", self.train)
-        monkeypatch.setattr(table, "held_out_metrics", self.metrics)
+        for module in (table, tune):
+            monkeypatch.setattr(module, "train_student", self.train)
+            monkeypatch.setattr(module, "held_out_metrics", self.metrics)
         monkeypatch.setattr(table, "probe_model", self.probe)
 
     def bench(self, config, teacher, workdir):
