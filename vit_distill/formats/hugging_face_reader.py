@@ -181,10 +181,22 @@ def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tupl
 
     Args:
       imagenet: whether a model without one expects ImageNet's mean and std (DINOv2, MAE, MSN) rather than 0.5 (ViT).
+
+    Raises:
+      ValueError: where pixels are scaled or resized as they are not here.
     """
     if not content:
         label, values = ("ImageNet's", architectures.IMAGENET) if imagenet else ("0.5", architectures.HALF)
         return dict(values), (f"mean and std {label} assumed: no preprocessor_config.json",)
+    scale = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
+    if abs(255 * scale - 1) > 0.01:
+        raise ValueError(
+            f"preprocessor_config.json: expected pixels scaled by 1/255, found {scale:g} (do_rescale, rescale_factor): "
+            "write image_mean and image_std for pixels of 0..1, and do_rescale true"
+        )
+    if content.get("resample") is not None and content["resample"] not in RESAMPLE:
+        known = ", ".join(f"{number} ({name})" for number, name in RESAMPLE.items())
+        raise ValueError(f"preprocessor_config.json: resample: expected one of {known}, found {content['resample']!r}")
     fields: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in content:

@@ -152,6 +152,26 @@ def test_statistics_without_a_preprocessor_are_those_of_the_model(
     assert any("no preprocessor_config.json" in note for note in teacher.report.notes)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(do_rescale=False, image_mean=[79.0] * 3), "pixels scaled by 1/255, found 1 "),
+        (dict(rescale_factor=1 / 127.5), "pixels scaled by 1/255, found 0.00784314 "),
+        (dict(resample=1), r"resample: expected one of 0 \(nearest\), 2 \(bilinear\), 3 \(bicubic\), found 1"),
+    ],
+)
+def test_images_prepared_in_a_way_that_is_not_ours_are_refused(
+    fields: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["hf_vit"]
+    known = {"do_rescale": True, "rescale_factor": 0.00392156862745098, "resample": 2}
+    monkeypatch.setitem(CASES, "hf_vit", case | {"preprocessor": (case["preprocessor"] or {}) | known})
+    assert load_case("hf_vit", tmp_path).preprocessing.interpolation == "bilinear"
+    CASES["hf_vit"]["preprocessor"].update(fields)
+    with pytest.raises(ValueError, match=message):
+        load_case("hf_vit", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["timm_vit", "timm_siglip_gap", "hf_dinov2_registers", "big_vision"])
 def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
     peer("timm" if "timm" in name or "big" in name else "transformers")
