@@ -30,8 +30,10 @@ def build_schedule(config: Any, num_steps: int, learning_rate: Any = None) -> op
       learning_rate: the peak as a scalar that may be traced, in place of the config's.
 
     Raises:
-      ValueError: if `warmup_steps` is below 1.
+      ValueError: if `warmup_steps` or `num_steps` is below 1.
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, found {num_steps}: without updates nothing is trained")
     if config.warmup_steps < 1:
         raise ValueError(f"optim.warmup_steps must be at least 1, found {config.warmup_steps}")
     warmup = min(config.warmup_steps, max(num_steps // 2, 1))

@@ -60,10 +60,14 @@ def _npz_split(arrays: dict[str, np.ndarray], prefix: str, path: Path, name: str
         images = np.broadcast_to(images[..., None], (*images.shape, 3))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(f"{path}: {prefix}_images are {images.dtype} {images.shape}. {EXPECTED_NPZ}")
+    if not len(images):
+        raise DataError(f"{path}: {prefix}_images holds no image: fill it, or leave it out. {EXPECTED_NPZ}")
     labels = np.full(len(images), -1) if labels is None else labels
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if len(labels) != len(images) or labels.ndim > 2:
         raise DataError(f"{path}: {prefix}_labels are {labels.shape} for {len(images)} images. {EXPECTED_NPZ}")
+    if labels.dtype.kind not in "biuf" or (labels.ndim == 1 and (labels != np.floor(labels)).any()):
+        raise DataError(f"{path}: {prefix}_labels are {labels.dtype}, not whole numbers. {EXPECTED_NPZ}")
     train = arrays.get("train_labels", labels)
     number = labels.shape[1] if labels.ndim == 2 else int(max(train.max(initial=-1), labels.max())) + 1
     classes = [str(word) for word in arrays.get("classes", range(number))]

@@ -49,9 +49,11 @@ def test_a_run_shorter_than_the_warm_up_still_learns(num_steps):
     assert max(rates) == pytest.approx(0.01)
 
 
-def test_warm_up_below_one_is_refused():
+def test_a_warm_up_or_a_run_below_one_is_refused():
     with pytest.raises(ValueError, match=r"optim\.warmup_steps must be at least 1, found 0"):
         build_schedule(_config(warmup_steps=0), NUM_STEPS)
+    with pytest.raises(ValueError, match=r"num_steps must be at least 1, found 0"):
+        build_optimizer(_config(), 0)
 
 
 def test_only_kernels_and_expert_matrices_decay():

@@ -209,6 +209,9 @@ def test_multi_label_npz(tmp_path):
         ({"train_images": np.zeros((12, 9, 9), np.float32)}, "train_images are float32"),
         ({"train_labels": np.zeros(5, int)}, r"train_labels are \(5,\) for 12 images"),
         ({"train_images": None}, "no train_images, found"),
+        ({"val_images": np.zeros((0, 9, 9), np.uint8), "val_labels": np.zeros(0, int)}, "val_images holds no image"),
+        ({"train_labels": np.arange(12) + 0.7}, "train_labels are float64, not whole numbers"),
+        ({"val_labels": np.array(list("abcd"))}, "val_labels are <U1, not whole numbers"),
     ],
 )
 def test_wrong_npz(tmp_path, changes, message):
