@@ -37,6 +37,7 @@ from vit_distill.table_bench import WHOLE, student_bench
 from vit_distill.teacher import load_teacher_of
 from vit_distill.train import check_trains, train
 from vit_distill.tune import check_rates, choose_rate
+from vit_distill.weight_copy import CRITERIA
 
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
@@ -98,7 +99,9 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 def _distill(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
-    tunes = _check_options(config)
+    tunes = bool(config.optim.learning_rates)
+    if own_manifest(workdir) is None:
+        _check_options(config)
     teacher = load_teacher_of(config)
     check_teacher(workdir, teacher)
     images, few, rest = few_shot_images(config, teacher.preprocessing, workdir)
@@ -149,16 +152,22 @@ def _distill(config: Any, workdir: Path) -> None:
         )
 
 
-def _check_options(config: Any) -> bool:
-    """Whether the learning rate is chosen by the run; raises ValueError for options of a distillation that clash."""
-    rates = config.optim.learning_rates
-    if not rates:
-        return False
-    check_rates(rates, "optim")
-    check_one_host("optim.learning_rates")
-    if config.student.method == "copy":
-        raise ValueError('optim.learning_rates: student.method="copy" trains nothing')
-    return True
+def _check_options(config: Any) -> None:
+    """Raises ValueError for options of a new distillation that are unknown or would do nothing."""
+    method, criterion = config.student.method, config.calibration.criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"calibration.criterion: expected one of {CRITERIA}, found {criterion!r}")
+    for field in ("warm_start", "truncate_to"):
+        if config.lora[field] and method != "lora":
+            raise ValueError(
+                f"lora.{field}={config.lora[field]} is of adapters, and student.method={method!r} has none: leave it "
+                'out, or take student.method="lora"'
+            )
+    if config.optim.learning_rates:
+        check_rates(config.optim.learning_rates, "optim")
+        check_one_host("optim.learning_rates")
+        if method == "copy":
+            raise ValueError('optim.learning_rates: student.method="copy" trains nothing')
 
 
 def _tuned(
