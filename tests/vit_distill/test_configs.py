@@ -10,7 +10,8 @@ import pytest
 from configs import workdir
 from configs.vit_distill import distill, probe, quickstart, segment, table, teacher
 from core.files import write_json
-from core.optim import build_optimizer
+from core.mesh import check_batch_size, make_mesh
+from core.optim import build_optimizer, build_schedule
 from core.state import TrainState
 from core.step import make_train_step_fn
 from core.tree import num_params, spec
@@ -23,7 +24,7 @@ from vit_distill.lora import build_lora_config, init_adapters
 from vit_distill.losses import LossConfig
 
 CONFIGS = {
-    "distill": distill.get_config,
+    **{f"distill:{name}": lambda name=name: distill.get_config(name) for name in distill.RECIPES},
     "probe": probe.get_config,
     "segment": segment.get_config,
     "table": table.get_config,
@@ -62,10 +63,27 @@ def test_reading_and_logging_bind_no_work_directory(config, fields, bound, tmp_p
     check_config(config, tmp_path, fields)
 
 
-@pytest.mark.parametrize(("module", "arg"), [(distill, "r=2"), (teacher, "preset=huge"), (quickstart, "quarter")])
+@pytest.mark.parametrize(
+    ("module", "arg"), [(distill, "r=2"), (distill, "recipe=huge"), (teacher, "preset=huge"), (quickstart, "quarter")]
+)
 def test_an_unknown_argument_is_an_error(module, arg):
     with pytest.raises(ValueError, match="expected"):
         module.get_config(arg)
+
+
+def test_the_papers_recipe_is_ten_epochs_of_a_hundredth_of_imagenet():
+    config, small = distill.get_config("recipe=paper"), distill.get_config()
+    train, optim = config.train, config.optim
+    assert train.batch_size // train.accumulation == 128
+    assert train.num_steps == int(10 * 12_811 / train.batch_size)
+    assert optim.warmup_steps == train.num_steps * 2 // 10
+    assert optim.learning_rate == pytest.approx(1e-3 * train.batch_size / 256)
+    assert optim.clip_norm == 0
+    changed = {key for key, value in config.to_dict().items() if value != small.to_dict()[key]}
+    assert changed == {"train", "optim"}
+    rate = build_schedule(optim, train.num_steps)
+    assert rate(24) == pytest.approx(4e-3)
+    check_batch_size(train.batch_size, train.accumulation, make_mesh())
 
 
 @pytest.mark.parametrize(
