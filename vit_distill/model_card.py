@@ -57,6 +57,7 @@ def _origin(student: Student) -> dict[str, Any]:
         "Teacher file": teacher.get("file"),
         "Teacher sha256": teacher.get("sha256"),
         "Teacher licence": teacher.get("licence"),
+        **_loading(facts.get("teacher_loading")),
         "Kept blocks (from 0)": ", ".join(map(str, student.blocks)),
         "Method": student.method,
     }
@@ -72,6 +73,17 @@ def _origin(student: Student) -> dict[str, Any]:
         f"Few-shot images: {name}": value for name, value in few_shot.items() if not isinstance(value, list | dict)
     }
     return rows | {"Seed": facts.get("seed")}
+
+
+def _loading(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """What was read of the teacher's file, and what had to be assumed; nothing of students that do not know."""
+    if not found:
+        return {}
+    counts = ", ".join(f"{len(found[name])} {name}" for name in ("missing", "unused", "reshaped"))
+    rows = {"Teacher's tensors": f"{found['matched']} matched, {counts}"}
+    if noted := [*found["reshaped"], *found["notes"]]:
+        rows["Assumed of the teacher"] = "; ".join(noted)
+    return rows
 
 
 def _input(student: Student) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def spread(mean: float, std: float | None, digits: int) -> str:
 
 
 def _card(results: ReportData) -> Markup:
-    facts = {key: value for key, value in results.facts.items() if key != "choice"}  # a section of its own
+    own_section = ("choice", "teacher_loading")
+    facts = {key: value for key, value in results.facts.items() if key not in own_section}
     parts = []
     for key, title in (("teacher", "Teacher"), ("few_shot", "Few-shot images"), ("metrics", "Metrics")):
         found = facts.pop(key, None)

@@ -34,6 +34,7 @@ def student_facts(distiller: Distiller, manifest: Mapping[str, Any]) -> dict[str
     config, teacher = distiller.config, distiller.teacher
     return {
         "teacher": {"name": teacher.name, "depth": teacher.config.depth, **teacher.source},
+        "teacher_loading": teacher.report.facts(),
         "teacher_function": function_facts(teacher.config, teacher.preprocessing),
         "blocks": list(distiller.blocks),
         "choice": [dict(row) for row in distiller.choice],

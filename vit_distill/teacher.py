@@ -59,6 +59,11 @@ class LoadReport:
                 rows.append(f"{label:9} ... and {len(values) - 8} more")
         return rows
 
+    def facts(self) -> dict[str, Any]:
+        """The same in full as plain JSON, but for the matched names, which are counted, and the file's identity."""
+        names = {label: list(getattr(self, label)) for label in ("missing", "unused", "reshaped", "notes")}
+        return {"matched": len(self.matched)} | names
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 

@@ -90,6 +90,9 @@ def test_a_run_leaves_everything_that_is_promised(workdir: Path):
     assert (facts["updates"], facts["num_steps"]) == (2, 2)
     assert json.loads((workdir / "student.json").read_text())["updates"] == 2
     assert len(facts["blocks"]) == 2
+    loaded = load_teacher_of(saved.get_config(str(workdir))).report
+    assert facts["teacher_loading"] == loaded.facts()
+    assert facts["teacher_loading"]["matched"] == len(loaded.matched) > 40
     assert facts["loss"] == config["loss"]
     assert (facts["lora"]["scaling"], facts["lora"]["alpha"]) == (config["lora"]["scaling"], config["lora"]["alpha"])
     assert {row["rule"] for row in facts["choice"]} == {"removal", "first", "even", "last"}

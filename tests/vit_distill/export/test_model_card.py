@@ -6,6 +6,7 @@ import re
 import pytest
 
 from vit_distill.model_card import model_card
+from vit_distill.teacher import LoadReport
 
 
 def _rows(card: str) -> dict[str, str]:
@@ -24,6 +25,17 @@ def test_card_names_teacher_licence_blocks_rank_manifest_and_metrics(make_studen
     assert rows["Few-shot images: num_images"] == "12"
     assert rows["test/top1"] == "0.5123"
     assert rows["Seed"] == "3"
+
+
+def test_card_says_what_was_read_and_assumed_of_the_teacher(make_student):
+    student = make_student()
+    assert "Teacher's tensors" not in _rows(model_card(student))  # of an earlier version
+    found = LoadReport(
+        ("a", "b"), (), ("c (allowed)",), ("pos 5 -> 17",), "ab", "timm", ("epsilon 1e-6 assumed",)
+    ).facts()
+    rows = _rows(model_card(dataclasses.replace(student, facts=student.facts | {"teacher_loading": found})))
+    assert rows["Teacher's tensors"] == "2 matched, 0 missing, 1 unused, 1 reshaped"
+    assert rows["Assumed of the teacher"] == "pos 5 -> 17; epsilon 1e-6 assumed"
 
 
 @pytest.mark.parametrize(
