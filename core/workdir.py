@@ -29,6 +29,13 @@ LATER_FIELDS = {
         "table.probe.linear_batch_size": 512,
         "table.probe.epochs": 90,
         "table.probe.warmup_epochs": 10,
+        "table.probe.segment": {
+            "num_steps": 1000,
+            "warmup_steps": 50,
+            "batch_size": 16,
+            "weight_decay": 0.01,
+            "learning_rates": (3e-4, 1e-3, 3e-3, 1e-2),
+        },
     },
 }
 

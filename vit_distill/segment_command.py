@@ -4,6 +4,7 @@ Axes: N images, P patch tokens, D width, M mask side.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from core.compilation import enable_compilation_cache
 from core.mesh import make_mesh
+from core.vit import VitConfig
 from core.workdir import save_config
 from input_pipeline.classification import LabelledSet, load_labelled
 from vit_distill.features import extract_features, make_feature_fn
@@ -43,17 +45,7 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
     preprocessing = dataclasses.replace(subject.preprocessing, crop_fraction=1.0)
     size, interpolation = preprocessing.image_size, preprocessing.interpolation
     sets = {split: load_labelled(config.data, split, size, interpolation) for split in SPLITS}
-    without = [split for split, images in sets.items() if not images.has_masks]
-    if without:
-        raise ValueError(f"{sets['test'].name} has no masks in {', '.join(without)}: expected data.kind=segmentation")
-    # Of a pixel: its channels, its class, and the two bytes that checking or predicting classes takes beside.
-    an_image = 4 * subject.config.num_patches * subject.config.width + size**2 * (subject.config.in_channels + 3)
-    needed = sum(map(len, sets.values())) * an_image / 2**30
-    if needed > config.data.memory_limit_gb:
-        raise ValueError(
-            f"patch tokens, images and masks take {needed:.1f} GiB, data.memory_limit_gb is "
-            f"{config.data.memory_limit_gb}: raise it, or use fewer images"
-        )
+    check_masked(sets, subject.config, config.data.memory_limit_gb)
     apply = make_feature_fn(
         subject.config, subject.params, preprocessing, make_mesh(), output="patches", dtype=section.feature_dtype
     )
@@ -62,7 +54,7 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
     for split, images in sets.items():
         print(f"{split}: {len(images)} images; {images.layout}")
         tokens = extract_features(apply, images, section.feature_batch_size, description=f"{split} tokens")
-        pairs[split] = Segmented(tokens, _masks(images, section.feature_batch_size))
+        pairs[split] = Segmented(tokens, read_masks(images, section.feature_batch_size))
     options = SegmentOptions(
         **{name: section[name] for name in ("num_steps", "warmup_steps", "batch_size", "hidden_dim", "weight_decay")},
         learning_rates=tuple(section.learning_rates),
@@ -76,7 +68,22 @@ def run_segment(config: Any, workdir: Path) -> dict[str, Any]:
     return write_probe_report(config, workdir, subject, sets, "segment", results)
 
 
-def _masks(images: LabelledSet, batch_size: int) -> np.ndarray:
+def check_masked(sets: Mapping[str, LabelledSet], config: VitConfig, memory_limit_gb: float) -> None:
+    """Raises ValueError for a split without masks, or more patch tokens, images and masks than memory is to hold."""
+    without = [split for split, images in sets.items() if not images.has_masks]
+    if without:
+        raise ValueError(f"{sets['test'].name} has no masks in {', '.join(without)}: expected data.kind=segmentation")
+    # Of a pixel: its channels, its class, and the two bytes that checking or predicting classes takes beside.
+    an_image = 4 * config.num_patches * config.width + config.image_size**2 * (config.in_channels + 3)
+    needed = sum(map(len, sets.values())) * an_image / 2**30
+    if needed > memory_limit_gb:
+        raise ValueError(
+            f"patch tokens, images and masks take {needed:.1f} GiB, data.memory_limit_gb is {memory_limit_gb}: raise "
+            "it, or use fewer images"
+        )
+
+
+def read_masks(images: LabelledSet, batch_size: int) -> np.ndarray:
     """uint8 [N, M, M]: the masks of a set, in order."""
     starts = range(0, len(images), batch_size)
     return np.concatenate([images.masks(np.arange(s, min(s + batch_size, len(images)))) for s in starts])

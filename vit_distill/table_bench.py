@@ -23,11 +23,15 @@ from vit_distill.distill import Distiller, build_distiller, make_loss_fn, make_t
 from vit_distill.features import extract_features, make_feature_fn
 from vit_distill.images import draw
 from vit_distill.losses import LossConfig
-from vit_distill.probe import Labelled, ProbeOptions, probe, wanted_metric
+from vit_distill.probe import KINDS, Labelled, ProbeOptions, probe, wanted_metric
+from vit_distill.probe_command import SPLITS
+from vit_distill.segment_command import check_masked, read_masks
+from vit_distill.segment_probe import Segmented, SegmentOptions, segment_probe
 from vit_distill.teacher import Teacher
 from vit_distill.train import train
 
 HELD_OUT_BATCH = 32
+SEGMENT = "segment"  # the kind of probe that names the class of every pixel
 WHOLE = 1.0  # the ratio of a bench of one student: the images were chosen before
 
 
@@ -79,6 +83,8 @@ class Bench:
         """
         if not self.probe_sets:
             return ""
+        if self.config.table.probe.kind == SEGMENT:
+            return "miou"
         _, valid, test = self.probe_sets
         return self.begun_with or wanted_metric(len(test.classes), valid.labels, test.labels)
 
@@ -87,10 +93,10 @@ class Bench:
         """Test images n for which a (1 - a) / n is the variance of the metric a by their chance.
 
         top1: all of them. AUC: those of the rarer class, at most (van Dantzig, 1951). Balanced accuracy: C^2 over the
-        sum of 1 / n_c over the C classes that occur, as if their recalls were equal. None for a mean AUC: unknown, and
-        without a probe.
+        sum of 1 / n_c over the C classes that occur, as if their recalls were equal. None for a mean AUC or IoU:
+        unknown, and without a probe.
         """
-        if self.metric in ("", "mean_auc"):
+        if self.metric in ("", "mean_auc", "miou"):
             return None
         labels = self.probe_sets[2].labels
         counts = np.unique(labels, return_counts=True)[1]
@@ -104,7 +110,7 @@ class Bench:
 
     def data_hashes(self, ratio: float | None) -> dict[str, str | None]:
         """Hashes over names and labels of the images of a cell; `ratio` is None for a row that trains on none."""
-        sets = dict(zip(("train", "valid", "test"), self.probe_sets, strict=False))
+        sets = dict(zip(SPLITS, self.probe_sets, strict=False))
         return {
             "few_shot": None if ratio is None else self.few_shot[ratio].manifest_hash(),
             "held_out": self.held_out_hash,
@@ -116,24 +122,33 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
     """Reads the data; images are decoded when they are first used, and once.
 
     Raises:
-      ValueError: as `load_labelled`; if the set that table.probe_data names has no labels, or `data` fewer than
-        table.held_out validation images.
+      ValueError: as `load_labelled`; for another kind of probe; if the set that table.probe_data names has no labels,
+        or the probed one no masks for kind "segment", or `data` fewer than table.held_out validation images.
     """
     section, preprocessing = config.table, teacher.preprocessing
+    if section.probe.kind not in (*KINDS, SEGMENT):
+        raise ValueError(f"table.probe.kind: expected one of {(*KINDS, SEGMENT)}, found {section.probe.kind!r}")
 
     def load(data: Any, split: str) -> LabelledSet:
         return load_labelled(data, split, preprocessing.resize_size, preprocessing.interpolation)
 
     train, valid = load(config.data, "train"), load(config.data, "valid")
     probed = probed_data(config)
-    splits = [train, valid] if probed is config.data else [load(probed, split) for split in ("train", "valid")]
-    if all(split.labelled for split in splits):
-        splits.append(load(probed, "test"))
-    elif probed is config.data:
-        print(f"{train.name} has no labels: students are compared by held-out features (table.probe_data: and probed)")
-        splits = []
+    if section.probe.kind == SEGMENT:
+        # The middle square at the input size, as of `run_segment`: images and masks cover each other exactly.
+        size, interpolation = preprocessing.image_size, preprocessing.interpolation
+        splits = [load_labelled(probed, split, size, interpolation) for split in SPLITS]
+        check_masked(dict(zip(SPLITS, splits, strict=True)), teacher.config, config.data.memory_limit_gb)
     else:
-        raise ValueError(f"table.probe_data: {splits[0].name} has images without labels; expected a labelled set")
+        splits = [train, valid] if probed is config.data else [load(probed, split) for split in SPLITS[:2]]
+        if all(split.labelled for split in splits):
+            splits.append(load(probed, "test"))
+        elif probed is config.data:
+            way = "table.probe.kind=segment" if train.has_masks else "table.probe_data"
+            print(f"{train.name} has no labels: students are compared by held-out features ({way}: and probed)")
+            splits = []
+        else:
+            raise ValueError(f"table.probe_data: {splits[0].name} has images without labels; expected a labelled set")
     few_shot = {
         ratio: train.take(select_few_shot(train, ratio=ratio, seed=config.few_shot.seed)) for ratio in section.ratios
     }
@@ -257,8 +272,10 @@ def _held_out_targets(bench: Bench, distiller: Distiller) -> list[tuple[np.ndarr
 
 
 def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float]:
-    """Probes the pooled features (after the final norm) of a model; what `probe` returns."""
+    """Probes the pooled features (after the final norm) of a model, or its patch tokens; what the probe returns."""
     section = bench.config.table.probe
+    if section.kind == SEGMENT:
+        return _segment_model(bench, config, params)
     apply = make_feature_fn(config, params, bench.teacher.preprocessing, make_mesh(), dtype=bench.config.train.dtype)
     pairs = [
         Labelled(extract_features(apply, images, section.batch_size), images.labels) for images in bench.probe_sets
@@ -269,3 +286,15 @@ def probe_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float
         **{name: tuple(section[name]) for name in ("learning_rates", "c_values", "neighbours")},
     )
     return probe(*pairs, section.kind, classes=bench.probe_sets[0].classes, options=options)
+
+
+def _segment_model(bench: Bench, config: VitConfig, params: Any) -> dict[str, float]:
+    """Probes the patch tokens of a model by a linear head; what `segment_probe` returns."""
+    section, square = bench.config.table.probe, dataclasses.replace(bench.teacher.preprocessing, crop_fraction=1.0)
+    dtype = bench.config.train.dtype
+    apply = make_feature_fn(config, params, square, make_mesh(), output="patches", dtype=dtype)
+    size = section.batch_size
+    pairs = [Segmented(extract_features(apply, images, size), read_masks(images, size)) for images in bench.probe_sets]
+    fields = section.segment.to_dict() | {"learning_rates": tuple(section.segment.learning_rates)}
+    options = SegmentOptions(hidden_dim=0, **fields)
+    return segment_probe(*pairs, classes=bench.probe_sets[0].classes, options=options)

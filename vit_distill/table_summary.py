@@ -16,7 +16,7 @@ from core.table import markdown_table, mean_and_std
 from vit_distill.report_data import ReportData
 from vit_distill.report_figures import cost_figure
 from vit_distill.report_page import EDGES, table_cells, table_header, write_page
-from vit_distill.table_bench import Bench
+from vit_distill.table_bench import SEGMENT, Bench
 
 # The paper's ordering, and what truncation and DoRA are compared with.
 CLAIMS = (
@@ -83,7 +83,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       {claim, where, difference (of mean accuracies), margin, verdict: "holds" | "reversed" | "tie", num_seeds (of the
       row with fewer, but for a row that uses no images)}; a tie is a difference within the margin: TIE, or two standard
       errors where that is more. Errors are those of the seeds and of the test sample, the latter as if the rows saw
-      different images: on the same ones it is smaller. A mean AUC has none of the sample.
+      different images: on the same ones it is smaller. A mean AUC or IoU has none of the sample.
     """
     found = []
     trained = [row for row in rows if row["ratio"] is not None and row["accuracy"] is not None]
@@ -119,7 +119,8 @@ def verdict_note(rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str
     """What the margins of `verdicts` stand on, one sentence."""
     sample = f"{rows[0]['num_test']} test images"
     if not rows[0]["num_effective"]:
-        sample += " (whose chance is not in the margin of a mean AUC)"
+        metric = {"miou": "mean IoU"}.get(rows[0]["metric"], "mean AUC")
+        sample += f" (whose chance is not in the margin of a {metric})"
     seeds = "" if all(v["num_seeds"] > 1 for v in judged) else "; with one seed what seeds change is unknown"
     return f"A tie is within {100 * TIE:g} point or two standard errors over seeds and {sample}{seeds}."
 
@@ -166,7 +167,8 @@ def shared_facts(bench: Bench) -> dict[str, Any]:
     }
     if not bench.probe_sets:
         return facts | {"probe": "none: the images have no labels"}
-    about = f"{section.probe.kind} on the pooled feature after the final norm, {bench.probe_sets[0].name}"
+    read = "patch tokens" if section.probe.kind == SEGMENT else "pooled feature"
+    about = f"{section.probe.kind} on the {read} after the final norm, {bench.probe_sets[0].name}"
     return facts | {"probe": f"{about}, {probe_sizes} images"}
 
 

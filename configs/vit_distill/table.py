@@ -34,8 +34,8 @@ def get_config(arg=None):
         # Labelled set that students are probed on, where it is another than `data`, which then needs no labels.
         probe_data=dict(kind="", name="", root="", groups=""),  # groups "": as of `data`
         probe=dict(
-            kind="logistic",  # linear | logistic | knn
-            per_class=100,  # training images of each class; 0: all
+            kind="logistic",  # linear | logistic | knn; segment: of data with masks, students are compared by mIoU
+            per_class=100,  # training images of each class (of segment in all); 0: all
             batch_size=256,  # of the feature extraction
             c_values=(0.001, 0.01, 0.1),
             max_iterations=300,
@@ -44,6 +44,13 @@ def get_config(arg=None):
             linear_batch_size=512,
             epochs=90,
             warmup_epochs=10,
+            segment=dict(  # the linear head on patch tokens, as of configs/vit_distill/segment.py
+                num_steps=1000,
+                warmup_steps=50,
+                batch_size=16,
+                weight_decay=0.01,
+                learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
+            ),
         ),
     )
     return config

@@ -116,7 +116,7 @@ def test_the_papers_student_updates_its_adapters_alone(preset, dtype, millions):
 
 def test_a_table_of_before_its_probe_had_all_settings_is_read(tmp_path: Path):
     config = table.get_config().to_dict()
-    for name in ("neighbours", "learning_rates", "linear_batch_size", "epochs", "warmup_epochs"):
+    for name in ("neighbours", "learning_rates", "linear_batch_size", "epochs", "warmup_epochs", "segment"):
         del config["table"]["probe"][name]
     del config["table"]["probe_data"]["groups"]
     write_json(tmp_path / "config.json", config)

@@ -325,7 +325,12 @@ def test_verdicts_on_the_papers_ordering():
 
 @pytest.mark.parametrize(
     ("metric", "effective", "verdict", "said"),
-    [("top1", 133.0, "tie", "133 test images;"), ("auc", 13.0, "tie", "133 "), ("mean_auc", None, "holds", "AUC")],
+    [
+        ("top1", 133.0, "tie", "133 test images;"),
+        ("auc", 13.0, "tie", "133 "),
+        ("mean_auc", None, "holds", "a mean AUC"),
+        ("miou", None, "holds", "a mean IoU"),
+    ],
 )
 def test_few_test_images_decide_nothing(metric: str, effective: float | None, verdict: str, said: str):
     """At 133 images the difference of two accuracies has a standard error of four points."""
@@ -415,7 +420,7 @@ def test_a_row_with_a_warm_start_begins_nearer(monkeypatch: pytest.MonkeyPatch):
 def test_rows_are_compared_by_what_sees_rare_classes(labels: list, begun_with: str, metric: str, effective: float):
     labels = np.asarray(labels)
     images = SimpleNamespace(labels=labels, classes=tuple(map(str, range(labels.max() + 1))))
-    bench = table_bench.Bench(None, None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=begun_with)
+    bench = table_bench.Bench(small_config(), None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=begun_with)
     assert bench.metric == metric
     assert bench.num_effective == (effective and pytest.approx(effective))
 
@@ -430,7 +435,7 @@ def test_the_chance_of_a_test_split_is_not_underrated():
         found.append(score_metrics(np.stack([0 * score, score], 1), labels, ("no", "yes")))
     for metric in ("auc", "balanced_accuracy"):
         values = [each[metric] for each in found]
-        bench = table_bench.Bench(None, None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=metric)
+        bench = table_bench.Bench(small_config(), None, {}, None, "", (images,) * 3, Path("nowhere"), begun_with=metric)
         error = math.sqrt(np.mean(values) * (1 - np.mean(values)) / bench.num_effective)
         assert 0.95 * np.std(values) < error < 1.8 * np.std(values)
 
@@ -501,6 +506,43 @@ def test_images_without_labels_make_a_table_without_a_probe(
     assert "Row against row" not in text
     assert "Distance against cost" in (tmp_path / "w" / "report.html").read_text()
     assert list(table.run_table(config, tmp_path / "w")) == list(found.values())
+
+
+def test_students_are_compared_by_the_classes_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A bright square on a dark ground: what a patch token shows, a head that saw it says."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 24), ("valid", 8), ("test", 8)):
+        for folder in ("images", "masks"):
+            (tmp_path / "set" / split / folder).mkdir(parents=True)
+        for i in range(number):
+            mask = np.kron(rng.integers(0, 2, (2, 2)), np.ones((8, 8))).astype(np.uint8)
+            noisy = np.clip(200 * mask + rng.integers(0, 40, (16, 16)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(tmp_path / "set" / split / "images" / f"{i}.png")
+            Image.fromarray(mask).save(tmp_path / "set" / split / "masks" / f"{i}.png")
+    teacher = make_teacher(config=dataclasses.replace(NANO, depth=2))
+    monkeypatch.setattr(table, "load_teacher_of", lambda config: teacher)
+    rows = ("teacher", "copy", "enhanced")
+    config = small_config(rows=rows, ratios=(1.0,), num_seeds=1, learning_rates=(0.01,), held_out=8)
+    config.data.update(kind="segmentation", name="squares", root=str(tmp_path / "set"))
+    config.table.probe.update(kind="segment", per_class=20, batch_size=8)
+    config.table.probe.segment.update(num_steps=100, warmup_steps=5, learning_rates=(0.03,))
+    found = {row["row"]: row for row in table.run_table(config, tmp_path / "w")}
+    assert {row["metric"] for row in found.values()} == {"miou"}
+    assert found["teacher"]["accuracy"] > 0.9  # 0.25 or less where all is called one class
+    assert all(0 < row["accuracy"] <= 1 for row in found.values())
+    text = (tmp_path / "w" / "table.md").read_text()
+    assert "| Row | Images | r | miou | valid | L1 |" in text
+    assert "segment on the patch tokens after the final norm, squares, 20 train, 8 valid, 8 test images" in text
+    config.table.probe.kind = "logistic"
+    table.run_table(config, tmp_path / "unprobed")
+    assert "| Row | Images | r | cls L1 | L1 |" in (tmp_path / "unprobed" / "table.md").read_text()
+    config.table.probe.kind = "segments"
+    with pytest.raises(ValueError, match=r"table\.probe\.kind: expected one of .*'segment'\), found 'segments'"):
+        table_bench.load_bench(config, teacher, tmp_path)
+    digits = small_config()
+    digits.table.probe.kind = "segment"
+    with pytest.raises(ValueError, match="digits has no masks in train, valid, test"):
+        table_bench.load_bench(digits, teacher, tmp_path)
 
 
 @pytest.mark.parametrize(
