@@ -102,7 +102,8 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     wanted = split.has_masks or save_maps
     map_fn = make_map_fn(calibration, dataset.image_size, dataset.mask_size) if wanted else None
     write = functools.partial(write_maps, output / "maps") if save_maps else None
-    keep = evidence_map_rows(split) if has_test else ()
+    num_maps = len(calibration.evidences)
+    keep = evidence_map_rows(split, num_maps, dataset.image_size) if has_test else ()
     scored = scorer.split(split, "score", map_fn, keep, write=write, keep_maps=split.has_masks)
     corrected = calibration.corrected(scored.raw, scored.texture)
     # The fit that a normal is part of finds it more normal than it finds a new image.

@@ -29,7 +29,8 @@ MATCHED_TOLERANCE = 0.07
 FLOOR_TOLERANCE = 0.05
 FLOOR_IMAGES = 5000  # training images that floors are fitted on
 MASK_BATCH = 256  # masks read at a time
-MAX_EVIDENCE_MAPS = 256  # images whose maps of every evidence are measured: 360 MB with seven at 224 pixels
+MAX_EVIDENCE_MAPS = 256  # images whose maps of every evidence are measured,
+EVIDENCE_MAP_BYTES = 512e6  # or fewer: as many as these hold
 BANDS = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(floors.BAND_SIGMAS)]
 FLOORS = {
     "mean_intensity": "how bright the image is",
@@ -159,14 +160,15 @@ class Results:
 
     def _evidence_pixels(self, calibration: Calibration, kept: Mapping[str, np.ndarray], side: int) -> None:
         """What each evidence's map would be worth by itself, finished as the fused one is."""
-        masks = self._masks[evidence_map_rows(self._split)]
-        names = np.array(calibration.names[: kept["maps"].shape[1]])
+        num_maps, size = kept["maps"].shape[1], kept["maps"].shape[-1]
+        masks = self._masks[evidence_map_rows(self._split, num_maps, size)]
+        names = np.array(calibration.names[:num_maps])
         for name in dict.fromkeys(names.tolist()):
             own = names == name  # one for each network
             alone = dataclasses.replace(
                 calibration, map_low=calibration.map_low[own], map_scale=calibration.map_scale[own]
             )
-            map_fn, parts = make_map_fn(alone, kept["maps"].shape[-1], side), []
+            map_fn, parts = make_map_fn(alone, size, side), []
             for start in range(0, len(masks), MASK_BATCH):
                 some = slice(start, start + MASK_BATCH)
                 parts.append(np.asarray(map_fn(kept["maps"][some][:, own], kept["body"][some])))
@@ -188,9 +190,10 @@ class Results:
         self.metrics |= {self._prefix + key + name: value for name, value in values.items() if np.isfinite(value)}
 
 
-def evidence_map_rows(split: Split) -> np.ndarray:
-    """The images of a split with masks whose maps of every evidence are measured; none without masks."""
-    return even_rows(len(split), MAX_EVIDENCE_MAPS if split.has_masks else 0)
+def evidence_map_rows(split: Split, num_maps: int, size: int) -> np.ndarray:
+    """The images of a split with masks whose `num_maps` maps of `size` pixels are measured; none without masks."""
+    fitting = int(EVIDENCE_MAP_BYTES / (4 * num_maps * size**2))
+    return even_rows(len(split), min(MAX_EVIDENCE_MAPS, max(fitting, 1)) if split.has_masks else 0)
 
 
 def _some_images(split: Split) -> Iterator[np.ndarray]:

@@ -147,6 +147,16 @@ def test_the_map_of_each_evidence_is_measured(tiny_run, report):
     assert "Maps of single evidences: of at most 256 images" in page
 
 
+def test_maps_of_evidences_are_measured_on_as_many_images_as_fit(tiny_run):
+    split = tiny_run.dataset.splits["test"]
+    assert len(results.evidence_map_rows(split, 7, 224)) == len(split)
+    fitting = results.EVIDENCE_MAP_BYTES / (4 * 7 * 2900**2)
+    assert 1 < fitting < len(split)
+    assert len(results.evidence_map_rows(split, 7, 2900)) == int(fitting)
+    assert len(results.evidence_map_rows(split, 7, 100_000)) == 1
+    assert not len(results.evidence_map_rows(without_masks(split, split.labels), 7, 224))
+
+
 def test_thresholds_flag_what_their_p_value_says(tiny_run, report):
     rows = predictions_of(tiny_run.workdir)
     labels, p = (np.array([float(row[key]) for row in rows]) for key in ("label", "p_value"))
