@@ -36,6 +36,7 @@ _METRIC_NAMES = {
 
 def write_report(path: str | Path, results: ReportData) -> None:
     """Writes the page as one self-contained HTML file; an earlier page stays whole when this fails."""
+    normals_tested = results.tested and np.any(results.labels == 0)
     sections = [
         page.Section("Result", _result(results)),
         page.Section("How to read this page", _reading_guide(results)),
