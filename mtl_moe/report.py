@@ -46,9 +46,7 @@ def write_report(path: str | Path, results: ReportData) -> None:
         page.Section("Cases", _cases(results)) if results.cases else None,
         page.Section("Tasks", _tasks(results)) if results.grouped("task", "image_auroc") else None,
         page.Section("Floors", _floors(results)) if results.grouped("floor", "image_auroc") else None,
-        page.Section("Calibration", calibration_section(results))
-        if results.tested and np.any(results.labels == 0)
-        else None,
+        page.Section("Calibration", calibration_section(results)) if normals_tested else None,
         page.Section("Router", _router(results)) if results.router else None,
         page.Section("Training", _training(results)) if any("loss" in r for r in results.history) else None,
         page.Section("Provenance", _provenance(results)),
