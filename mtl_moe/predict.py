@@ -133,13 +133,16 @@ def unlike_calibration(p: np.ndarray, texture: np.ndarray, groups: Sequence[str]
     if flagged.mean() - 2 * flag_rate_error(0.5, num_groups, calibration.num_groups) <= 0.5:
         return ""
     text = (
-        f"{flagged.sum()} of {len(p)} images are flagged where {CHECKED_RATE:.0%} of normal ones are: either most of "
+        f"{flagged.sum()} of {len(p)} images are flagged where {100 * CHECKED_RATE:g} % of normal ones are: either most of "
         "them are abnormal, or they were made otherwise than the calibration normals (another device, protocol, "
         "resolution or window), and then scores and p-values do not tell disease"
     )
     odd = int((texture >= -np.log(CHECKED_RATE)).sum())
     if 2 * odd > len(p):
-        text += f"; {odd} are beyond {1 - CHECKED_RATE:.0%} of normals by their amount of texture alone, as those are"
+        text += (
+            f"; {odd} are beyond {100 - 100 * CHECKED_RATE:g} % of normals by their amount of texture alone, which "
+            "another device or processing changes too"
+        )
     return text + ". Normals of the very same origin tell which: --mode=predict --normals=FOLDER calibrates on them."
 
 

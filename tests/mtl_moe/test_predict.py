@@ -81,7 +81,7 @@ def test_a_folder_unlike_the_calibration_normals_is_said_to_be(tiny_run, folders
         for i in range(4):
             Image.fromarray(np.roll(noise, i).astype(np.uint8)).save(other / f"{path.stem}_{i}.png")
     predict(tiny_run.system, tiny_run.workdir, other, tmp_path / "out", normals)
-    sentence = "48 of 48 images are flagged where 10% of normal ones are"
+    sentence = "48 of 48 images are flagged where 10 % of normal ones are"
     assert sentence in caplog.text
     page = (tmp_path / "out" / "report.html").read_text()
     assert sentence in page
