@@ -133,9 +133,9 @@ def unlike_calibration(p: np.ndarray, texture: np.ndarray, groups: Sequence[str]
     if flagged.mean() - 2 * flag_rate_error(0.5, num_groups, calibration.num_groups) <= 0.5:
         return ""
     text = (
-        f"{flagged.sum()} of {len(p)} images are flagged where {100 * CHECKED_RATE:g} % of normal ones are: either most "
-        "of them are abnormal, or they were made otherwise than the calibration normals (another device, protocol, "
-        "resolution or window), and then scores and p-values do not tell disease"
+        f"{flagged.sum()} of {len(p)} images are flagged where {100 * CHECKED_RATE:g} % of normal ones are: either "
+        "most of them are abnormal, or they were made otherwise than the calibration normals (another device, "
+        "protocol, resolution or window), and then scores and p-values do not tell disease"
     )
     odd = int((texture >= -np.log(CHECKED_RATE)).sum())
     if 2 * odd > len(p):
