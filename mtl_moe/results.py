@@ -162,6 +162,8 @@ class Results:
         """What each evidence's map would be worth by itself, finished as the fused one is."""
         num_maps, size = kept["maps"].shape[1], kept["maps"].shape[-1]
         masks = self._masks[evidence_map_rows(self._split, num_maps, size)]
+        if not masks.any():  # of few images, where maps are large: no lesion to find
+            return
         names = np.array(calibration.names[:num_maps])
         for name in dict.fromkeys(names.tolist()):
             own = names == name  # one for each network

@@ -58,7 +58,7 @@ def choose_rate(
 
     rate = walk(grid, loss_of)
     if not losses[rate] < math.inf:
-        raise ValueError(f"no rate of {section}.learning_rates={grid} trains; lower them")
+        raise ValueError(f"{path.stem}: no rate of {section}.learning_rates={grid} trains; lower them")
     tried = ", ".join(f"{r:g}: {losses[r]:.4f}" for r in sorted(losses))
     note = f"; at the edge of {section}.learning_rates: widen it" if at_edge(rate, grid) else ""
     print(f"  learning rate {rate:g} by held-out loss ({tried}){note}")

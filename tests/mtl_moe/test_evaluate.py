@@ -157,6 +157,16 @@ def test_maps_of_evidences_are_measured_on_as_many_images_as_fit(tiny_run):
     assert not len(results.evidence_map_rows(without_masks(split, split.labels), 7, 224))
 
 
+def test_maps_of_evidences_without_a_lesion_among_them_are_not_measured(small_run, monkeypatch):
+    labels = small_run.dataset.splits["test"].labels
+    normal = np.flatnonzero(labels == 0)[:1]
+    monkeypatch.setattr("mtl_moe.results.even_rows", lambda total, most: normal if most < total else np.arange(total))
+    monkeypatch.setattr(results, "MAX_EVIDENCE_MAPS", 1)
+    found = evaluate(*changed(small_run, gallery=0, bootstrap=0))["metrics"]
+    assert "test/phantom/pixel_auroc" in found
+    assert not [key for key in found if key.startswith("test/phantom/task/") and key.endswith("pixel_auroc")]
+
+
 def test_thresholds_flag_what_their_p_value_says(tiny_run, report):
     rows = predictions_of(tiny_run.workdir)
     labels, p = (np.array([float(row[key]) for row in rows]) for key in ("label", "p_value"))
