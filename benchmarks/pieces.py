@@ -41,7 +41,7 @@ def jax_pieces(batch: int, bf16: bool) -> dict[str, Piece]:
 
     from core.attention import attend
     from core.dense import AdaptedKernel, matmul
-    from core.vit import ACTIVATIONS
+    from core.transformer import ACTIVATIONS
 
     dtype, rows = (jnp.bfloat16 if bf16 else jnp.float32), batch * TOKENS
 

@@ -1,163 +1,20 @@
-"""Vision transformer in parts: patches, attention, MLP, pre-norm block, and the whole classifier.
+"""The vision transformer: architecture as data (VitConfig) and the module, from `core.transformer`'s parts.
 
-Axes: B batch, H W C image, P patch side, N tokens, D width, K heads, L layers. The MLP of a block is injected, so that
-a system can put its own kind (Mixture-of-Experts) into the same block. Tokens are flattened to [B*N, D] before every
-dense layer: XLA's CPU backend multiplies 2-D matrices up to twice as fast as 3-D ones. What out and fc2 read is sown as
-"intermediates": "heads" [B, N, K, Dh] and "hidden" [B, N, mlp_dim]. After Dosovitskiy et al., arXiv 2010.11929.
+Axes: B batch, H W C image, N tokens, D width, K heads, L layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
-from core.attention import attend
 from core.dense import Dense, activation_dtype
-
-Dtype = Any
-Aux = Mapping[str, jax.Array]
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    # timm, DeiT, MAE, DINO. jax.nn.gelu's erfc is more exact where x < -4 and costs more than twice as much on a CPU.
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5)),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # vit_jax's; the cheapest
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
-}
-
-
-def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts images [B, H, W, C] into non-overlapping patches [B, N, P*P*C], row by row.
-
-    Raises:
-      ValueError: if H or W is not a multiple of `patch_size`.
-    """
-    height, width = images.shape[1:3]
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
-    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
-
-
-def unpatchify(patches: jax.Array, patch_size: int, height: int) -> jax.Array:
-    """Inverse of `patchify`: [B, N, P*P*C] -> [B, H, W, C] for images `height` pixels high."""
-    rows = height // patch_size
-    return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=patch_size, q=patch_size)
-
-
-class PatchEmbed(nn.Module):
-    """Linear patch embedding, [B, H, W, C] -> [B, N, D]; a convolution of stride P written as one matmul."""
-
-    width: int
-    patch_size: int
-    use_bias: bool = True
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        patches = patchify(images, self.patch_size)
-        flat = patches.reshape(-1, patches.shape[-1])
-        out = Dense((self.width,), use_bias=self.use_bias, dtype=self.dtype, name="proj")(flat)
-        return out.reshape(*patches.shape[:2], self.width)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, [B, N, D] -> [B, N, D]; kernels q, k, v are [D, K, Dh] and out is [K, Dh, D]."""
-
-    num_heads: int
-    qkv_bias: bool = True
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
-        if width % self.num_heads:
-            raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
-        shape = (self.num_heads, width // self.num_heads)
-        flat = x.reshape(-1, width)
-
-        def heads(name: str) -> jax.Array:
-            out = Dense(shape, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(flat)
-            return out.reshape(batch, tokens, *shape)
-
-        out = attend(heads("query"), heads("key"), heads("value"), self.dtype)
-        self.sow("intermediates", "heads", out)
-        out = Dense((width,), dtype=self.dtype, name="out")(out.reshape(-1, *shape))
-        return out.reshape(batch, tokens, width)
-
-
-class Mlp(nn.Module):
-    """Two dense layers, [B, N, D] -> ([B, N, D], {}); the empty dict is where an injected MLP puts losses.
-
-    Attributes:
-      activation: a key of ACTIVATIONS.
-    """
-
-    hidden_dim: int
-    activation: str = "gelu_tanh"
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
-        flat = x.reshape(-1, x.shape[-1])
-        hidden = ACTIVATIONS[self.activation](Dense((self.hidden_dim,), dtype=self.dtype, name="fc1")(flat))
-        self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = Dense((x.shape[-1],), dtype=self.dtype, name="fc2")(hidden)
-        return out.reshape(x.shape), {}
-
-
-class SwiGlu(nn.Module):
-    """fc2(silu(gate) * value) with [gate, value] = fc1(x), [B, N, D] -> ([B, N, D], {}); DINOv2's giant.
-
-    Attributes:
-      hidden_dim: width of gate and of value, so fc1 is [D, 2 * hidden_dim]. Shazeer, arXiv 2002.05202.
-    """
-
-    hidden_dim: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Aux]:
-        flat = x.reshape(-1, x.shape[-1])
-        gate, value = jnp.split(Dense((2 * self.hidden_dim,), dtype=self.dtype, name="fc1")(flat), 2, axis=-1)
-        hidden = jax.nn.silu(gate) * value
-        self.sow("intermediates", "hidden", hidden.reshape(*x.shape[:-1], -1))
-        out = Dense((x.shape[-1],), dtype=self.dtype, name="fc2")(hidden)
-        return out.reshape(x.shape), {}
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Attributes:
-      num_heads: attention heads.
-      make_mlp: called with the submodule's name, gives a module that maps tokens (and `mlp_args`) to (tokens, aux).
-      layer_scale: each branch times a learned vector "ls1", "ls2" [D] (Touvron et al., arXiv 2103.17239).
-    """
-
-    num_heads: int
-    make_mlp: Callable[[str], nn.Module]
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    layer_scale: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *mlp_args: Any) -> tuple[jax.Array, Aux]:
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=activation_dtype(self.dtype), name="norm1")(x)
-        y = SelfAttention(self.num_heads, qkv_bias=self.qkv_bias, dtype=self.dtype, name="attn")(y)
-        x = x + self._scaled("ls1", y)
-        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=activation_dtype(self.dtype), name="norm2")(x)
-        y, aux = self.make_mlp("mlp")(y, *mlp_args)
-        return x + self._scaled("ls2", y), aux
-
-    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
-        if not self.layer_scale:
-            return y
-        return y * self.param(name, nn.initializers.ones, (1, 1, y.shape[-1])).astype(y.dtype)
+from core.rotary import Rotary
+from core.transformer import ACTIVATIONS, Dtype, EncoderBlock, Mlp, PatchEmbed, SwiGlu, block_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +30,12 @@ class VitConfig:
       activation: a key of ACTIVATIONS; unused with mlp="swiglu".
       mlp: "mlp" | "swiglu".
       qkv_bias, patch_bias, head_bias: whether these layers have biases.
+      key_bias: whether the key has one too (DINOv3: no), where query and value have.
       class_token: whether a cls token comes first.
       num_registers: register tokens after the cls token (Darcet et al., arXiv 2309.16588).
+      position: "learned": an embedding added to the tokens; "rotary": queries and keys of patches turned (DINOv3).
       position_on_prefix: the position embedding covers cls and registers too; else patches only.
+      rotary_base: as in core.rotary; unused with position="learned".
       pre_norm: a layer norm before the first block (CLIP).
       layer_scale: as in EncoderBlock.
       final_norm: "tokens": norm of every token before pooling; "pooled": norm after pooling (timm's fc_norm).
@@ -194,11 +54,14 @@ class VitConfig:
     activation: str = "gelu"
     mlp: str = "mlp"
     qkv_bias: bool = True
+    key_bias: bool = True
     patch_bias: bool = True
     head_bias: bool = True
     class_token: bool = True
     num_registers: int = 0
+    position: str = "learned"
     position_on_prefix: bool = True
+    rotary_base: float = 100.0
     pre_norm: bool = False
     layer_scale: bool = False
     final_norm: str = "tokens"
@@ -208,6 +71,7 @@ class VitConfig:
         choices = {
             "activation": tuple(ACTIVATIONS),
             "mlp": ("mlp", "swiglu"),
+            "position": ("learned", "rotary"),
             "final_norm": ("tokens", "pooled"),
             "pool": ("token", "mean"),
         }
@@ -221,6 +85,11 @@ class VitConfig:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.position == "rotary" and (self.width // self.num_heads % 4 or self.rotary_base <= 1):
+            raise ValueError(
+                "rotary positions: expected heads of a multiple of 4 and rotary_base above 1, found width "
+                f"{self.width}, num_heads {self.num_heads} and rotary_base {self.rotary_base}"
+            )
         if self.pool == "token" and not self.class_token:
             raise ValueError('pool="token" needs class_token=True; use pool="mean"')
 
@@ -232,6 +101,13 @@ class VitConfig:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """What turns queries and keys, None with a learned position embedding."""
+        if self.position != "rotary":
+            return None
+        return Rotary(self.image_size // self.patch_size, self.num_prefix, self.rotary_base)
 
     @property
     def num_tokens(self) -> int:
@@ -259,8 +135,9 @@ class VitOutput(NamedTuple):
 class VisionTransformer(nn.Module):
     """Images [B, H, W, C], already normalised as the model expects them -> VitOutput.
 
-    Parameters: embed/proj, cls_token [1, 1, D], reg_tokens [1, num_registers, D], pos_embedding [1, N or patches, D],
-    norm_pre, block_00..., norm, head. Same order of tokens and operations as timm's VisionTransformer.
+    Parameters: embed/proj, cls_token [1, 1, D], reg_tokens [1, num_registers, D], pos_embedding [1, N or patches, D]
+    (none with rotary positions), norm_pre, block_00..., norm, head. Same order of tokens and operations as timm's
+    VisionTransformer (Eva with rotary positions).
     """
 
     config: VitConfig
@@ -291,17 +168,21 @@ class VisionTransformer(nn.Module):
         return VitOutput(tuple(blocks), tokens, pooled, logits, embedded)
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        """Patch tokens behind cls and register tokens, positions added; [B, N, D]."""
+        """Patch tokens behind cls and register tokens, learned positions added; [B, N, D]."""
         cfg = self.config
         x = PatchEmbed(cfg.width, cfg.patch_size, use_bias=cfg.patch_bias, dtype=self.dtype, name="embed")(images)
-        count = cfg.num_tokens if cfg.position_on_prefix else cfg.num_patches
-        position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, count, cfg.width)).astype(x.dtype)
+        position = None
+        if cfg.position == "learned":
+            count = cfg.num_tokens if cfg.position_on_prefix else cfg.num_patches
+            position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, count, cfg.width)).astype(x.dtype)
         prefix = []
         if cfg.class_token:
             prefix.append(self.param("cls_token", nn.initializers.normal(0.02), (1, 1, cfg.width)))
         if cfg.num_registers:
             prefix.append(self.param("reg_tokens", nn.initializers.normal(0.02), (1, cfg.num_registers, cfg.width)))
         prefix = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
+        if position is None:
+            return jnp.concatenate([*prefix, x], axis=1)
         if cfg.position_on_prefix:
             return jnp.concatenate([*prefix, x], axis=1) + position
         return jnp.concatenate([*prefix, x + position], axis=1)
@@ -319,11 +200,6 @@ def abstract_params(config: VitConfig) -> Any:
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
-def block_name(index: int) -> str:
-    """Where block `index` keeps its parameters: "block_00", ..."""
-    return f"block_{index:02d}"
-
-
 def build_block(config: VitConfig, dtype: Dtype = jnp.float32, name: str | None = None) -> EncoderBlock:
     """One block of a VisionTransformer; on its own, it applies to one block's parameters and tokens [B, N, D]."""
     return EncoderBlock(
@@ -331,7 +207,9 @@ def build_block(config: VitConfig, dtype: Dtype = jnp.float32, name: str | None 
         functools.partial(_build_mlp, config, dtype),
         norm_eps=config.norm_eps,
         qkv_bias=config.qkv_bias,
+        key_bias=config.key_bias,
         layer_scale=config.layer_scale,
+        rotary=config.rotary,
         dtype=dtype,
         name=name,
     )

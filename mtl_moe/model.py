@@ -18,7 +18,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 
 from core.dense import Dense, activation_dtype
-from core.vit import EncoderBlock, Mlp, PatchEmbed, block_name, patchify, unpatchify
+from core.transformer import EncoderBlock, Mlp, PatchEmbed, block_name, patchify, unpatchify
 from mtl_moe.moe import Dispatch, MoeMlp, active_hidden_dim, total_hidden_dim
 from mtl_moe.tasks import Geometry, Task
 

@@ -1,7 +1,7 @@
 """Mixture-of-Experts MLP: rows are moved to their experts' tiles, multiplied, moved back. Dropless.
 
 There is no capacity and no row is dropped, so an image's output does not depend on the other images of its batch
-(beyond the order of floating-point sums inside a matmul). The GELU is the tanh approximation, as in `core.vit.Mlp`.
+(beyond the order of floating-point sums inside a matmul). The GELU is the tanh approximation.
 
 Axes: B batch, N tokens of an image (in the functions: rows, B*N flattened), D width, F hidden width, K selected experts
 of a row (top_k), E experts, T tasks, A = N * K assignments of rows to experts.
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from core.dense import activation_dtype
-from core.vit import Mlp
+from core.transformer import Mlp
 from mtl_moe import routing
 from mtl_moe.routing import Gate
 from mtl_moe.tiles import Params, apply_tiles, tile_size

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from scipy.cluster.vq import kmeans2
 
-from core.vit import patchify
+from core.transformer import patchify
 from mtl_moe.model import ModelConfig, trunk_tokens
 from mtl_moe.tasks import Task, Teacher
 from mtl_moe.tasks.base import to_float

@@ -156,6 +156,7 @@ def describe(teacher: Teacher) -> list[str]:
     """What was read or assumed of a teacher, as lines for the console."""
     config, preprocessing = teacher.config, teacher.preprocessing
     tokens = f"{config.num_registers} registers, " * bool(config.num_registers) + f"{config.pool} pooling"
+    tokens += ", rotary positions" * (config.position == "rotary")
     mean, std = ((", ".join(f"{value:.4g}" for value in values)) for values in (preprocessing.mean, preprocessing.std))
     return [
         f"teacher   {teacher.name}: {config.depth} blocks of width {config.width}, {config.num_heads} heads, patch "
@@ -230,7 +231,8 @@ def _load(
 def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitConfig, tuple[str, ...]]:
     """Shapes, then the file's config, then overrides; notes on what was assumed."""
     settings = {**found.settings, **{key: overrides[key] for key in _CONFIG_FIELDS if key in overrides}}
-    fields = canonical.infer_config(found.state, found.source_name, settings.get("position_on_prefix")) | settings
+    asked = {key: settings[key] for key in ("position_on_prefix", "position") if key in settings}
+    fields = canonical.infer_config(found.state, found.source_name, **asked) | settings
     notes: tuple[str, ...] = ()
     if "num_heads" not in fields:
         heads = architectures.standard_heads(fields["width"])
@@ -241,6 +243,8 @@ def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitC
             )
         fields["num_heads"] = heads
         notes = (f"num_heads {heads} assumed: customary for width {fields['width']}",)
+    if "image_size" not in fields:
+        raise ValueError("image_size: neither rotary positions nor a config beside the file tell it: give overrides")
     config = VitConfig(**fields)
     trained = found.trained_activation
     if trained not in ("", config.activation):
@@ -265,7 +269,9 @@ def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitC
 def _resized(
     found: Checkpoint, config: VitConfig, overrides: Mapping[str, Any]
 ) -> tuple[canonical.State, tuple[str, ...]]:
-    """State with the position embedding for the config's image size."""
+    """State with the position embedding, where there is one, for the config's image size."""
+    if config.position == "rotary":
+        return found.state, ()
     variant = overrides.get("position_resize", found.position_resize)
     old, prefix = found.state["pos_embed"], config.num_prefix * config.position_on_prefix
     new = positions.resize_positions(old, prefix, config.image_size // config.patch_size, variant)

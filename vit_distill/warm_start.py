@@ -16,7 +16,8 @@ import scipy.linalg
 
 from core.dense import outer
 from core.low_rank import product
-from core.vit import VisionTransformer, VitConfig, block_name, build_block
+from core.transformer import block_name
+from core.vit import VisionTransformer, VitConfig, build_block
 from vit_distill.lora import Adapters, LoraConfig, merge
 
 # Part of the block, name of the sown input, and layer scale of the branch.

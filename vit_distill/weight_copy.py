@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.vit import VisionTransformer, VitConfig, block_name, build_block
+from core.transformer import block_name
+from core.vit import VisionTransformer, VitConfig, build_block
 from vit_distill.losses import cosine
 
 RULES = ("first", "last", "even", "truncate")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from core.transformer import patchify
 from core.tree import num_params
-from core.vit import patchify
 from mtl_moe.model import Detector, build_geometry, build_model_config
 from mtl_moe.tasks import build_tasks
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from core.vit import VitConfig, block_name
+from core.rotary import angles
+from core.transformer import block_name
+from core.vit import VitConfig
 
 # LayerNormalization came with 17; every runtime since 2022 reads it, so no newer operator is used.
 OPSET = 17
@@ -95,8 +97,9 @@ class _Graph:
             weights.append(self.weight("embed/proj/bias"))
         x = self.op("Conv", images, *weights, kernel_shape=[patch, patch], strides=[patch, patch])
         x = self.op("Transpose", self.reshape(x, 0, width, cfg.num_patches), perm=[0, 2, 1])
-        position = self.weight("pos_embedding")
-        if not cfg.position_on_prefix:
+        learned = cfg.position == "learned"
+        position = self.weight("pos_embedding") if learned else ""
+        if learned and not cfg.position_on_prefix:
             x = self.op("Add", x, position)
         if cfg.num_prefix:
             batch = self.op("Slice", self.op("Shape", x), self.constant([0]), self.constant([1]))
@@ -104,7 +107,7 @@ class _Graph:
             names = ["cls_token"] * cfg.class_token + ["reg_tokens"] * bool(cfg.num_registers)
             prefix = [self.op("Expand", self.weight(name), shape) for name in names]
             x = self.op("Concat", *prefix, x, axis=1)
-        return self.op("Add", x, position) if cfg.position_on_prefix else x
+        return self.op("Add", x, position) if learned and cfg.position_on_prefix else x
 
     def block(self, x: str, path: str) -> str:
         y = self.attention(self.norm(x, f"{path}/norm1"), f"{path}/attn")
@@ -118,13 +121,23 @@ class _Graph:
 
         def heads(name: str, perm: list[int]) -> str:
             flat = self.dense(x, f"{path}/{name}", (cfg.width, cfg.width))
-            return self.op("Transpose", self.reshape(flat, 0, 0, cfg.num_heads, head_dim), perm=perm)
+            parted = self.reshape(flat, 0, 0, cfg.num_heads, head_dim)
+            if cfg.rotary and name != "value":
+                parted = self.rotated(parted, angles(cfg.rotary, head_dim))
+            return self.op("Transpose", parted, perm=perm)
 
         query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
         logits = self.op("Mul", self.op("MatMul", query, key), self.constant(head_dim**-0.5))
         mixed = self.op("MatMul", self.op("Softmax", logits, axis=-1), value)
         mixed = self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, cfg.width)
         return self.dense(mixed, f"{path}/out", (cfg.width, cfg.width))
+
+    def rotated(self, x: str, turned: np.ndarray) -> str:
+        """`core.rotary.rotate` of [B, N, K, Dh] by angles [N, Dh / 2]."""
+        cos, sin = (self.constant(np.tile(values(turned), 2)[:, None]) for values in (np.cos, np.sin))
+        halves = self.op("Split", x, self.constant([turned.shape[1]] * 2), outputs=2, axis=-1)
+        other = self.op("Concat", self.op("Neg", halves[1]), halves[0], axis=-1)
+        return self.op("Add", self.op("Mul", x, cos), self.op("Mul", other, sin))
 
     def mlp(self, x: str, path: str) -> str:
         hidden = self.dense(x, f"{path}/fc1")
@@ -137,7 +150,7 @@ class _Graph:
         return self.dense(hidden, f"{path}/fc2")
 
     def activation(self, x: str) -> str:
-        """A key of core.vit.ACTIVATIONS, written out: the operator Gelu came only with opset 20."""
+        """A key of core.transformer.ACTIVATIONS, written out: the operator Gelu came only with opset 20."""
         if self.config.activation == "quick_gelu":
             return self.op("Mul", x, self.op("Sigmoid", self.op("Mul", x, self.constant(1.702))))
         if self.config.activation == "gelu":

@@ -63,7 +63,8 @@ def entries(config: VitConfig) -> list[Entry]:
         found.append(Entry("cls_token", "cls_token"))
     if config.num_registers:
         found.append(Entry("reg_token", "reg_tokens"))
-    found.append(Entry("pos_embed", "pos_embedding"))
+    if config.position == "learned":
+        found.append(Entry("pos_embed", "pos_embedding"))
     if config.pre_norm:
         found += _norm("norm_pre", "norm_pre")
     for i in range(config.depth):
@@ -86,7 +87,8 @@ def _linear(name: str, path: str, bias: bool = True, layout: str = "linear") -> 
 def _block(config: VitConfig, name: str, path: str) -> list[Entry]:
     found = _norm(f"{name}.norm1", f"{path}/norm1")
     for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
-        found += _linear(f"{name}.attn.{short}", f"{path}/attn/{long}", config.qkv_bias, "heads")
+        bias = config.qkv_bias and (config.key_bias or short != "k")
+        found += _linear(f"{name}.attn.{short}", f"{path}/attn/{long}", bias, "heads")
     found += _linear(f"{name}.attn.proj", f"{path}/attn/out", layout="out")
     found += _norm(f"{name}.norm2", f"{path}/norm2")
     for layer in ("fc1", "fc2"):
@@ -166,59 +168,94 @@ def _convert(
 
 
 def infer_config(
-    state: State, source_name: Callable[[str], str], position_on_prefix: bool | None = None
+    state: State,
+    source_name: Callable[[str], str],
+    position_on_prefix: bool | None = None,
+    position: str = "learned",
 ) -> dict[str, Any]:
     """Every field of VitConfig that names and shapes tell: all but num_heads, norm_eps, activation.
 
     Args:
       position_on_prefix: None: whichever gives a square grid, the prefix left out if both do.
+      position: as in VitConfig; "rotary" has no tensor, so that nothing tells image_size.
 
     Raises:
       ValueError: for states that no plain ViT has.
     """
-    patch = _require(state, "patch_embed.proj.weight", source_name, 4)
+    patch = require(state, "patch_embed.proj.weight", source_name, 4)
     width, channels, patch_size, other_side = patch.shape
     if patch_size != other_side:
         raise ValueError(f"patches: expected square ones, found {patch_size}x{other_side}")
-    fc1 = _require(state, "blocks.0.mlp.fc1.weight", source_name, 2).shape[0]
-    fc2 = _require(state, "blocks.0.mlp.fc2.weight", source_name, 2).shape[1]
+    fc1 = require(state, "blocks.0.mlp.fc1.weight", source_name, 2).shape[0]
+    fc2 = require(state, "blocks.0.mlp.fc2.weight", source_name, 2).shape[1]
     if fc1 not in (fc2, 2 * fc2):
         raise ValueError(
             f"{source_name('blocks.0.mlp.fc1.weight')!r} gives {fc1} values: expected {fc2} (MLP) or {2 * fc2} (SwiGLU)"
         )
     class_token = "cls_token" in state
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    count = _require(state, "pos_embed", source_name, 3).shape[1]
-    prefix = class_token + registers
-    # A grid of patches alone first: timm's register models leave the prefix out.
-    on_prefix = prefix > 0 and math.isqrt(count) ** 2 != count if position_on_prefix is None else position_on_prefix
-    grid = math.isqrt(max(count - prefix * on_prefix, 0))
-    if grid * grid + prefix * on_prefix != count:
-        raise ValueError(
-            f"{source_name('pos_embed')!r}: expected a square grid of patches, alone or with {prefix} tokens before "
-            f"it, found {count} positions"
-        )
+    image = {}
+    if position == "learned":
+        on_prefix, grid = _position_grid(state, source_name, class_token + registers, position_on_prefix)
+        image = {"position_on_prefix": on_prefix, "image_size": grid * patch_size}
     head = state.get("head.weight")
     return {
         "depth": _depth(state, source_name),
         "width": width,
         "mlp_dim": fc2,
         "patch_size": patch_size,
-        "image_size": grid * patch_size,
+        **image,
         "in_channels": channels,
         "num_classes": 0 if head is None else head.shape[0],
         "mlp": "mlp" if fc1 == fc2 else "swiglu",
         "qkv_bias": "blocks.0.attn.q.bias" in state,
+        "key_bias": "blocks.0.attn.k.bias" in state or "blocks.0.attn.q.bias" not in state,
         "patch_bias": "patch_embed.proj.bias" in state,
         "head_bias": head is None or "head.bias" in state,
         "class_token": class_token,
         "num_registers": registers,
-        "position_on_prefix": on_prefix,
         "pre_norm": "norm_pre.weight" in state,
         "layer_scale": "blocks.0.ls1.gamma" in state,
         "final_norm": "pooled" if "fc_norm.weight" in state else "tokens",
         "pool": "token" if class_token and "fc_norm.weight" not in state else "mean",
     }
+
+
+def _position_grid(
+    state: State, source_name: Callable[[str], str], prefix: int, on_prefix: bool | None
+) -> tuple[bool, int]:
+    """(whether the position embedding covers the `prefix` tokens too, side of its grid of patches)."""
+    count = require(state, "pos_embed", source_name, 3).shape[1]
+    if on_prefix is None:  # a grid of patches alone first: timm's register models leave the prefix out
+        on_prefix = prefix > 0 and math.isqrt(count) ** 2 != count
+    grid = math.isqrt(max(count - prefix * on_prefix, 0))
+    if grid * grid + prefix * on_prefix != count:
+        raise ValueError(
+            f"{source_name('pos_embed')!r}: expected a square grid of patches, alone or with {prefix} tokens before "
+            f"it, found {count} positions"
+        )
+    return on_prefix, grid
+
+
+def join_gates(state: State) -> dict[str, np.ndarray]:
+    """With one fc1 for the gate and value of SwiGLU where they stand apart ("mlp.fc1_g", "mlp.fc1_x")."""
+    joined = dict(state)
+    for name in [name for name in state if ".mlp.fc1_g." in name]:
+        other = name.replace("fc1_g", "fc1_x")
+        if other in state:
+            joined[name.replace("fc1_g", "fc1")] = np.concatenate([joined.pop(name), joined.pop(other)])
+    return joined
+
+
+def split_gates(state: State) -> dict[str, np.ndarray]:
+    """Inverse of `join_gates`, of a state with SwiGLU."""
+    parted: dict[str, np.ndarray] = {}
+    for name, array in state.items():
+        if ".mlp.fc1." in name:
+            parted[name.replace("fc1", "fc1_g")], parted[name.replace("fc1", "fc1_x")] = np.split(array, 2)
+        else:
+            parted[name] = array
+    return parted
 
 
 def fold_prefix_positions(state: dict[str, np.ndarray], num_prefix: int) -> None:
@@ -240,10 +277,16 @@ def _depth(state: State, source_name: Callable[[str], str]) -> int:
     return len(indices)
 
 
-def _require(state: State, name: str, source_name: Callable[[str], str], rank: int) -> np.ndarray:
+def require(state: State, name: str, source_name: Callable[[str], str], rank: int) -> np.ndarray:
+    """The tensor called `name`, of `rank` axes.
+
+    Raises:
+      ValueError: if it is missing or has another number of axes.
+    """
     if name not in state:
         _depth(state, source_name)  # a gap at block 0 has a clearer message
-        raise ValueError(f"tensor {source_name(name)!r} is missing: expected in every ViT of this format")
+        hint = "; rotary positions as DINOv3's: overrides position=rotary and image_size" if name == "pos_embed" else ""
+        raise ValueError(f"tensor {source_name(name)!r} is missing: expected in every ViT of this format{hint}")
     if state[name].ndim != rank:
         raise ValueError(f"tensor {source_name(name)!r}: expected {rank} axes, found shape {list(state[name].shape)}")
     return state[name]

@@ -1,4 +1,4 @@
-"""Writer of Hugging Face folders: a ViT or DINOv2 that transformers loads (it is not imported); inverse of the reader.
+"""Writer of Hugging Face folders: a ViT or DINO that transformers loads (it is not imported); inverse of the readers.
 
 What transformers always has and a model lacks is written so that the function stays the same: zero biases and
 positions, layer scales of one.
@@ -12,18 +12,21 @@ import numpy as np
 
 from core.files import write_json
 from core.vit import VitConfig
-from vit_distill.formats import canonical
+from vit_distill.formats import canonical, hugging_face_dinov3
 from vit_distill.formats.hugging_face_reader import DINOV2, DINOV2_SWIGLU, RESAMPLE, VIT
 from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
 
 
 def to_hugging_face(config: VitConfig, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json, tensors by their names on disk) of a ViT, or of a DINOv2 for layer scale, registers, SwiGLU.
+    """(config.json, tensors by their names on disk) of a ViT, of a DINOv2 for layer scale, registers, SwiGLU, or of a
+    DINOv3 for rotary positions.
 
     Raises:
-      ValueError: for what neither model of transformers can express.
+      ValueError: for what none of these models of transformers can express.
     """
+    if config.position == "rotary":
+        return hugging_face_dinov3.to_dinov3(config, params)
     is_dinov2 = config.layer_scale or config.num_registers > 0 or config.mlp == "swiglu"
     content = _model_config(config, is_dinov2)
     state = canonical.from_params(config, params)

@@ -1,4 +1,4 @@
-"""timm's format, which is also that of the original DeiT, MAE, DINO and DINOv2 files (timm is not imported).
+"""timm's format, which is also that of the original DeiT, MAE and DINO files, 1 to 3 (timm is not imported).
 
 `read` understands their dialects; `to_timm` and `write_timm_folder` are the inverse for today's timm, whose
 `create_model("local-dir:FOLDER", pretrained=True)` loads the folder strictly.
@@ -15,7 +15,7 @@ import numpy as np
 
 from core.files import write_json
 from core.vit import VitConfig
-from vit_distill.formats import architectures, canonical
+from vit_distill.formats import architectures, canonical, eva
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
@@ -25,21 +25,26 @@ OWN_SECTION = "vit_distill"  # of config.json: what timm's own fields cannot say
 # Old and original dialects -> timm's names of today.
 _DIALECTS = (
     (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),  # DINOv2 trained in chunks; the second index counts on
-    (re.compile(r"^register_tokens$"), "reg_token"),
+    (re.compile(r"^(register_tokens|storage_tokens)$"), "reg_token"),
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w1\."), ".mlp.fc1_g."),  # DINOv3, as the next
+    (re.compile(r"\.mlp\.w2\."), ".mlp.fc1_x."),
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
-    (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),  # DeiT III
+    (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),  # DeiT III, timm's DINOv3
+    (re.compile(r"\.attn\.([qv])_bias$"), r".attn.\1.bias"),  # timm's DINOv3
 )
-# Of original files of DeiT, MAE, DINO and DINOv2 and of none that timm writes: what the weights are under, and names.
+# Of original files of DeiT, MAE and DINO and of none that timm writes: what the weights are under, and names.
 _WRAPPERS = ("model", "teacher")
 _ORIGINAL = (
     "register_tokens", "*mask_token", "*decoder_*", "*dino_head.*", "*ibot_head.*", "head.mlp.*", "head.last_layer*",
-    "*.mlp.w12.*", "*.gamma_1",
+    "*.mlp.w12.*", "*.gamma_1", "storage_tokens",
 )  # fmt: skip
 # Of CLIPs that were trained with quick GELU; most say so in their notes too.
 _QUICK_GELU_TAGS = ("openai", "metaclip_400m", "metaclip_2pt5b")
 # What a config tells and tensors do not.
-_TOLD = ("num_heads", "norm_eps", "activation", "pool", "position_on_prefix")
+_TOLD = (
+    "num_heads", "norm_eps", "activation", "pool", "position", "position_on_prefix", "rotary_base", "image_size"
+)  # fmt: skip
 # Beside a ViT, whether or not it has a prefix.
 _OTHER_PARTS = {
     "head.mlp.*": "DINO's projection head",
@@ -54,11 +59,11 @@ _SPLIT = re.compile(r"(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)")
 
 
 def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
-    """Translates timm, DeiT, MAE, DINO or DINOv2 tensors, names already without prefix.
+    """Translates timm, DeiT, MAE or DINO tensors, names already without prefix.
 
     Args:
-      beside: its config is timm's or ours. Without one, an original of DeiT, MAE, DINO or DINOv2 is known by its
-        wrapper or names; these all expect ImageNet's mean and std.
+      beside: its config is timm's or ours. Without one, an original of DeiT, MAE or DINO is known by its wrapper or
+        names; these all expect ImageNet's mean and std.
 
     Raises:
       ValueError: for a variant that is not a plain ViT.
@@ -77,13 +82,17 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
                 state[f"{match[1]}.{short}.{match[2]}"] = part
         else:
             state[name] = array
-
+    state = canonical.join_gates(state)
+    dinov3 = "storage_tokens" in tensors  # the original; timm's has a config, or asks for overrides
+    if dinov3:  # a mask of zeros lies on the key's bias
+        state = {name: array for name, array in state.items() if not name.endswith(".attn.k.bias")}
     dinov2 = not beside.config and "blocks.0.ls1.gamma" in state and _position_on_class_token(state)
     notes = _fold_dinov2(state, "register_tokens" in tensors)
 
     def source_name(name: str) -> str:
-        name = _SPLIT.sub(r"\1.qkv.\2", name)
-        return sources.get(name, name)
+        joined = _SPLIT.sub(r"\1.qkv.\2", name)
+        candidates = (name, joined, name.replace(".mlp.fc1.", ".mlp.fc1_g."))
+        return next((sources[known] for known in candidates if known in sources), joined)
 
     settings, preprocessing, facts = _from_config(beside.config) if beside.config else ({}, {}, {})
     crop = _pretrained(beside.config or {}).get("crop_mode", "center")
@@ -95,9 +104,15 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         settings = {"norm_eps": 1e-5 if clip else 1e-6, "activation": "gelu"}
         notes += (f"norm_eps {settings['norm_eps']} and exact GELU assumed: no config.json beside the file",)
         original = any(canonical.matches(name, _ORIGINAL) for name in (*tensors, *beside.left_out))
+        if dinov3:
+            settings |= architectures.dinov3_settings(state["reg_token"].shape[-1])
+            notes = (
+                "original DINOv3: norm_eps 1e-5, images of 224 pixels; those trained on satellite images (SAT-493M) "
+                "expect overrides mean=(0.430, 0.411, 0.296) and std=(0.213, 0.156, 0.143)",
+            )
         if not clip and (original or beside.wrapper in _WRAPPERS):
             preprocessing = dict(architectures.IMAGENET)
-            notes += ("ImageNet's mean and std assumed, as DeiT, MAE, DINO and DINOv2 expect",)
+            notes += ("ImageNet's mean and std assumed, as DeiT, MAE and DINO expect",)
     return Checkpoint(
         "timm",
         state,
@@ -131,7 +146,8 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     own = content.get(OWN_SECTION, {})
     if own:
         facts = {"architecture": content.get("architecture"), **own.get("facts", {})}
-        return {key: own["config"][key] for key in _TOLD}, dict(own["preprocessing"]), facts
+        told = {key: own["config"][key] for key in _TOLD if key in own["config"]}
+        return told, dict(own["preprocessing"]), facts
     pretrained = _pretrained(content)
     name, args = str(content.get("architecture", "")), dict(content.get("model_args") or {})
     settings = architectures.named_settings(name)
@@ -142,6 +158,10 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         settings["activation"] = args["act_layer"]
     if "no_embed_class" in args:
         settings["position_on_prefix"] = not args["no_embed_class"]
+    if settings.get("position") == "rotary":
+        settings |= {"rotary_base": float(args.get("rope_temperature", 100.0))}
+        size = args.get("img_size") or pretrained.get("input_size")
+        settings |= {"image_size": int(np.ravel(size)[-1])} if size else {}
     pool = args.get("global_pool", content.get("global_pool"))
     if pool:  # one that we do not have is refused by VitConfig, unless overrides name another
         settings["pool"] = {"avg": "mean"}.get(pool, pool)
@@ -182,14 +202,21 @@ def _named_heads(name: str) -> int | None:
 READER = Reader(
     anchors=("patch_embed.proj.weight",),
     read=read,
-    ignored={"mask_token": "used in masked pre-training only", "decoder_*": "MAE's decoder", **_OTHER_PARTS},
+    ignored={
+        "mask_token": "used in masked pre-training only",
+        "decoder_*": "MAE's decoder",
+        "rope_embed.periods": "DINOv3's periods, computed here",
+        "*.attn.qkv.bias_mask": "which of DINOv3's biases are none",
+        "local_cls_norm.*": "of DINOv3's small crops in training",
+        **_OTHER_PARTS,
+    },
     ignored_outside=_OTHER_PARTS,
     unsupported={
         "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
         "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
         "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's; to use the tokens without it, give "
         "allow_unused=['attn_pool.*'] and overrides pool=mean",
-        "rope*": "rotary positions (EVA, DINOv3) are not a plain ViT's",
+        "rope.*": "rotary positions with tensors (EVA-02, mixed) are not a plain ViT's nor DINOv3's",
         "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
         "*relative_position*": "relative positions (BEiT) are not a plain ViT's",
     },
@@ -197,11 +224,13 @@ READER = Reader(
 
 
 def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
-    """Parameters -> timm's state_dict, float32.
+    """Parameters -> timm's state_dict, float32; of its class Eva with rotary positions.
 
     Raises:
       ValueError: if timm's VisionTransformer has no such layer.
     """
+    if config.position == "rotary":
+        return eva.to_eva(config, params)
     if config.pre_norm and config.patch_bias:
         raise ValueError("timm has no bias in the patch embedding of a model with a norm before the blocks")
     state = canonical.from_params(config, params)
@@ -232,6 +261,8 @@ def timm_model(config: VitConfig) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for an epsilon that no architecture of timm has.
     """
+    if config.position == "rotary":
+        return eva.eva_model(config)
     if config.mlp == "swiglu":
         if config.norm_eps > 3e-6:
             raise ValueError(f"timm has no SwiGLU model with norm_eps {config.norm_eps}: expected 1e-6")

@@ -21,6 +21,15 @@ ARCHITECTURES = {
     "vit": {},
     "mean": dict(activation="gelu_tanh", pool="mean", final_norm="pooled", class_token=False),
     "dinov2": dict(mlp="swiglu", layer_scale=True, num_registers=3, position_on_prefix=False, num_classes=0),
+    "dinov3": dict(
+        layer_scale=True,
+        num_registers=3,
+        position="rotary",
+        rotary_base=30.0,
+        key_bias=False,
+        num_classes=0,
+        norm_eps=1e-5,
+    ),
     "clip": dict(
         pre_norm=True, activation="quick_gelu", patch_bias=False, qkv_bias=False, head_bias=False, norm_eps=1e-5
     ),

@@ -1,5 +1,6 @@
 """What names of timm's tell: against timm's own models, whose parameters do not say it."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,6 @@ ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu
         ("vit_base_patch16_rope_224.naver_in1k", "rotary positions"),
         ("vit_small_patch16_rope_mixed_ape_224", "rotary positions"),
         ("vit_medium_patch16_rope_reg1_gap_256", "rotary positions"),
-        ("vit_large_patch16_dinov3.lvd1689m", "rotary positions"),
-        ("vit_base_patch16_dinov3_qkvb", "rotary positions"),
         ("vit_base_patch16_lingbot", "rotary positions"),
         ("vit_large_patch16_sapiens2", "rotary positions"),
         ("vit_pe_spatial_base_patch16_512", "rotary positions"),
@@ -55,6 +54,10 @@ def test_what_only_looks_like_a_plain_vit_is_refused(name: str, reason: str) -> 
         ("vit_so400m_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh"}),
         ("vit_giantopt_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh", "num_heads": 16}),
         ("vit_base_patch16_gap_224", {"norm_eps": 1e-6, "activation": "gelu", "num_heads": 16}),
+        (
+            "vit_huge_plus_patch16_dinov3.lvd1689m",
+            {"norm_eps": 1e-5, "activation": "gelu", "position": "rotary", "pool": "mean"},
+        ),
         ("test_vit", {"norm_eps": 1e-6, "activation": "gelu", "num_heads": 2}),
     ],
 )
@@ -65,6 +68,7 @@ def test_settings_by_name(name: str, expected: dict[str, Any]) -> None:
 def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
     """Of each ViT that timm can build: either an error, or timm's own block, epsilon, activation, heads and pooling."""
     timm, torch = peer("timm"), peer("torch")
+    from timm.models.eva import Eva, EvaAttention, EvaBlock
     from timm.models.vision_transformer import Attention, Block, LayerNorm, VisionTransformer
 
     patterns = ["vit_*", "deit*", "eva*", "beit*", "flexivit*", "test_vit*", "aimv2*", "samvit*"]
@@ -74,10 +78,12 @@ def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=0, depth=1)
         tensors = {key: np.broadcast_to(np.float32(0), tuple(value.shape)) for key, value in model.state_dict().items()}
-        beside = Beside({"architecture": name, "global_pool": getattr(model, "global_pool", "token")})
+        config_json = {"architecture": name, "global_pool": getattr(model, "global_pool", "token")}
+        beside = Beside(config_json | {"pretrained_cfg": {"input_size": model.pretrained_cfg["input_size"]}})
         try:
             found, _ = read_format(tensors, beside)
-            settings = infer_config(found.state, found.source_name) | found.settings
+            position = found.settings.get("position", "learned")
+            settings = infer_config(found.state, found.source_name, position=position) | found.settings
         except ValueError:
             continue
         heads = settings.get("num_heads") or architectures.standard_heads(settings["width"])
@@ -86,12 +92,18 @@ def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
             continue  # load_teacher refuses what is missing and what has no place
         read.append(name)
         block = model.blocks[0]
-        assert (type(model), type(block), type(block.attn), type(block.norm1)) == (
-            VisionTransformer, Block, Attention, LayerNorm
-        ), name  # fmt: skip
+        plain = (VisionTransformer, Block, Attention)
+        classes = (Eva, EvaBlock, EvaAttention) if config.position == "rotary" else plain
+        assert (type(model), type(block), type(block.attn), type(block.norm1)) == (*classes, LayerNorm), name
         assert config.norm_eps == block.norm1.eps, name
         assert config.mlp == "swiglu" or config.activation == ACTIVATIONS[type(block.mlp.act).__name__], name
         assert heads in (None, block.attn.num_heads), name
+        if config.position == "rotary":
+            rope = (type(model.rope).__name__, model.rope.temperature, model.rope.rotate_half, model.rope.grid_offset)
+            assert rope == ("RotaryEmbeddingDinoV3", config.rotary_base, True, 0), name
+            named = architectures.architecture_config(name)
+            assert dataclasses.replace(named, depth=1) == config, name
+            continue
         assert config.position_on_prefix == (not model.no_embed_class and model.num_prefix_tokens > 0), name
         assert config.pool == ("token" if model.global_pool == "token" else "mean"), name
     assert {"vit_base_patch16_224", "deit3_base_patch16_224", "eva_large_patch14_196", "flexivit_base"} <= set(read)
@@ -101,3 +113,4 @@ def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
         "vit_base_patch14_reg1_tipsv2",
         "test_vit",
     } <= set(read)
+    assert sum("dinov3" in name for name in read) == 12

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "references"
 CASES: dict[str, Any] = json.loads((FOLDER / "references.json").read_text())
 OVERRIDES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 # Where nothing beside the file tells the heads; vit_jax's arrays do.
-NUM_HEADS = {"openai_clip": 2, "facebook_dinov2": 2}
+NUM_HEADS = {"openai_clip": 2, "facebook_dinov2": 2, "facebook_dinov3": 2, "facebook_dinov3_swiglu": 2}
 TOWER = "visual."  # of CLIP's images; a tower saved by itself has no prefix
 
 
@@ -45,6 +45,8 @@ def load_case(name: str, folder: Path, alone: bool = False) -> Teacher:
     overrides: dict[str, Any] = {"num_heads": NUM_HEADS.get(name)}
     if name == "facebook_dinov2":
         overrides |= OVERRIDES
+    if name.startswith("facebook_dinov3"):
+        overrides |= {"image_size": 24}
     return load_teacher(str(folder), overrides=overrides)
 
 
@@ -52,13 +54,37 @@ def load_case(name: str, folder: Path, alone: bool = False) -> Teacher:
 def test_outputs_equal_the_other_tools(name: str, tmp_path: Path) -> None:
     teacher = load_case(name, tmp_path)
     check_outputs(name, teacher)
-    assert len(teacher.report.matched) + len(teacher.report.unused) == len(CASES[name]["shapes"])
+    # A value that stands apart from its gate is one tensor with it here.
+    parts = (".mlp.fc1_x.", ".mlp.w2.") + (".mlp.up_proj.",) * (teacher.config.mlp == "swiglu")
+    values = sum(any(part in tensor for part in parts) for tensor in CASES[name]["shapes"])
+    assert len(teacher.report.matched) + values + len(teacher.report.unused) == len(CASES[name]["shapes"])
 
 
 def test_an_image_tower_of_clip_saved_by_itself(tmp_path: Path) -> None:
     teacher = load_case("openai_clip", tmp_path, alone=True)
     check_outputs("openai_clip", teacher)
     assert teacher.report.unused == ()
+
+
+def test_rotary_positions_are_asked_for_and_serve_every_size(tmp_path: Path) -> None:
+    """A file of timm's alone does not say which positions its model has, nor how large its images are."""
+    save_file(script().fill(CASES["timm_dinov3"]["shapes"]), tmp_path / "alone.safetensors")
+    overrides: dict[str, Any] = OVERRIDES | {"num_heads": 2, "norm_eps": 1e-5}
+    with pytest.raises(ValueError, match=r"'pos_embed' is missing.*DINOv3's: overrides position=rotary and im"):
+        load_teacher(str(tmp_path), overrides=overrides)
+    with pytest.raises(ValueError, match="image_size: neither rotary positions nor a config"):
+        load_teacher(str(tmp_path), overrides=overrides | {"position": "rotary"})
+    rotary = {"position": "rotary", "image_size": 24, "pool": "mean"}
+    check_outputs("timm_dinov3", load_teacher(str(tmp_path), overrides=overrides | rotary))
+    larger = load_teacher(str(tmp_path), overrides=overrides | rotary | {"image_size": 48})
+    assert (larger.config.num_patches, larger.report.reshaped) == (36, ())
+
+
+def test_a_gated_mlp_of_another_activation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["hf_dinov3_swiglu"]
+    monkeypatch.setitem(CASES, "hf_dinov3_swiglu", case | {"config": case["config"] | {"hidden_act": "gelu"}})
+    with pytest.raises(ValueError, match="hidden_act: expected silu of a gated MLP, found 'gelu'"):
+        load_case("hf_dinov3_swiglu", tmp_path)
 
 
 def check_outputs(name: str, teacher: Teacher) -> None:
@@ -172,7 +198,9 @@ def test_images_prepared_in_a_way_that_is_not_ours_are_refused(
         load_case("hf_vit", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["timm_vit", "timm_siglip_gap", "hf_dinov2_registers", "big_vision"])
+@pytest.mark.parametrize(
+    "name", ["timm_vit", "timm_siglip_gap", "timm_dinov3", "hf_dinov2_registers", "hf_dinov3_swiglu", "big_vision"]
+)
 def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
     peer("timm" if "timm" in name or "big" in name else "transformers")
     case = script().CASES[name]()

@@ -23,6 +23,9 @@ PLAIN = VitConfig(
     depth=2, width=32, num_heads=2, mlp_dim=64, patch_size=8, image_size=24, num_classes=3, norm_eps=1e-6
 )  # fmt: skip
 DINOV2 = dataclasses.replace(PLAIN, layer_scale=True, num_registers=2, position_on_prefix=False)
+DINOV3 = dataclasses.replace(
+    PLAIN, layer_scale=True, num_registers=2, norm_eps=1e-5, position="rotary", key_bias=False, rotary_base=50.0
+)  # fmt: skip
 PREPROCESSING = Preprocessing(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic", 0.75)
 IMAGES = np.random.RandomState(0).standard_normal((2, 24, 24, 3)).astype(np.float32)
 TIMM = {
@@ -33,6 +36,19 @@ TIMM = {
     "registers": DINOV2,
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=37, num_registers=3),
     "clip": dataclasses.replace(PLAIN, pre_norm=True, patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
+    "dinov3": DINOV3,
+    "dinov3_swiglu": dataclasses.replace(DINOV3, mlp="swiglu", mlp_dim=37, pool="mean", num_classes=0),
+    "dinov3_bare": dataclasses.replace(
+        DINOV3,
+        layer_scale=False,
+        num_registers=0,
+        qkv_bias=False,
+        key_bias=True,
+        final_norm="pooled",
+        pool="mean",
+        patch_bias=False,
+        head_bias=False,
+    ),
 }
 HUGGING_FACE = {
     "plain": dataclasses.replace(PLAIN, mlp_dim=59, norm_eps=1e-5, activation="gelu_tanh"),
@@ -40,6 +56,11 @@ HUGGING_FACE = {
     "registers": dataclasses.replace(PLAIN, num_registers=2),
     "dinov2": dataclasses.replace(DINOV2, head_bias=False),
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=24, num_classes=0),
+    "dinov3": dataclasses.replace(DINOV3, num_classes=0, mlp_dim=59, activation="gelu_tanh"),
+    "dinov3_swiglu": dataclasses.replace(DINOV3, num_classes=0, mlp="swiglu", key_bias=True),
+    "dinov3_bare": dataclasses.replace(
+        DINOV3, num_classes=0, num_registers=0, layer_scale=False, patch_bias=False, qkv_bias=False, key_bias=True
+    ),
 }
 
 
@@ -136,4 +157,14 @@ def test_what_a_tool_cannot_express_is_refused(tmp_path: Path) -> None:
         timm_model(dataclasses.replace(PLAIN, norm_eps=1e-3))
     with pytest.raises(ValueError, match=r"not those of the architecture:\nmissing: block_02"):
         write_timm_folder(tmp_path, dataclasses.replace(PLAIN, depth=3), random_params(PLAIN), PREPROCESSING)
+    for changed, message in (
+        (dict(num_classes=3), "DINOv3, which has rotary positions, has no classifier: write a timm folder"),
+        (dict(num_classes=0, pool="mean", pre_norm=True), "has no norm before the blocks and mean pooling"),
+    ):
+        rotary = dataclasses.replace(DINOV3, **changed)
+        with pytest.raises(ValueError, match=message):
+            write_hugging_face_folder(tmp_path, rotary, random_params(rotary), PREPROCESSING)
+    rotary = dataclasses.replace(DINOV3, key_bias=True, norm_eps=1e-6)
+    with pytest.raises(ValueError, match=r"Eva.* has no bias of the key, norm_eps 1e-06 \(expected 1e-5\)"):
+        write_timm_folder(tmp_path, rotary, random_params(rotary), PREPROCESSING)
     assert not list(tmp_path.iterdir())

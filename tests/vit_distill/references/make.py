@@ -1,4 +1,4 @@
-"""Makes the stored reference outputs with timm and transformers: python tests/vit_distill/references/make.py
+"""Makes the stored reference outputs with timm and transformers: python tests/vit_distill/references/make.py [CASE...]
 
 A case is a checkpoint as another tool writes it (names, shapes, the JSON beside it) and what that tool's model gives
 for it. Weights are not stored: `fill` makes them from the names. `references.json` and `references.npz` lie beside.
@@ -102,7 +102,7 @@ def hugging_face_case(model_class: str, config_class: str, on_disk: bool = True,
         out = model(x, output_hidden_states=True)
     has_logits = hasattr(out, "logits")
     base = getattr(model, model.base_model_prefix, model)
-    norm = getattr(base, "layernorm", None) or base.post_layernorm
+    norm = getattr(base, "layernorm", None) or getattr(base, "post_layernorm", None) or model.norm
     blocks = list(out.hidden_states[1:])
     with torch.no_grad():
         tokens = norm(blocks[-1])
@@ -194,6 +194,36 @@ def facebook_shapes() -> dict[str, list[int]]:
     return shapes
 
 
+def facebook_dinov3_shapes(gated: bool) -> dict[str, list[int]]:
+    """The original DINOv3: storage tokens, periods, a key bias that is masked, with `gated` w1, w2 and w3."""
+    shapes: dict[str, list[int]] = {
+        "cls_token": [1, 1, WIDTH], "storage_tokens": [1, 4, WIDTH], "mask_token": [1, WIDTH],
+        "rope_embed.periods": [WIDTH // HEADS // 4], "patch_embed.proj.weight": [WIDTH, 3, PATCH, PATCH],
+        "patch_embed.proj.bias": [WIDTH], "norm.weight": [WIDTH], "norm.bias": [WIDTH],
+    }  # fmt: skip
+    mlp = (
+        {"w1": (64, WIDTH), "w2": (64, WIDTH), "w3": (WIDTH, 64)} if gated else {"fc1": (64, WIDTH), "fc2": (WIDTH, 64)}
+    )
+    sizes = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH), **{f"mlp.{k}": v for k, v in mlp.items()}}
+    for i in range(DEPTH):
+        for name, (out, inputs) in sizes.items():
+            shapes |= {f"blocks.{i}.{name}.weight": [out, inputs], f"blocks.{i}.{name}.bias": [out]}
+        shapes[f"blocks.{i}.attn.qkv.bias_mask"] = [3 * WIDTH]
+        for n in (1, 2):
+            shapes |= {f"blocks.{i}.norm{n}.{leaf}": [WIDTH] for leaf in ("weight", "bias")}
+            shapes[f"blocks.{i}.ls{n}.gamma"] = [WIDTH]
+    return shapes
+
+
+def through_eva_filter(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
+    """timm's own conversion of the original DINOv3's files."""
+    import torch
+    from timm.models.eva import checkpoint_filter_fn
+
+    state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+
+
 def through_filter(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
     """timm's own conversion of OpenAI's and Facebook's files."""
     import torch
@@ -229,6 +259,24 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "facebook_dinov2": lambda: timm_case(
         "vit_giant_patch14_reg4_dinov2", through_filter, facebook_shapes(), num_classes=0, mlp_ratio=4.0
     ),
+    "timm_dinov3": lambda: timm_case("vit_small_patch16_dinov3_qkvb"),
+    "timm_dinov3_swiglu": lambda: timm_case("vit_small_plus_patch16_dinov3", num_classes=0, global_pool="token"),
+    "facebook_dinov3": lambda: timm_case(
+        "vit_small_patch16_dinov3_qkvb",
+        through_eva_filter,
+        facebook_dinov3_shapes(False),
+        mlp_ratio=2.0,
+        num_classes=0,
+        global_pool="token",
+    ),
+    "facebook_dinov3_swiglu": lambda: timm_case(
+        "vit_small_plus_patch16_dinov3_qkvb",
+        through_eva_filter,
+        facebook_dinov3_shapes(True),
+        mlp_ratio=2.0,
+        num_classes=0,
+        global_pool="token",
+    ),
     "openai_clip": lambda: timm_case("vit_base_patch16_clip_quickgelu_224", through_filter, openai_shapes()),
     "vit_jax": lambda: timm_case("vit_base_patch16_224", through_npz, google_shapes(False), act_layer="gelu_tanh"),
     "big_vision": lambda: timm_case(
@@ -238,18 +286,39 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "hf_vit_in_memory": lambda: hugging_face_case(*VIT, False, intermediate_size=48, hidden_act="gelu_new"),
     "hf_dinov2_swiglu": lambda: hugging_face_case("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True),
     "hf_dinov2_registers": lambda: hugging_face_case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "hf_dinov3": lambda: hugging_face_case(
+        "DINOv3ViTModel", "DINOv3ViTConfig", intermediate_size=48, num_register_tokens=4, rope_theta=50.0
+    ),
+    "hf_dinov3_swiglu": lambda: hugging_face_case(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        intermediate_size=48,
+        num_register_tokens=2,
+        use_gated_mlp=True,
+        hidden_act="silu",
+        query_bias=False,
+        value_bias=False,
+    ),
+    "hf_dinov3_in_memory": lambda: hugging_face_case(
+        "DINOv3ViTModel", "DINOv3ViTConfig", False, intermediate_size=48, key_bias=True, num_register_tokens=1
+    ),
     "hf_clip": lambda: hugging_face_case("CLIPVisionModel", "CLIPVisionConfig", intermediate_size=48),
 }
 
 
 def main() -> None:
+    """Makes all cases, or those named on the command line, beside which the stored others stay."""
     sys.path.insert(0, str(FOLDER.parent))
     from peers import peer
 
     peer("timm"), peer("transformers")
     described, arrays = {}, {}
-    for name, make in CASES.items():
-        case = make()
+    if wanted := sys.argv[1:]:
+        described = json.loads((FOLDER / "references.json").read_text())
+        with np.load(FOLDER / "references.npz") as stored:
+            arrays = {key: stored[key] for key in stored.files if key.partition("/")[0] not in wanted}
+    for name in wanted or CASES:
+        case = CASES[name]()
         arrays |= {f"{name}/{key}": value for key, value in case.pop("arrays").items()}
         described[name] = case
     (FOLDER / "references.json").write_text(json.dumps(described, indent=None, sort_keys=True) + "\n")

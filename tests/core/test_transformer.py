@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from core import attention, vit
+from core import attention, transformer
 from core.attention import attend
 
 BATCH, TOKENS, WIDTH, HEADS, HIDDEN = 2, 5, 8, 2, 12
@@ -52,10 +52,10 @@ def _randomised(params, seed=0):
 
 
 def _cases():
-    block = vit.EncoderBlock(HEADS, lambda name: vit.Mlp(HIDDEN, name=name))
+    block = transformer.EncoderBlock(HEADS, lambda name: transformer.Mlp(HIDDEN, name=name))
     return {
-        "attention": (vit.SelfAttention(HEADS), _attention),
-        "mlp": (vit.Mlp(HIDDEN), _mlp),
+        "attention": (transformer.SelfAttention(HEADS), _attention),
+        "mlp": (transformer.Mlp(HIDDEN), _mlp),
         "block": (block, _block),
     }
 
@@ -115,7 +115,7 @@ def test_attention_without_a_gradient_stands_large_logits():
     np.testing.assert_array_equal(attend(q, k, v, jnp.float32)[0, :, 0], [[2.0] * 4, [1.0] * 4])
 
 
-@pytest.mark.parametrize("name", sorted(vit.ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(transformer.ACTIVATIONS))
 def test_activations_and_their_slopes_are_what_their_names_say(name):
     """Against float64, to a few float32 roundings of values up to 9 (timm's own GELU is as far away)."""
     x = np.linspace(-9, 9, 1001)
@@ -124,9 +124,9 @@ def test_activations_and_their_slopes_are_what_their_names_say(name):
         "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
         "quick_gelu": x / (1 + np.exp(-1.702 * x)),
     }[name]
-    found = vit.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    found = transformer.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
-    slopes = jax.vmap(jax.grad(vit.ACTIVATIONS[name]))(jnp.asarray(x, jnp.float32))
+    slopes = jax.vmap(jax.grad(transformer.ACTIVATIONS[name]))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(slopes[1:-1], (wanted[2:] - wanted[:-2]) / (x[2:] - x[:-2]), rtol=0, atol=1e-4)
 
 
@@ -180,7 +180,7 @@ def test_attention_of_an_odd_number_of_tokens_has_the_gradient_of_one_token_more
 
 def test_attention_rejects_a_width_that_heads_do_not_divide():
     with pytest.raises(ValueError, match="width 8 is not a multiple of num_heads 3"):
-        vit.SelfAttention(3).init(jax.random.key(0), jnp.zeros((1, 2, 8)))
+        transformer.SelfAttention(3).init(jax.random.key(0), jnp.zeros((1, 2, 8)))
 
 
 def test_block_hands_arguments_to_its_mlp_and_returns_its_aux():
@@ -188,7 +188,7 @@ def test_block_hands_arguments_to_its_mlp_and_returns_its_aux():
         def __call__(self, x, factor):
             return factor * x, {"factor": factor}
 
-    block = vit.EncoderBlock(HEADS, lambda name: Scaled(name=name))
+    block = transformer.EncoderBlock(HEADS, lambda name: Scaled(name=name))
     x = jax.random.normal(jax.random.key(1), (1, 3, WIDTH))
     variables = jax.jit(block.init)(jax.random.key(0), x, 2.0)
     apply = jax.jit(block.apply)
@@ -200,20 +200,20 @@ def test_block_hands_arguments_to_its_mlp_and_returns_its_aux():
 
 def test_patchify_cuts_row_by_row_and_unpatchify_puts_back():
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
-    patches = np.asarray(vit.patchify(images, 2))
+    patches = np.asarray(transformer.patchify(images, 2))
     assert patches.shape == (2, 6, 12)
     for row in range(2):
         for column in range(3):
             patch = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             np.testing.assert_array_equal(patches[:, 3 * row + column], patch.reshape(2, -1))
-    np.testing.assert_array_equal(vit.unpatchify(patches, 2, height=4), images)
+    np.testing.assert_array_equal(transformer.unpatchify(patches, 2, height=4), images)
     with pytest.raises(ValueError, match="image size 4x6 is not a multiple of patch_size 4"):
-        vit.patchify(images, 4)
+        transformer.patchify(images, 4)
 
 
 def test_patch_embed_is_a_strided_convolution():
     images = np.random.default_rng(0).normal(size=(2, 4, 8, 3)).astype(np.float32)
-    module = vit.PatchEmbed(WIDTH, patch_size=4)
+    module = transformer.PatchEmbed(WIDTH, patch_size=4)
     params = _randomised(module.init(jax.random.key(0), images)["params"])
     out = module.apply({"params": params}, images)
     kernel = params["proj"]["kernel"].reshape(4, 4, 3, WIDTH)
@@ -223,7 +223,9 @@ def test_patch_embed_is_a_strided_convolution():
 
 
 def test_bfloat16_rounds_operands_with_float32_parameters():
-    module = vit.EncoderBlock(HEADS, lambda name: vit.Mlp(HIDDEN, dtype=jnp.bfloat16, name=name), dtype=jnp.bfloat16)
+    module = transformer.EncoderBlock(
+        HEADS, lambda name: transformer.Mlp(HIDDEN, dtype=jnp.bfloat16, name=name), dtype=jnp.bfloat16
+    )
     x = jax.random.normal(jax.random.key(1), (BATCH, TOKENS, WIDTH), jnp.bfloat16)
     params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
