@@ -95,7 +95,9 @@ def load_dataset(data: ConfigDict, min_size: int = 1, reader: str = "auto", requ
     return dataset_from_index(index, data, data.skip_corrupt, data.memory_limit_gb, min_size, reader)
 
 
-def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool = False) -> tuple[Split, dict[str, str]]:
+def load_images(
+    root: Path, data: ConfigDict, min_size: int = 1, need_groups: bool = False
+) -> tuple[Split, dict[str, str]]:
     """Every image below `root`, whatever its folders are called, with unknown label (-1): what prediction scores.
 
     What lies in mask folders (`tree.in_mask_folder`) is left out with a warning; `root` itself may be called anything.
@@ -103,7 +105,8 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
     Args:
       data: for image_size, mask_size, channels, window, groups, skip_corrupt and memory_limit_gb.
       min_size: smallest image side accepted.
-      grouped: whether groups are found as data.groups says; else each image is its own: scores need no patients.
+      need_groups: whether names in which data.groups finds no patient are an error; else, with a warning, each image
+        is then its own: scores of images need no patients.
 
     Returns:
       The images, all decoded here once (they stay in memory if they fit), and {name: reason} of those left out as they
@@ -132,13 +135,23 @@ def load_images(root: Path, data: ConfigDict, min_size: int = 1, grouped: bool =
         logging.warning("%s: %d files in folders of masks were left out: %s", root, count, shown)
     names = sorted((folder / file).as_posix() for folder, files in folders.items() for file in files)
     refuse_masks(root, names)  # one would be scored, or calibrate, as an image
-    groups = groups_of(root, names, check_groups(data.groups) if grouped else "image")
+    groups = _groups(root, names, check_groups(data.groups), need_groups)
     examples = tuple(Example(name, root / name, -1, None, group) for name, group in zip(names, groups, strict=True))
     in_memory = len(names) * data.image_size**2 * data.channels <= data.memory_limit_gb * 2**30
     pixels = _file_pixels(examples, data, min_size)
     pixels, rows, skipped = _decode(pixels, False, in_memory, data.skip_corrupt, root.resolve().name)
     names, groups = ([values[row] for row in rows] for values in (names, groups))
     return Split(names, groups, np.full(len(names), -1, np.int32), False, pixels), skipped
+
+
+def _groups(root: Path, names: list[str], groups: str, needed: bool) -> list[str]:
+    try:
+        return groups_of(root, names, groups)
+    except DataError as error:
+        if needed:
+            raise
+        logging.warning("%s; each image is taken for a patient of its own", error)
+        return names
 
 
 def preprocessing(data: ConfigDict) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class Calibration:
       fused: [n] fused scores of the calibration normals in their order, each by a fit without it.
       fused_low, fused_scale: the same two numbers of the finished fused map, inside the body.
       num_groups: patients that the normals come from.
+      groups: [n] number of each normal's patient; empty in files of before it was written down.
       source, manifest_hash, dtype: of which data set the normals are, the hash of that, and `score.dtype`; "" in files
         of before these were written down.
     """
@@ -95,6 +96,7 @@ class Calibration:
     fused_low: float = 0.0
     fused_scale: float = 1.0
     num_groups: int = 0
+    groups: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
     source: str = ""
     manifest_hash: str = ""
     dtype: str = ""
@@ -264,7 +266,8 @@ def fit_scores(
     fused = np.empty(len(raw))
     for fold, others in folds:
         fused[fold] = others.fuse(others.corrected(raw[fold], texture[fold]))
-    return dataclasses.replace(whole, fused=fused, num_groups=len(set(groups)))
+    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    return dataclasses.replace(whole, fused=fused, num_groups=len(names), groups=numbers)
 
 
 def fit_folds(

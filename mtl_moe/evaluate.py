@@ -23,6 +23,7 @@ from mtl_moe.infer import Scored, Scorer, calibrate, evidence_maps, own_calibrat
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.painted import criteria
 from mtl_moe.painted_check import PaintedCheck, check_painted
+from mtl_moe.patients import patients_of, write_patients
 from mtl_moe.provenance import check_source, provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import Case, ReportData, select_cases
@@ -110,9 +111,12 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     fused = calibration.fuse(corrected) if has_test else calibration.fused
     p = calibration.p_values(fused)
 
+    patients = patients_of(split.groups, split.labels, fused, calibration) if has_test else None
     results = Results(dataset.name, split, scored.texture, system.config.score.bootstrap)
     if results.has_both:
         results.add_detector(system, calibration, corrected, fused, scored.maps, scored.kept)
+        if patients:
+            results.add_patients(patients)
         results.add_floors(dataset, fused)
         if "train" in dataset.splits and system.config.score.untrained:
             results.add_untrained(system, scorer, dataset)
@@ -129,6 +133,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
     }
     evidence_scores = calibration.by_name(calibration.tail_scores(corrected))
     write_predictions(output / "predictions.csv", split, fused, p, evidence_scores)
+    write_patients(output / "patients.csv", patients, split.names)
     write_json(output / "report.json", report)
     page = ReportData(
         dataset=dataset.name,
@@ -148,6 +153,7 @@ def evaluate(system: System, dataset: Dataset, workdir: Path) -> dict[str, Any]:
         groups=split.groups,
         num_calibration_groups=calibration.num_groups,
         tested=has_test,
+        patients=patients,
         painted=painted,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),

@@ -19,6 +19,7 @@ from mtl_moe.calibration import TEXTURE, Calibration, check_calibration
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, own_calibration, restore_networks
 from mtl_moe.outputs import write_maps, write_predictions
+from mtl_moe.patients import patients_of, write_patients
 from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import ReportData
@@ -74,6 +75,8 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
     if caution:
         logging.warning("%s", caution)
     write_predictions(output / "predictions.csv", split, fused, p, evidence, skipped)
+    patients = patients_of(split.groups, split.labels, fused, calibration)
+    write_patients(output / "patients.csv", patients, split.names)
     thresholds = [
         {"fpr": float(rate), "threshold": threshold_at_fpr(calibration.fused, rate)}
         for rate in config.score.false_positive_rates
@@ -109,6 +112,7 @@ def predict(system: System, workdir: Path, source: Path, output: Path, normals: 
         calibration_scores=calibration.fused,
         groups=split.groups,
         num_calibration_groups=calibration.num_groups,
+        patients=patients,
         thresholds=thresholds,
         cases=gallery(system, scorer, calibration, split, fused, p),
         history=read_history(workdir),
@@ -171,7 +175,7 @@ def _calibrate(system: System, scorer: Scorer, workdir: Path, normals: Path, sou
             f"--normals={normals} and --input={source} hold the same images, which would look as normal as themselves: "
             "expected two folders, neither inside the other"
         )
-    split, _ = load_images(normals, system.config.data, min_size=system.config.model.patch_size, grouped=True)
+    split, _ = load_images(normals, system.config.data, min_size=system.config.model.patch_size, need_groups=True)
     split, known = new_normals(split, workdir)
     check_calibration(system.config.score.fusion, split.groups)
     calibration = calibrate(system, scorer, dataclasses.replace(split, labels=np.zeros_like(split.labels)))

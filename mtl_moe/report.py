@@ -16,6 +16,7 @@ from mtl_moe.calibration import TEXTURE
 from mtl_moe.report_calibration import calibration_section
 from mtl_moe.report_data import Case, ReportData, span
 from mtl_moe.report_painted import painted_section
+from mtl_moe.report_patients import patients_section
 from mtl_moe.results import MAX_EVIDENCE_MAPS
 
 DISCLAIMER = (
@@ -41,6 +42,7 @@ def write_report(path: str | Path, results: ReportData) -> None:
         page.Section("Result", _result(results)),
         page.Section("How to read this page", _reading_guide(results)),
         page.Section("Scores", _scores(results)),
+        page.Section("Patients", _patients(results)) if results.patients else None,
         page.Section("Painted defects", painted_section(results.painted)) if results.painted else None,
         page.Section("Thresholds", _thresholds(results)) if results.thresholds else None,
         page.Section("Cases", _cases(results)) if results.cases else None,
@@ -183,6 +185,10 @@ def _scores(results: ReportData) -> Markup:
     evidences = {name: roc_curve(values[known], labels[known])[:2] for name, values in results.evidence_scores.items()}
     roc = page.chart(figures.roc_figure(curve, evidences), "ROC curves", "ROC curves on the test images.")
     return page.block([roc, histogram], "row")
+
+
+def _patients(results: ReportData) -> Markup:
+    return patients_section(results.patients, results.names, results.value("patient_auroc"))
 
 
 def _ranking(results: ReportData) -> Markup:

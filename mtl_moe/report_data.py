@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mtl_moe.painted_check import PaintedCheck
+from mtl_moe.patients import Patients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class ReportData:
     """What the report shows. Metric keys are those of report.json:
 
     `test/<dataset>/` + `image_auroc` | `image_ap` | `pixel_auroc` | `pixel_ap` | `aupro` | `aupro_bmad` |
-    `matched_auroc` | `floor_matched_auroc` (over pairs alike in the strongest floor) | `normal_vs_calibration` |
+    `matched_auroc` | `floor_matched_auroc` (over pairs alike in the strongest floor) | `patient_auroc` (of patients,
+    where some have several images) | `normal_vs_calibration` |
     `abnormal_vs_calibration` (AUROC of test images against the calibration normals), bare or after `task/<evidence>/`,
     `leave_out/<task>/` (fused without it) or `floor/<floor>/`.
     With abnormal and normal images `image_auroc` must be there; all others are shown where they are.
@@ -52,6 +54,7 @@ class ReportData:
     calibration_scores: np.ndarray  # float [M]
     groups: Sequence[str]  # [N]: patient of each image
     num_calibration_groups: int  # patients among the calibration normals
+    patients: Patients | None = None  # where some bring several images
     painted: PaintedCheck | None = None
     tested: bool = True  # False: the images are the calibration normals themselves, and tell nothing of new ones
     # Each with `fpr` and `threshold`, and where labels allow `observed_fpr` and `tpr` (else None or absent).

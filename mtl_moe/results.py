@@ -20,6 +20,7 @@ from input_pipeline.dataset import Dataset, Split
 from mtl_moe import floors
 from mtl_moe.calibration import Calibration, evidence_names, task_evidences
 from mtl_moe.infer import Scorer, Trained, calibrate
+from mtl_moe.patients import Patients
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System
 
@@ -92,6 +93,16 @@ class Results:
         self.metrics[self._prefix + "best_single/image_auroc"] = max(singles)
         parts = task_evidences(system.tasks).items()
         self._images({f"leave_out/{task}/": calibration.fuse(corrected, leave_out=names) for task, names in parts})
+
+    def add_patients(self, patients: Patients) -> None:
+        """AUROC of patients, each one image of the bootstrap; none where a label or one of both kinds is missing."""
+        if set(patients.labels) != {0, 1}:
+            return
+        key, scores, labels = self._prefix + "patient_auroc", patients.scores, patients.labels
+        self.metrics[key] = auroc(scores, labels)
+        if self._num_resamples and min(np.bincount(labels)) > 1:
+            (interval,) = bootstrap_intervals([scores], labels, np.arange(len(labels)), self._num_resamples)
+            self.intervals[key] = interval["auroc"]
 
     def add_floors(self, dataset: Dataset, fused: np.ndarray) -> None:
         """Scores and maps that learn next to nothing, fitted on the same training normals; without these, those that

@@ -230,7 +230,7 @@ def test_images_to_score_that_are_corrupt_stop_or_are_left_out(tmp_path, limit, 
         load_images(tmp_path, config)
     (tmp_path / "old/e.png").unlink()
     config.skip_corrupt = True
-    split, skipped = load_images(tmp_path, config, grouped=True)
+    split, skipped = load_images(tmp_path, config, need_groups=True)
     assert split.names == ["new/a.png", "old/c.png", "old/d.png"]
     assert split.groups == ["new/a", "old/c", "old/d"]
     assert split.labels.tolist() == [-1] * 3
@@ -251,18 +251,30 @@ def test_masks_among_images_to_score_are_left_out_or_refused(tmp_path, caplog):
     masks = {"Ungood/anomaly_mask": ["a.png"], "ground_truth/hole": ["a_mask.png", "b.png"], "Val_Label": ["v.png"]}
     make_tree(tmp_path, folders | masks)
     expected = ["Ungood/img/a.png", "good/label.png", "label 2/b.png", "masked/m.png"]
-    for grouped in (False, True):
+    for needed in (False, True):
         caplog.clear()
-        assert load_images(tmp_path, data_config(), grouped=grouped)[0].names == expected
+        assert load_images(tmp_path, data_config(), need_groups=needed)[0].names == expected
         assert "4 files in folders of masks were left out: " in caplog.text
         assert "Ungood/anomaly_mask" in caplog.text
     with pytest.raises(DataError, match=r"all of its 2 images lie in folders of masks .*\(hole/gt\); give the folder"):
         load_images(make_tree(tmp_path / "only", {"hole/gt": ["a.png", "b.png"]}), data_config())
     assert load_images(tmp_path / "only/hole/gt", data_config())[0].names == ["a.png", "b.png"]
     make_tree(tmp_path, {"good": ["label_mask.png"]})
-    for grouped in (False, True):
+    for needed in (False, True):
         with pytest.raises(DataError, match=r"label_mask\.png: a mask by its name"):
-            load_images(tmp_path, data_config(), grouped=grouped)
+            load_images(tmp_path, data_config(), need_groups=needed)
+
+
+def test_patients_of_images_to_score_are_found_where_names_tell_them(tmp_path, caplog):
+    make_tree(tmp_path, {"new": ["00001_60.png", "00001_61.png", "x.png"]})
+    assert load_images(tmp_path, data_config())[0].groups == ["00001", "00001", "new/x"]
+    other = data_config(groups="patient-([a-z]+)")
+    with pytest.raises(DataError, match="finds no patient in 3 of 3 names"):
+        load_images(tmp_path, other, need_groups=True)
+    split, _ = load_images(tmp_path, other)
+    assert split.groups == split.names
+    assert "finds no patient in 3 of 3 names" in caplog.text
+    assert "; each image is taken for a patient of its own" in caplog.text
 
 
 def test_folders_without_images_to_score_are_told_apart(tmp_path, caplog):
@@ -289,7 +301,8 @@ def test_every_image_by_itself_from_files_and_from_their_cache(tmp_path):
     for key, split in files.items():
         assert split.groups == split.names
         assert (cached[key].names, cached[key].groups) == (split.names, split.groups)
-    assert load_images(tmp_path / "set/train", data_config(), grouped=False)[0].groups[0] == "good/img/00000_60.png"
+    alone = load_images(tmp_path / "set/train", data_config(groups="image"))[0]
+    assert alone.groups[0] == alone.names[0] == "good/img/00000_60.png"
     for config in (data_config(tmp_path / "set", groups="x"), data_config(cache=str(tmp_path / "set.npz"), groups="x")):
         with pytest.raises(ValueError, match=r"data\.groups: expected auto, image or .*found 'x'"):
             load_dataset(config)

@@ -71,7 +71,8 @@ def report(tiny_run):
 def test_all_outputs_are_written(tiny_run, report):
     names = {path.name for path in tiny_run.workdir.iterdir()}
     assert names == {
-        "checkpoints", "metrics.jsonl", "calibration.npz", "predictions.csv", "report.json", "report.html"
+        "checkpoints", "metrics.jsonl", "calibration.npz", "predictions.csv", "patients.csv", "report.json",
+        "report.html",
     }  # fmt: skip
     page = (tiny_run.workdir / "report.html").read_text()
     assert all(reference.startswith("data:") for reference in References(page).found)
