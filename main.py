@@ -5,6 +5,7 @@
   python main.py --mode=predict --workdir=W --input=DIR scores any folder (--normals=DIR: against these)
   python main.py --mode=prepare --config=... --output=CACHE.npz   checks a data folder and writes a decoded cache
   python main.py --mode=slices --config=... --config.data.root=VOLUMES --output=DIR   cuts NIfTI volumes into images
+  python main.py --mode=volumes --config=... --config.data.root=VOLUMES --input=PREDICTION --output=DIR   and maps back
   python main.py --mode=compress --workdir=W --reduction=2 --output=S   distils a trained detector into a smaller one
   python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T --config.data.root=D --workdir=W
   python main.py --mode=plan --config=configs/vit_distill/distill.py --config.teacher.checkpoint=T   what it will cost
@@ -26,10 +27,10 @@ from ml_collections import config_flags
 NO_CONFIG = "--config is missing, and so is the --workdir of an earlier run"
 # What each system offers; functions of the same name in its run.py.
 MODES = {
-    "mtl_moe": ("train", "evaluate", "predict", "prepare", "slices", "compress", "export"),
+    "mtl_moe": ("train", "evaluate", "predict", "prepare", "slices", "volumes", "compress", "export"),
     "vit_distill": ("train", "evaluate", "plan", "export"),
 }
-WITHOUT_WORKDIR = ("prepare", "slices", "plan")
+WITHOUT_WORKDIR = ("prepare", "slices", "volumes", "plan")
 EXPORTS = ("timm", "huggingface", "adapters", "stablehlo", "onnx")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; without it, the one of --workdir.")
 MODE = flags.DEFINE_enum(
@@ -39,7 +40,7 @@ MODE = flags.DEFINE_enum(
     "What to do; train also evaluates at its end.",
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: config, checkpoints, metrics, report.")
-INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict.")
+INPUT = flags.DEFINE_string("input", "", "Folder of images for --mode=predict; of its results for volumes.")
 NORMALS = flags.DEFINE_string(
     "normals",
     "",
@@ -50,8 +51,8 @@ EXPORT = flags.DEFINE_enum("export", "timm", EXPORTS, "What --mode=export writes
 OUTPUT = flags.DEFINE_string(
     "output",
     "",
-    "Where predict writes (default WORKDIR/predict/NAME, of --input), prepare its .npz, slices its images, export its "
-    "folder (WORKDIR/export/KIND), compress the smaller detector's work directory.",
+    "Where predict writes (default WORKDIR/predict/NAME, of --input), prepare its .npz, slices its images, volumes its "
+    "maps, export its folder (WORKDIR/export/KIND), compress the smaller detector's work directory.",
 )
 REDUCTION = flags.DEFINE_integer("reduction", None, "For --mode=compress: one block in so many is kept.", lower_bound=2)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: initialise jax.distributed first.")
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
         "predict": lambda: run.predict(config, workdir, INPUT.value, OUTPUT.value, NORMALS.value),
         "prepare": lambda: run.prepare(config, OUTPUT.value),
         "slices": lambda: run.slices(config, OUTPUT.value),
+        "volumes": lambda: run.volumes(config, INPUT.value, OUTPUT.value),
         "compress": lambda: run.compress(config, workdir, OUTPUT.value, REDUCTION.value),
         "plan": lambda: run.plan(config, workdir if WORKDIR.value else None),
         "export": lambda: run.export(config, workdir, EXPORT.value, OUTPUT.value),

@@ -79,7 +79,7 @@ def _write(index: Index, root: Path, number: int, every: int, min_body: float, w
         counts["left out"] += int((~wanted).sum())
         for position in np.flatnonzero(wanted)[::every]:
             for folder, picture in _pictures(example, grey, mask, number, position):
-                path = root / split / folder / f"{_stem(example)}_slice{position:03d}.png"
+                path = root / split / folder / f"{stem_of_slices(example)}_slice{position:03d}.png"
                 if path.exists():
                     raise DataError(f"{example.image}: two volumes of this name in {split}: rename one")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _write(index: Index, root: Path, number: int, every: int, min_body: float, w
     return counts
 
 
-def _stem(example: Example) -> str:
+def stem_of_slices(example: Example) -> str:
     """What the slices of a volume are called: as it is, in front of that its folders where these say nothing else.
 
     PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `groups.group_of`.
@@ -128,11 +128,11 @@ def display(volume: np.ndarray, number: int, position: int) -> np.ndarray:
 
 def _read(example: Example, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
     """(float32 [X, Y, Z] in 0..1, bool of the same shape or None)."""
-    volume, affine = _load(example.image)
+    volume, affine = load_volume(example.image)
     values = _unit(example.image, volume, window)
     if example.mask is None:
         return values, None
-    mask, place = _load(example.mask)
+    mask, place = load_volume(example.mask)
     if mask.shape != values.shape or not np.allclose(affine, place, atol=1e-3):
         raise DataError(
             f"{example.mask}: mask of shape {mask.shape}, its volume {example.image} has {values.shape}, or they lie "
@@ -141,9 +141,9 @@ def _read(example: Example, window: Window) -> tuple[np.ndarray, np.ndarray | No
     return values, mask > 0
 
 
-def _load(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 [X, Y, Z] turned to right, front, head; affine [4, 4])."""
-    nibabel = _nibabel()
+def load_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [X, Y, Z] turned to right, front, head; affine [4, 4]); DataError for what is no such volume."""
+    nibabel = nibabel_module()
     try:
         image = nibabel.as_closest_canonical(nibabel.load(path))
         if len(image.shape) != 3:
@@ -160,7 +160,8 @@ def _errors(nibabel: Any) -> tuple[type[Exception], ...]:
     return nibabel.filebasedimages.ImageFileError, spatial.HeaderDataError, spatial.ImageDataError
 
 
-def _nibabel() -> Any:
+def nibabel_module() -> Any:
+    """nibabel; DataError where it is not installed."""
     try:
         import nibabel
     except ImportError as error:

@@ -1,4 +1,5 @@
-"""The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, slices, compress, export."""
+"""The commands of the detector, as main.py calls them: train, evaluate, predict, prepare, slices, volumes, compress,
+export."""
 
 import functools
 import logging
@@ -16,6 +17,7 @@ from core.provenance import print_devices
 from core.workdir import check_config, save_config
 from input_pipeline.dataset import Dataset, load_dataset, preprocessing
 from input_pipeline.nifti import write_slices
+from input_pipeline.nifti_maps import write_volumes
 from input_pipeline.prepare import format_report
 from input_pipeline.prepare import prepare as prepare_data
 from mtl_moe import compress as compression
@@ -129,6 +131,18 @@ def slices(config: Any, output: str) -> None:
     for folder, count in sorted(counts.items()):
         print(f"{folder:<28} {count}")
     print(f"check it: --mode=prepare --config.data.root={output}")
+
+
+def volumes(config: Any, source: str, output: str) -> None:
+    """Puts the maps that predict wrote for the slices of volumes back into volumes."""
+    if not (config.data.root and source and output):
+        raise ValueError(
+            "--mode=volumes: expected --config.data.root=VOLUMES, --input=PREDICTION, the folder that predict wrote to "
+            "with --config.score.save_maps=True, and --output=FOLDER, a new one"
+        )
+    maps = Path(source) / "maps" if (Path(source) / "maps").is_dir() else Path(source)
+    count = write_volumes(config.data.root, maps, Path(output), config.slices.axis, config.slices.every)
+    print(f"{count} volumes of maps in {output}: 0 the normals' median, 1 their 95th percentile")
 
 
 def compress(config: Any, workdir: Path, output: str, reduction: int | None = None) -> None:
