@@ -56,7 +56,7 @@ def test_help_comes_without_jax():
     """Importing JAX takes seconds; nothing that only parses flags waits for it."""
     done = call("--help", options=("-X", "importtime"))
     assert "--workdir" in done.stdout
-    assert "--mode: <train|evaluate|predict|prepare|slices|compress|export|plan>" in done.stdout
+    assert "--mode: <train|evaluate|predict|prepare|slices|volumes|compress|export|plan>" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "ml_collections" in imported  # the list is that of the program itself
     assert not imported & {"jax", "flax", "numpy", "tensorflow", "orbax", "matplotlib", "mtl_moe"}
@@ -76,6 +76,7 @@ COMMANDS = [  # the command line, and what of which `run` module it calls with w
     ),
     ([QUICKSTART, "--mode=prepare", "--output=o"], "prepare", O),
     ([QUICKSTART, "--mode=slices", "--output=o"], "slices", O),
+    ([QUICKSTART, "--mode=volumes", "--input=i", "--output=o"], "volumes", O | {"source": "i"}),
     (
         [QUICKSTART, "--workdir=w", "--mode=compress", "--output=o", "--reduction=3"],
         "compress",
@@ -164,7 +165,10 @@ def test_only_training_runs_on_several_hosts(monkeypatch, program, capsys, mode)
         ([QUICKSTART, "--workdir=w", "--mode=plan"], ["--mode=plan for config.system='mtl_moe': expected one of"]),
         ([QUICKSTART, "--workdir=w", "--mode=evaluate", "--distributed"], ["--mode=evaluate runs on one host"]),
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
-        ([QUICKSTART, "--workdir=w", "--mode=fit"], ["<train|evaluate|predict|prepare|slices|compress|export|plan>"]),
+        (
+            [QUICKSTART, "--workdir=w", "--mode=fit"],
+            ["<train|evaluate|predict|prepare|slices|volumes|compress|export|plan>"],
+        ),
         ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
         ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
         ([QUICKSTART, "--workdir=w", "--config.train.num_steps=many"], ["config.train.num_steps=many", "int"]),
