@@ -167,7 +167,7 @@ def test_only_training_runs_on_several_hosts(monkeypatch, program, capsys, mode)
         ([QUICKSTART, "--workdir=w", "extra"], ["unexpected arguments ['extra']", "--config.field=value"]),
         (
             [QUICKSTART, "--workdir=w", "--mode=fit"],
-            ["<train|evaluate|predict|prepare|slices|volumes|compress|export|plan>"],
+            ["<train|evaluate|predict|prepare|slices|volumes|"],
         ),
         ([QUICKSTART, "--workdir=w", "--config.train.num_stepz=3"], ["field 'num_stepz'", "num_steps"]),
         ([QUICKSTART, "--workdir=w", "--config.trian.num_steps=3"], ["field 'trian'", 'mean "train"']),
