@@ -12,12 +12,11 @@ from markupsafe import Markup
 from core import report as page
 from core.metrics import roc_curve
 from mtl_moe import report_figures as figures
-from mtl_moe.calibration import TEXTURE
 from mtl_moe.report_calibration import calibration_section
+from mtl_moe.report_comparison import drop_empty_columns, floors_section, tasks_section
 from mtl_moe.report_data import Case, ReportData, span
 from mtl_moe.report_painted import painted_section
 from mtl_moe.report_patients import patients_section
-from mtl_moe.results import MAX_EVIDENCE_MAPS
 
 DISCLAIMER = (
     "For research use. Not a medical device: not evaluated for, and not to be used for, diagnosis or any decision "
@@ -46,8 +45,8 @@ def write_report(path: str | Path, results: ReportData) -> None:
         page.Section("Painted defects", painted_section(results.painted)) if results.painted else None,
         page.Section("Thresholds", _thresholds(results)) if results.thresholds else None,
         page.Section("Cases", _cases(results)) if results.cases else None,
-        page.Section("Tasks", _tasks(results)) if results.grouped("task", "image_auroc") else None,
-        page.Section("Floors", _floors(results)) if results.grouped("floor", "image_auroc") else None,
+        page.Section("Tasks", tasks_section(results)) if results.grouped("task", "image_auroc") else None,
+        page.Section("Floors", floors_section(results)) if results.grouped("floor", "image_auroc") else None,
         page.Section("Calibration", calibration_section(results)) if normals_tested else None,
         page.Section("Router", _router(results)) if results.router else None,
         page.Section("Training", _training(results)) if any("loss" in r for r in results.history) else None,
@@ -221,7 +220,7 @@ def _thresholds(results: ReportData) -> Markup:
             ]
         )
     header = ["By design", "Flag from score", "Images flagged", "Test normals flagged", "Abnormal images found"]
-    rows, header = _drop_empty_columns(rows, header)
+    rows, header = drop_empty_columns(rows, header)
     caption = "Set on calibration normals alone; no abnormal image had a part in it."
     return page.table(header, rows, caption)
 
@@ -258,75 +257,6 @@ def _case(case: Case, num_calibration: int) -> Markup:
         page.block(small, "row"),
     ]
     return page.block([line, page.block(pictures, "row")], "card")
-
-
-def _tasks(results: ReportData) -> Markup:
-    alone = results.grouped("task", "image_auroc")
-    fused = results.metrics[results.prefix + "image_auroc"]
-    best = max((name for name in alone if name != TEXTURE), key=alone.__getitem__, default=TEXTURE)
-    rows = [["fused", results.value("image_auroc"), results.value("pixel_auroc"), results.value("aupro"), "", ""]]
-    for name in alone:
-        without = f"leave_out/{name}/image_auroc"
-        key = results.prefix + without
-        change = f"{results.metrics[key] - fused:+.3f}" if key in results.metrics else ""
-        rows.append(
-            [
-                name,
-                *(results.value(f"task/{name}/{m}") for m in ("image_auroc", "pixel_auroc", "aupro")),
-                results.value(without),
-                change,
-            ]
-        )
-    header = ["Evidence", "Image AUROC", "Pixel AUROC", "AUPRO", "Fused without it", "Change"]
-    rows, header = _drop_empty_columns(rows, header)
-    note = (
-        f"Best single evidence of a task: {best}, {alone[best]:.3f}; found out on the test images, so not a choice one "
-        "could have made. Change: a negative number says that the fused score is worse without it. The evidence "
-        "texture is no task: it is how far the logarithm of the image's mean gradient is from the normals' median. "
-        "Contrast, by which pairs are matched, is the same logarithm."
-    )
-    if results.grouped("task", "pixel_auroc"):
-        note += f" Maps of single evidences: of at most {MAX_EVIDENCE_MAPS} images, evenly spaced."
-    return page.join(
-        [
-            page.table(header, rows, "Each evidence alone, with 95 % intervals", strong=(0,)),
-            page.paragraph(note, "note"),
-        ]
-    )
-
-
-def _floors(results: ReportData) -> Markup:
-    floors = results.grouped("floor", "image_auroc")
-    fused = results.metrics[results.prefix + "image_auroc"]
-    strongest = max(floors, key=floors.__getitem__)
-    entries = [(fused, "the detector", "all tasks fused", "")]
-    entries += [(value, name, results.floors.get(name, ""), f"floor/{name}/") for name, value in floors.items()]
-    entries.sort(key=lambda entry: -entry[0])
-    rows = [
-        [
-            name,
-            what,
-            *(results.value(start + m) for m in ("image_auroc", "pixel_auroc", "matched_auroc")),
-            f"{value - fused:+.3f}" if start else "",
-        ]
-        for value, name, what, start in entries
-    ]
-    names = [entry[1] for entry in entries]
-    header = ["", "What it is", "Image AUROC", "Pixel AUROC", "AUROC, like contrast", "Against the detector"]
-    rows, header = _drop_empty_columns(rows, header)
-    return page.table(
-        header,
-        rows,
-        "What simple means reach on the same test images; the strongest is marked",
-        text_columns=(0, 1) if header[1] == "What it is" else (0,),
-        strong=(names.index("the detector"),),
-        alert=(names.index(strongest),),
-    )
-
-
-def _drop_empty_columns(rows: list[list[str]], header: list[str]) -> tuple[list[list[str]], list[str]]:
-    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return [[row[i] for i in keep] for row in rows], [header[i] for i in keep]
 
 
 def _router(results: ReportData) -> Markup:

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from core import report as page
 from mtl_moe.patients import TOP_SHARE, Patients
+from mtl_moe.report_comparison import drop_empty_columns
 
 SHOWN = 20
 
@@ -32,8 +33,7 @@ def patients_section(patients: Patients, names: Sequence[str], auroc: str) -> Ma
         for i in order
     ]
     header = ["Patient or group", "Known as", "Images", "Score", "p-value", "Its oddest image"]
-    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    header, rows = [header[column] for column in kept], [[row[column] for column in kept] for row in rows]
+    rows, header = drop_empty_columns(rows, header)
     text = (
         f"A patient's score is the mean of the highest {100 * TOP_SHARE:g} % of the scores of its images, of one at "
         "least. "
