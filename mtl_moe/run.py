@@ -108,7 +108,10 @@ def predict(config: Any, workdir: Path, source: str, output: str, normals: str =
     else:
         check_source(folder, prediction.source_of(images, site), "name another folder with --output=FOLDER")
     prediction.predict(build_system(config), workdir, images, folder, site)
-    print(f"scores (a low p_value is suspicious): {folder / 'predictions.csv'}\nreport: {folder / 'report.html'}")
+    print(f"scores (a low p_value is suspicious): {folder / 'predictions.csv'}")
+    if (folder / "patients.csv").exists():
+        print(f"of patients, who bring several images: {folder / 'patients.csv'}")
+    print(f"report: {folder / 'report.html'}")
 
 
 def prepare(config: Any, output: str) -> None:
