@@ -69,7 +69,7 @@ def _npz_split(arrays: dict[str, np.ndarray], prefix: str, path: Path, name: str
     if labels.dtype.kind not in "biuf" or (labels.ndim == 1 and (labels != np.floor(labels)).any()):
         raise DataError(f"{path}: {prefix}_labels are {labels.dtype}, not whole numbers. {EXPECTED_NPZ}")
     train = arrays.get("train_labels", labels)
-    number = labels.shape[1] if labels.ndim == 2 else int(max(train.max(initial=-1), labels.max())) + 1
+    number = labels.shape[1] if labels.ndim == 2 else int(max(train.max(), labels.max())) + 1
     classes = [str(word) for word in arrays.get("classes", range(number))]
     labels = labels.astype(np.float32 if labels.ndim == 2 else np.int32)
     return set_of_arrays(name, path.name, classes, images, labels, sizes, prefix)

@@ -144,7 +144,7 @@ def medmnist(path, **changes):
     rng = np.random.default_rng(0)
     arrays = {
         "train_images": rng.integers(0, 256, (12, 10, 10, 3), dtype=np.uint8),
-        "train_labels": np.arange(12)[:, None] % 3,
+        "train_labels": (np.arange(12)[:, None] % 3).astype(np.uint8),  # as theirs are
         "val_images": rng.integers(0, 256, (4, 10, 10), dtype=np.uint8),
         "val_labels": np.zeros((4, 1), np.uint8),
     }
