@@ -91,8 +91,10 @@ def load_labelled(
             f"{'labels or masks and ' * (split == 'test')}two patients or groups in a class"
         )
     found = sets[split]
-    if split == "train" and "train" in source and (aside := len(source["train"]) - len(found)):
-        layout = f"{found.layout}, {aside} of them set apart (data.test_fraction, data.valid_fraction)"
+    drawn = [key for key in ("test", "valid") if key in sets and all(sets[key] is not own for own in source.values())]
+    if split == "train" and "train" in source and drawn:
+        parts = " and ".join(f"{len(sets[key])} for {key}" for key in drawn)
+        layout = f"{found.layout}, of these {parts} set apart (data.test_fraction, data.valid_fraction)"
         found = replace(found, layout=layout)
     if split != "train" and "train" in sets:
         crossing = sorted(set(sets["train"].groups) & set(found.groups))

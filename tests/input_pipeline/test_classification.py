@@ -177,11 +177,14 @@ def test_two_folders_of_one_split_are_refused(tmp_path):
 
 def test_what_is_set_apart_is_said(tmp_path):
     make_tree(tmp_path, {name: [f"{i}.png" for i in range(20)] for name in ("a", "b")})
-    found = load_labelled(data("folder", tmp_path), "train", 8)
-    assert found.layout.endswith(f", {40 - len(found)} of them set apart (data.test_fraction, data.valid_fraction)")
-    assert len(found) < 40
+    found = load_labelled(data("folder", tmp_path, test_fraction=0.2, valid_fraction=0.125), "train", 8)
+    assert ", of these 8 for test and 4 for valid set apart (data.test_fraction, " in found.layout
+    assert len(found) == 28
     kept = load_labelled(data("folder", tmp_path, test_fraction=0.0, valid_fraction=0.0), "train", 8)
     assert (len(kept), "set apart" in kept.layout) == (40, False)
+    own = {f"{split}/a": [f"{split}{i}.png" for i in range(10)] for split in ("train", "valid")}  # valid becomes test
+    found = load_labelled(data("folder", make_tree(tmp_path / "own", own), valid_fraction=0.2), "train", 8)
+    assert ", of these 2 for valid set apart" in found.layout
 
 
 def test_patients_on_both_sides_of_one_s_own_splits_are_said(tmp_path, caplog):
