@@ -5,6 +5,7 @@ Axis alphabet: N images of a split, H W C image, M mask side.
 
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,12 +24,20 @@ def save_npz(dataset: Dataset, path: str | Path) -> None:
     """Writes all splits decoded (uncompressed, about H * W * C bytes an image) and puts the file in place in one step.
 
     Images go to the file a few at a time, as `np.savez` would have written them: a set on disk stays there.
-    Whatever stood at `path` stays whole when writing fails (a full disk raises OSError, a bad image DataError).
+    Whatever stood at `path` stays whole when writing fails (a full disk raises OSError, a bad image DataError). Less
+    room than the images need is a DataError before anything is written.
     """
     path = Path(path)
     facts = {k: getattr(dataset, k) for k in ("name", "layout", "manifest_hash", "channels", "image_size", "mask_size")}
     header = {"format": FORMAT, "version": VERSION, "splits": list(dataset.splits), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
+    per_image, per_mask = dataset.image_size**2 * dataset.channels, dataset.mask_size**2
+    needed = sum(len(split) * (per_image + split.has_masks * per_mask) for split in dataset.splits.values())
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise DataError(
+            f"{path}: the images need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: make room, or "
+            "name a file on another disk"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -70,10 +79,14 @@ def load_npz(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; write it with --mode=prepare, or unset data.cache to read the images")
+    foreign = DataError(f"{path}: not a data cache of this program; write one with --mode=prepare")
     try:
+        with path.open("rb") as file:
+            if file.read(2) not in (b"PK", b""):  # a text, or one array
+                raise foreign
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile) or "header" not in stored:
-                raise DataError(f"{path}: not a data cache of this program; write one with --mode=prepare")
+            if "header" not in stored:
+                raise foreign
             header = json.loads(str(stored["header"]))
             if header.get("format") != FORMAT or header.get("version") != VERSION:
                 raise DataError(

@@ -151,7 +151,7 @@ def _coloured_images(index: Index, kept: set[str], data: ConfigDict) -> list[str
     if data.channels == 3:
         return []
     # core.sampling.even_rows, which the pipeline may not import
-    rows = np.unique(np.linspace(0, len(examples) - 1, COLOUR_SAMPLE).round().astype(int))
+    rows = np.linspace(0, len(examples) - 1, min(len(examples), COLOUR_SAMPLE)).round().astype(int)
     coloured = sum(_is_coloured(read_image(examples[row].image, HASH_SIZE, 3, window=data.window)) for row in rows)
     if not coloured:
         return []
@@ -192,7 +192,9 @@ def format_report(report: dict) -> str:
         f"smallest p-value: 1/{len(groups) + 1} = {1 / (len(groups) + 1):.2g}, by {len(groups)} calibration normals of "
         f"{len(set(groups))} patients or groups"
     )
-    untrained = "no training normals: a trained detector can be measured on these images, none can be trained"
+    untrained = (
+        "no training normals: none can be trained; a trained detector is measured on test/, normal and abnormal images"
+    )
     lines.append(calibrated if "train" in report["counts"] else untrained)
     lines += ["native sizes (height x width):", *shown([f"{s}: {n}" for s, n in report["native_sizes"].items()])]
     lines += [f"warning: {warning}" for warning in report["warnings"]]

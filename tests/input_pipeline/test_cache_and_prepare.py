@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_a_test_split_alone_is_prepared_and_read_for_evaluation_only(tmp_path):
     report = prepare(data_config(root), tmp_path / "set.npz")
     assert (report["warnings"], report["calibration_groups"]) == ([], [])
     text = format_report(report)
-    assert "no training normals: a trained detector can be measured" in text
+    assert "no training normals: none can be trained; a trained detector is measured on test/" in text
     assert "smallest p-value" not in text
     files = load_dataset(data_config(root), require_train=False)
     for changes in ({}, {"groups": "image"}):
@@ -118,8 +119,11 @@ def test_bad_caches(tmp_path):
     with pytest.raises(DataError, match="damaged or truncated"):
         load_npz(tmp_path / "flipped.npz")
     np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
-    with pytest.raises(DataError, match="not a data cache"):
-        load_npz(tmp_path / "foreign.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "names.txt").write_text("train/a.png\n")
+    for name in ("foreign.npz", "array.npy", "names.txt"):
+        with pytest.raises(DataError, match=f"{name}: not a data cache of this program"):
+            load_npz(tmp_path / name)
     np.savez(tmp_path / "newer.npz", header=np.asarray(json.dumps({"format": cache.FORMAT, "version": 99})))
     with pytest.raises(DataError, match="version 99, expected"):
         load_npz(tmp_path / "newer.npz")
@@ -147,6 +151,11 @@ def test_failed_write_leaves_the_old_cache_whole(tmp_path, monkeypatch):
         save_npz(dataset, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["set.npz"]
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    with pytest.raises(DataError, match=r"set\.npz: the images need 0.0 GiB, 0.0 GiB are free"):
+        save_npz(dataset, path)
+    assert path.read_bytes() == before
 
 
 def test_prepare_of_a_clean_set(tmp_path):
