@@ -62,8 +62,8 @@ def check_score(score: Any, dataset: Dataset) -> None:
 def result_folder(data: Any, dataset: Dataset, workdir: Path) -> Path:
     """Where the evaluation on `dataset`, read as `data` (config.data) says, is written.
 
-    That is `workdir`, and `workdir`/evaluate/NAME, NAME that of the data's folder, for a data set other than the one
-    that the detector learned from: what is predicted later is calibrated on the detector's own normals.
+    That is `workdir`, and `workdir`/evaluate/NAME, NAME that of the data's folder or cache, for a data set other than
+    the one that the detector learned from: what is predicted later is calibrated on the detector's own normals.
 
     Raises:
       ValueError: if the folder holds the results of data in another place.
@@ -71,7 +71,7 @@ def result_folder(data: Any, dataset: Dataset, workdir: Path) -> Path:
     if not other_training_data(dataset, workdir):
         return workdir
     source = _source(data)
-    folder = workdir / "evaluate" / (Path(source).name or dataset.name)
+    folder = workdir / "evaluate" / (Path(source).name.removesuffix(".npz") or dataset.name)
     check_source(folder, source, "move that folder away first")
     return folder
 

@@ -19,7 +19,7 @@ from input_pipeline.index import calibration_rows
 from input_pipeline.split import ArrayPixels, Split, join
 from mtl_moe import results
 from mtl_moe.calibration import evidence_names, fused_names, load_calibration
-from mtl_moe.evaluate import check_score, evaluate
+from mtl_moe.evaluate import check_score, evaluate, result_folder
 from mtl_moe.infer import Scorer, Trained, calibrate, restore
 from mtl_moe.painted import KINDS, UNSEEN
 from mtl_moe.scoring import make_map_fn
@@ -388,6 +388,10 @@ def test_a_test_split_alone_is_measured_as_predictions_are(bound_run):
     assert "calibrated on 6 held-out normals of phantom" in page
     assert "hold no training images" in page
     assert f"and {facts['left_out']} are left out" in page
+    data = run.system.config.data.copy_and_resolve_references()
+    for where, name in (("root", "site.v2"), ("cache", "site.v2.npz")):
+        data[where] = name
+        assert result_folder(data, test, run.workdir) == run.workdir / "evaluate" / "site.v2"
     normals = dataclasses.replace(test, splits={"test": test.splits["test"].take(np.array([0]))})
     with pytest.raises(ValueError, match=r"without train/ .* normal and abnormal images .*; found 1 in test/"):
         check_score(run.system.config.score, normals)
