@@ -91,8 +91,9 @@ def check_config(config: Any, workdir: Path, free_fields: Sequence[str]) -> None
     if not (workdir / "config.json").exists():
         return
     old, new = _flat(read_config(workdir)), _flat(plain(config))
-    for name in LATER_FIELDS.get(config.get("system"), {}).keys() - new.keys():  # a config made without it
-        old.pop(name, None)
+    later = tuple(f"{name}." for name in LATER_FIELDS.get(config.get("system"), ()))
+    # Less what a config was made without; a section's fields are flat too.
+    old = {name: value for name, value in old.items() if name in new or not f"{name}.".startswith(later)}
     names = sorted({name for name, _ in old.items() ^ new.items() if not name.startswith(tuple(free_fields))})
     steps = "train.num_steps"
     if steps in old and steps in new and int(new[steps]) < int(old[steps]):

@@ -54,6 +54,12 @@ def test_fields_of_later_versions_stand_for_what_was_done_before_them(tmp_path):
         check_config(config, tmp_path, ())
 
 
+def test_a_config_made_without_a_later_section_is_its_own(tmp_path):
+    config = ConfigDict({"system": "vit_distill", "table": {"probe": {"kind": "knn"}}})
+    save_config(config, tmp_path)
+    check_config(config, tmp_path, ())
+
+
 def test_a_later_field_of_the_other_system_is_not_added(tmp_path):
     config = ConfigDict({"system": "vit_distill", "data": {"groups": "auto"}, "teacher": {"overrides": {}}})
     save_config(config, tmp_path)
