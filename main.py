@@ -94,6 +94,8 @@ def main(argv: list[str]) -> None:
         "export": lambda: run.export(config, workdir, EXPORT.value, OUTPUT.value),
     }
     try:
+        if config.get("seed", 0) < 0:
+            raise ValueError(f"seed: expected at least 0, found {config.seed}")
         if mode != "train" and mode not in WITHOUT_WORKDIR:
             check_one_host(f"--mode={mode}")
         commands[mode]()

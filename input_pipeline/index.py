@@ -125,7 +125,7 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
     Args:
       groups: group of each of the N training images.
       fraction: share of the images to hold out, in [0, 1); 0 holds none out.
-      seed: of the draw; the result depends on nothing else but the arguments.
+      seed: of the draw, at least 0; the result depends on nothing else but the arguments.
 
     Returns:
       bool [N], True where held out: at least one group, with a warning where that is more than twice `fraction`.
@@ -135,6 +135,8 @@ def calibration_rows(groups: Sequence[str], fraction: float, seed: int) -> np.nd
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"calibration_fraction must be in [0, 1), found {fraction}")
+    if seed < 0:
+        raise ValueError(f"data.seed: expected at least 0, found {seed}")
     names, inverse, sizes = np.unique(np.asarray(groups, dtype=str), return_inverse=True, return_counts=True)
     if fraction == 0:
         return np.zeros(len(groups), bool)

@@ -126,6 +126,17 @@ def test_every_mode_calls_its_command_with_what_was_given(monkeypatch, program, 
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
+def test_a_seed_below_0_is_refused(program, capsys):
+    flags.FLAGS.unparse_flags()
+    program._parse_flags(["main.py", QUICKSTART, "--workdir=w"])
+    program.CONFIG.value.seed = -1
+    with pytest.raises(SystemExit):
+        program.main(["main.py"])
+    flags.FLAGS.unparse_flags()
+    assert capsys.readouterr().err == "error: seed: expected at least 0, found -1\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
 @pytest.mark.parametrize("mode", ["evaluate", "predict", "compress", "export"])
 def test_only_training_runs_on_several_hosts(monkeypatch, program, capsys, mode):
     """All of them would write the same files."""

@@ -61,6 +61,8 @@ def test_calibration_of_few_images():
     assert calibration_rows(["a", "b"], 0.1, 0).sum() == 1
     assert calibration_rows(["a", "a", "a", "b", "b"], 0.1, 3).tolist() == [False, False, False, True, True]
     assert not calibration_rows(["a", "a"], 0.0, 0).any()
+    with pytest.raises(ValueError, match=r"data\.seed: expected at least 0, found -1"):
+        calibration_rows(["a", "b"], 0.1, -1)
     with pytest.raises(DataError, match="at least two patients"):
         calibration_rows(["a", "a"], 0.1, 0)
     with pytest.raises(ValueError, match="calibration_fraction"):
