@@ -91,6 +91,9 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
     weights = weights_of(trained.params, trained.extra)
     kept = kept_blocks(full.model.config, config.compress.reduction)
     base = copy_blocks(weights, kept)
+    options, optim = config.compress, config.optim.copy_and_resolve_references()
+    optim.update(kind=options.kind, learning_rate=options.learning_rate)
+    tx = build_optimizer(optim, options.num_steps)  # what it refuses ends here, before anything is written
     jax.eval_shape(_init_fn(base, config.compress.rank), jax.random.key(0))  # a rank too high ends here
     facts = {
         "source_sha256": fingerprint(jax.device_get(weights)),
@@ -108,7 +111,7 @@ def compress(full: System, small: System, dataset: Dataset, workdir: Path, outpu
         bind_training_data(dataset, output)
     save_config(config, output)
 
-    distilled = updated(base, _distil(full, small, trained, base, dataset, output))
+    distilled = updated(base, _distil(full, small, tx, trained, base, dataset, output))
     extra = _extra(trained.extra, distilled)
     _save_detector(small, distilled["params"], extra, trained.step, output)
     facts |= _measure(full, small, trained, base["params"], Trained(distilled["params"], extra, trained.step), dataset)
@@ -147,12 +150,17 @@ def _source_metrics(workdir: Path, step: int) -> dict[str, Any]:
     return {"source_metrics": fused, "source_git_revision": report["provenance"]["git_revision"]}
 
 
-def _distil(full: System, small: System, trained: Trained, base: Any, dataset: Dataset, output: Path) -> Any:
+def _distil(
+    full: System,
+    small: System,
+    tx: optax.GradientTransformation,
+    trained: Trained,
+    base: Any,
+    dataset: Dataset,
+    output: Path,
+) -> Any:
     """Trains the updates from the newest checkpoint of `output`/distillation, if there is one."""
-    config = small.config
-    options, optim = config.compress, config.optim.copy_and_resolve_references()
-    optim.update(kind=options.kind, learning_rate=options.learning_rate)
-    tx = build_optimizer(optim, options.num_steps)
+    config, options = small.config, small.config.compress
     state = init_state(_init_fn(base, options.rank), jax.random.key(config.seed), tx, small.mesh)
     # The average is the last state: the cosine schedule ends at 0.
     loss_fn = make_distill_loss_fn(full, small)

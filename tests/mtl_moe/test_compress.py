@@ -274,6 +274,8 @@ def test_what_cannot_be_compressed_is_refused(compressed, tmp_path):
     refuse("num_seeds=3: .*seed_0", num_seeds=3)
     refuse("rank: there 8, now 4", compressed.output, compress={"rank": 4})
     refuse("rank of .*: expected 1 to 16 .*found 17", compress={"rank": 17})
+    refuse("num_steps must be at least 1, found 0", compress={"num_steps": 0})
+    refuse("expected learning_rate, .*found -1.0", compress={"learning_rate": -1.0})
     other = tmp_path / "other"
     other.mkdir()
     save_config(compressed.config, other)
