@@ -86,7 +86,7 @@ def export(
     ranges = {name: (values, values) for name, values in expected.items()}
     ranges |= _ranges(calibration, map_fn, expected) if calibration else {}
     differences = {name: _distance(found[name], *ends) for name, ends in ranges.items()}
-    if not max(differences.values()) <= TOLERANCE:
+    if not all(difference <= TOLERANCE for difference in differences.values()):  # none is NaN
         raise ValueError(
             f"the exported program differs from the detector by {differences} of the largest value, expected at most "
             f"{TOLERANCE:.0e}; nothing was written"

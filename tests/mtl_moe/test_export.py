@@ -116,8 +116,10 @@ def test_the_documents_example_gives_what_prediction_does(site, predicted, monke
         np.testing.assert_allclose(value, predicted[name][0], rtol=1e-4, atol=1e-4 * np.abs(predicted[name]).max())
 
 
-def test_a_program_that_differs_is_not_written(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+@pytest.mark.parametrize("differences", [(1e-3, 0.0, 0.0, 0.0), (0.0, 0.0, np.nan, 0.0)])
+def test_a_program_that_differs_is_not_written(small_run, tmp_path, monkeypatch, differences):
+    found = iter(differences)
+    monkeypatch.setattr(exporting, "_distance", lambda *_: next(found))
     trained = restore(small_run.system, small_run.workdir)
     images = small_run.dataset.splits["test"].images(np.arange(3))
     with pytest.raises(ValueError, match="differs from the detector"):
