@@ -23,7 +23,6 @@ from mtl_moe.patients import patients_of, write_patients
 from mtl_moe.provenance import provenance, unfinished
 from mtl_moe.report import write_report
 from mtl_moe.report_data import ReportData
-from mtl_moe.report_figures import flag_rate_error
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.seeds import seeds_together
 from mtl_moe.system import System
@@ -133,8 +132,10 @@ def unlike_calibration(p: np.ndarray, texture: np.ndarray, groups: Sequence[str]
       p, texture: [N] p-values, and tail scores u of the evidence texture.
       groups: [N], patient of each image.
     """
-    flagged, num_groups = p <= CHECKED_RATE, len(set(groups))
-    if flagged.mean() - 2 * flag_rate_error(0.5, num_groups, calibration.num_groups) <= 0.5:
+    flagged, spread = p <= CHECKED_RATE, CHECKED_RATE * (1 - CHECKED_RATE)
+    # Of which images came, half of them flagged, and of which normals set the rate, a tenth of them beyond it.
+    error = np.sqrt(0.25 / len(set(groups)) + spread / max(calibration.num_groups, 1))
+    if flagged.mean() - 2 * error <= 0.5:
         return ""
     text = (
         f"{flagged.sum()} of {len(p)} images are flagged where {100 * CHECKED_RATE:g} % of normal ones are: either "

@@ -91,10 +91,14 @@ def test_a_folder_unlike_the_calibration_normals_is_said_to_be(tiny_run, folders
     assert "images are flagged where" not in caplog.text + (tmp_path / "same" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("flagged", "num", "said"), [(3, 3, False), (60, 100, False), (80, 100, True), (0, 50, False)])
-def test_a_few_flagged_images_are_no_reason_for_a_caution(tiny_run, flagged, num, said):
+@pytest.mark.parametrize(
+    ("flagged", "num", "num_groups", "said"),
+    [(3, 3, 100, False), (60, 100, 100, False), (80, 100, 100, True), (0, 50, 100, False), (100, 100, 3, True),
+     (80, 100, 3, False)],
+)  # fmt: skip
+def test_a_few_flagged_images_are_no_reason_for_a_caution(tiny_run, flagged, num, num_groups, said):
     p = np.where(np.arange(num) < flagged, 0.01, 0.5)
-    calibration = dataclasses.replace(calibration_of(tiny_run), num_groups=100)
+    calibration = dataclasses.replace(calibration_of(tiny_run), num_groups=num_groups)
     text = unlike_calibration(p, np.zeros(num), [str(i) for i in range(num)], calibration)
     assert bool(text) == said
     assert "texture" not in text
