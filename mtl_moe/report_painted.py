@@ -21,7 +21,7 @@ def painted_section(painted: PaintedCheck) -> Markup:
     pictures = []
     for family, auroc in sorted(painted.aurocs.items(), key=lambda entry: -entry[1]):
         image, blended = figures.overlay(*painted.examples[family], None)
-        note = f"{family}{' (trained on)' if family in TRAINED else ''}: {auroc:.3f}"
+        note = f"{family}{' (of “synthetic”)' if family in TRAINED else ''}: {auroc:.3f}"
         both = [page.picture(image, f"painted: {family}", note), page.picture(blended, f"map over {family}", "its map")]
         pictures.append(page.block([page.block(both, "row")], "card"))
     return page.join([page.paragraph(text), page.block(pictures, "row")])

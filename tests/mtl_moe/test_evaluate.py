@@ -214,6 +214,7 @@ def test_without_a_test_split_no_accuracy_is_given(small_run):
     assert "Test normals flagged" not in page
     assert '<section id="calibration"' not in page
     assert page.count('alt="painted: ') == len(KINDS) - 1
+    assert "(trained on)" not in page, "there is no task synthetic"
     strict_json(small_run.workdir / "report.json")
 
 
