@@ -16,7 +16,7 @@ import jax
 from core import tree
 from core.vit import VitConfig, init_params
 from vit_distill import positions
-from vit_distill.formats import architectures, canonical, hub
+from vit_distill.formats import architectures, canonical, hub, inference
 from vit_distill.formats.checkpoint import Beside, Checkpoint
 from vit_distill.formats.reading import read_format
 from vit_distill.formats.tensors import INDEX, SUFFIXES, read_config_json, read_tensors
@@ -232,7 +232,7 @@ def _build_config(found: Checkpoint, overrides: Mapping[str, Any]) -> tuple[VitC
     """Shapes, then the file's config, then overrides; notes on what was assumed."""
     settings = {**found.settings, **{key: overrides[key] for key in _CONFIG_FIELDS if key in overrides}}
     asked = {key: settings[key] for key in ("position_on_prefix", "position") if key in settings}
-    fields = canonical.infer_config(found.state, found.source_name, **asked) | settings
+    fields = inference.infer_config(found.state, found.source_name, **asked) | settings
     notes: tuple[str, ...] = ()
     if "num_heads" not in fields:
         heads = architectures.standard_heads(fields["width"])

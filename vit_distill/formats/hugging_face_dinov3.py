@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from core.vit import VitConfig
-from vit_distill.formats import architectures, canonical
+from vit_distill.formats import architectures, canonical, inference
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 from vit_distill.formats.hugging_face_reader import read_preprocessor, read_settings
 from vit_distill.formats.names import Names
@@ -53,7 +53,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     if gated and content.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act: expected silu of a gated MLP, found {content['hidden_act']!r}")
     told = read_settings({key: value for key, value in content.items() if not (gated and key == "hidden_act")})
-    settings = architectures.dinov3_settings(canonical.require(state, "cls_token", names.source, 3).shape[-1])
+    settings = architectures.dinov3_settings(inference.require(state, "cls_token", names.source, 3).shape[-1])
     # What a config.json leaves out is the default of transformers' class.
     for ours, theirs, default in (("num_heads", "num_attention_heads", 6), ("image_size", "image_size", 224)):
         settings |= {ours: int(np.ravel(content.get(theirs, default))[-1])} if content else {}

@@ -9,8 +9,9 @@ from peers import peer
 
 from core.vit import VitConfig
 from vit_distill.formats import architectures
-from vit_distill.formats.canonical import entries, infer_config
+from vit_distill.formats.canonical import entries
 from vit_distill.formats.checkpoint import Beside
+from vit_distill.formats.inference import infer_config
 from vit_distill.formats.reading import read_format
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
