@@ -15,7 +15,8 @@ from benchmarks.record import write_record
 from configs.workdir import get_config
 from core.metrics import auroc, matched_auroc
 from mtl_moe.ablation_cell import Stored, load_trained
-from mtl_moe.calibration import Calibration, fit_calibration
+from mtl_moe.calibration import Calibration
+from mtl_moe.calibration_fit import fit_calibration
 from mtl_moe.results import MATCHED_TOLERANCE
 from mtl_moe.system import build_system
 

@@ -22,7 +22,8 @@ from core.metrics import auroc, auroc_between, average_precision, pixel_metrics
 from core.tree import num_params
 from core.workdir import check_config
 from input_pipeline.dataset import Dataset, Split
-from mtl_moe.calibration import Calibration, fit_calibration, fit_folds, fit_scores
+from mtl_moe.calibration import Calibration
+from mtl_moe.calibration_fit import fit_calibration, fit_folds, fit_scores
 from mtl_moe.cost import score_macs
 from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import Scored, Scorer, calibrate, restore

@@ -18,7 +18,8 @@ from core.files import write_json
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import Dataset, Split
-from mtl_moe.calibration import Calibration, check_calibration
+from mtl_moe.calibration import Calibration
+from mtl_moe.calibration_fit import check_calibration
 from mtl_moe.infer import Scored, Scorer, calibrate, evidence_maps, own_calibration, restore_networks, router_use
 from mtl_moe.outputs import write_maps, write_predictions
 from mtl_moe.painted import criteria

@@ -21,7 +21,8 @@ from core.optim import build_optimizer
 from core.sampling import even_rows
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Split
-from mtl_moe.calibration import Calibration, evidence_names, fit_calibration, fused_names, load_calibration
+from mtl_moe.calibration import Calibration, evidence_names, fused_names, load_calibration
+from mtl_moe.calibration_fit import fit_calibration
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.seeds import seed_folders

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from input_pipeline.split import Split
-from mtl_moe.calibration import Calibration, fit_folds
+from mtl_moe.calibration import Calibration
+from mtl_moe.calibration_fit import fit_folds
 from mtl_moe.infer import Scored, Scorer
 from mtl_moe.painted import KINDS, by_kind, painted_auroc, painted_normals, sources
 from mtl_moe.scoring import make_map_fn

@@ -15,7 +15,8 @@ from core.files import write_json
 from core.logs import read_history
 from core.metrics import threshold_at_fpr
 from input_pipeline.dataset import load_images
-from mtl_moe.calibration import TEXTURE, Calibration, check_calibration
+from mtl_moe.calibration import TEXTURE, Calibration
+from mtl_moe.calibration_fit import check_calibration
 from mtl_moe.evaluate import gallery
 from mtl_moe.infer import Scorer, calibrate, own_calibration, restore_networks
 from mtl_moe.outputs import write_maps, write_predictions

@@ -24,7 +24,7 @@ from mtl_moe import compress as compression
 from mtl_moe import evaluate as evaluation
 from mtl_moe import export as exporting
 from mtl_moe import predict as prediction
-from mtl_moe.calibration import check_calibration
+from mtl_moe.calibration_fit import check_calibration
 from mtl_moe.free_fields import DETECTOR
 from mtl_moe.infer import own_calibration, restore
 from mtl_moe.provenance import check_source

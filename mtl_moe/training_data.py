@@ -20,7 +20,7 @@ from core.sampling import even_rows
 from input_pipeline.batches import image_batches
 from input_pipeline.dataset import Dataset, Split
 from input_pipeline.split import join
-from mtl_moe.calibration import MIN_NORMALS
+from mtl_moe.calibration_fit import MIN_NORMALS
 
 FILE = "training_data.json"
 NUM_SAMPLES = 16

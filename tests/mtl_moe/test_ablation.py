@@ -20,7 +20,8 @@ from mtl_moe.ablation_cell import FUSED, Stored, joined, load_trained, measure, 
 from mtl_moe.ablation_report import choice_in_words, markdown
 from mtl_moe.ablation_rows import Row, build_rows, cell_config, known_rows
 from mtl_moe.ablation_summary import Outcome, choose, summarise, write_summary
-from mtl_moe.calibration import evidence_names, fit_calibration, fused_names
+from mtl_moe.calibration import evidence_names, fused_names
+from mtl_moe.calibration_fit import fit_calibration
 from mtl_moe.infer import Scored
 from mtl_moe.painted import KINDS, sources
 from mtl_moe.system import build_system

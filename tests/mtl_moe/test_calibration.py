@@ -12,18 +12,15 @@ import pytest
 from scipy import ndimage, stats
 
 from mtl_moe.calibration import (
-    FOLDS,
     FUSIONS,
     SCORING,
-    TAIL_SHARE,
     TEXTURE,
-    check_calibration,
     evidence_names,
-    fit_calibration,
     fused_names,
     load_calibration,
     task_evidences,
 )
+from mtl_moe.calibration_fit import FOLDS, TAIL_SHARE, check_calibration, fit_calibration
 from mtl_moe.scoring import MAP_LIMIT, make_map_fn
 from mtl_moe.tasks import TASKS, Geometry
 

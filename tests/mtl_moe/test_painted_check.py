@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtl_moe.calibration import fit_folds
+from mtl_moe.calibration_fit import fit_folds
 from mtl_moe.floors import log_mean_gradient
 from mtl_moe.infer import Scorer, calibrate, restore
 from mtl_moe.painted import KINDS, paint, sources
