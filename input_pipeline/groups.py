@@ -22,6 +22,7 @@ _GROUP_PATTERNS = (
     re.compile(r"^((?:CNV|DME|DRUSEN|NORMAL)-\d+)-\d+$"),  # NORMAL-1001666-12: OCT2017
     re.compile(r"^([A-Za-z]*\d+)_[A-Za-z]*\d+$"),  # 00003_60: BraTS patient_slice; n085_no0: group_image
 )
+_SLICE = re.compile(r"_slice\d+$")  # what the names that nifti.py writes end in
 
 
 def check_groups(groups: str) -> str:
@@ -80,12 +81,16 @@ def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder:
     return [known[name] for name in names]
 
 
-def groups_of_labelled(root: Path, names: Sequence[str], groups: str = "auto") -> list[str]:
-    """As `groups_of`, but under "auto" names say nothing: n01440764_10026, cat1_0002 would make a group of a class."""
+def groups_of_labelled(root: Path, names: Sequence[str], groups: str = "auto", slices: bool = False) -> list[str]:
+    """As `groups_of`, but under "auto" names say nothing: n01440764_10026, cat1_0002 would make a group of a class.
+
+    With `slices`, for sets without classes of images, names that end as those of --mode=slices say the patient.
+    """
     if groups != "auto":
         return groups_of(root, names, groups)
-    patients = dicom.patients_of(root, names)
-    return [patients.get(name, name) for name in names]
+    cut = {name: group_of(stem_of(name)) for name in names if slices and _SLICE.search(stem_of(name))}
+    known = cut | dicom.patients_of(root, names)
+    return [known.get(name, name) for name in names]
 
 
 def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool) -> dict[str, str]:

@@ -87,6 +87,17 @@ def test_slices_of_a_patient_stay_in_one_split(tmp_path):
         load_labelled(config, "train", 8)
 
 
+@pytest.mark.parametrize(("name", "patient"), [("{}", "{}"), ("sub-{}_ses-2_T1w", "sub-{}"), ("{}+ST0-IM0001", "{}")])
+def test_slices_that_were_cut_from_volumes_stay_with_their_patient(tmp_path, name, patient):
+    people = ("smith", "jones", "brown", "green", "black")
+    slices = [f"{name.format(person)}_slice{k:03d}.png" for person in people for k in range(4)]
+    make_tree(tmp_path, {"train/images": slices, "train/masks": slices})
+    config = data("segmentation", tmp_path)
+    train, valid, test = (set(load_labelled(config, split, 8).groups) for split in ("train", "valid", "test"))
+    assert train | valid | test == {patient.format(person) for person in people}
+    assert not train & valid | train & test | valid & test
+
+
 def test_masks_of_0_and_255_are_binary(tmp_path):
     make_tree(tmp_path, {"train/images": files(2), "train/masks": files(2)})
     train = read_segmentation(str(tmp_path), "", SIZES)["train"]
