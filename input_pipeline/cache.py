@@ -97,7 +97,8 @@ def load_npz(path: str | Path) -> Dataset:
     except DataError:
         raise
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged or truncated ({error}); write it again with --mode=prepare") from error
+        reason = error if zipfile.is_zipfile(path) else "no .npz file, or a part of one"  # numpy would speak of pickles
+        raise DataError(f"{path}: damaged or truncated ({reason}); write it again with --mode=prepare") from error
     facts = {k: header[k] for k in ("name", "layout", "manifest_hash", "channels", "image_size", "mask_size")}
     return Dataset(**facts, splits=splits)
 

@@ -44,7 +44,8 @@ def read_npz(root: str, name: str, sizes: Sizes) -> dict[str, LabelledSet]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:  # .npy: no .files
-        raise DataError(f"{path}: cannot be read ({error}). {EXPECTED_NPZ}") from error
+        reason = error if zipfile.is_zipfile(path) else "no .npz file, or a part of one"  # numpy would speak of pickles
+        raise DataError(f"{path}: cannot be read ({reason}). {EXPECTED_NPZ}") from error
     if "train_images" not in arrays:
         raise DataError(f"{path}: no train_images, found {', '.join(sorted(arrays)) or 'nothing'}. {EXPECTED_NPZ}")
     sets = {}

@@ -112,6 +112,9 @@ def test_bad_caches(tmp_path):
         (tmp_path / "cut.npz").write_bytes(whole[:kept])
         with pytest.raises(DataError, match=r"cut\.npz: damaged or truncated"):
             load_npz(tmp_path / "cut.npz")
+    (tmp_path / "text.npz").write_text("not even binary")
+    with pytest.raises(DataError, match=r"text\.npz: damaged or truncated \(no \.npz file"):
+        load_npz(tmp_path / "text.npz")
     flipped = bytearray(whole)
     at = whole.index(np.load(path)["test/image"].tobytes()[:16])
     flipped[at] ^= 1

@@ -221,6 +221,9 @@ def test_wrong_npz(tmp_path, changes, message):
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(DataError, match="cannot be read"):
         read_npz(str(tmp_path / "x.npz"), "", SIZES)
+    (tmp_path / "x.npz").write_text("not even binary")
+    with pytest.raises(DataError, match=r"cannot be read \(no \.npz file"):
+        read_npz(str(tmp_path / "x.npz"), "", SIZES)
 
 
 # --- ChestX-ray14
