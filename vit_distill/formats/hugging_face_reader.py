@@ -188,7 +188,7 @@ def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tupl
     if not content:
         label, values = ("ImageNet's", architectures.IMAGENET) if imagenet else ("0.5", architectures.HALF)
         return dict(values), (f"mean and std {label} assumed: no preprocessor_config.json",)
-    scale = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
+    scale = 1.0 if content.get("do_rescale") is False else content.get("rescale_factor") or 1 / 255
     if abs(255 * scale - 1) > 0.01:
         raise ValueError(
             f"preprocessor_config.json: expected pixels scaled by 1/255, found {scale:g} (do_rescale, rescale_factor): "
@@ -207,6 +207,9 @@ def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tupl
         fields["interpolation"] = RESAMPLE[content["resample"]]
     size, crop = _side(content.get("size")), _side(content.get("crop_size"))
     notes: tuple[str, ...] = ()
+    if content.get("do_resize") is False:  # `size` says nothing then
+        size = crop if content.get("do_center_crop") else None
+        notes = ("do_resize is false: transformers takes images as large as they are, here they are resized to fit",)
     if content.get("do_center_crop") and crop and size:
         fields |= {"image_size": crop, "crop_fraction": min(crop / size, 1.0)}
     elif size:

@@ -198,6 +198,18 @@ def test_images_prepared_in_a_way_that_is_not_ours_are_refused(
         load_case("hf_vit", tmp_path)
 
 
+@pytest.mark.parametrize(("fields", "side"), [({}, 24), (dict(do_center_crop=True, crop_size=16), 16)])
+def test_a_size_that_no_image_is_resized_to_is_not_the_input_s(
+    fields: dict, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"do_resize": False, "size": {"height": 32, "width": 32}} | fields
+    case = CASES["hf_vit"]
+    monkeypatch.setitem(CASES, "hf_vit", case | {"preprocessor": case["preprocessor"] | {"do_rescale": None} | own})
+    teacher = load_case("hf_vit", tmp_path)
+    assert (teacher.config.image_size, teacher.preprocessing.resize_size) == (side, side)
+    assert any("do_resize is false" in note for note in teacher.report.notes)
+
+
 @pytest.mark.parametrize(
     "name", ["timm_vit", "timm_siglip_gap", "timm_dinov3", "hf_dinov2_registers", "hf_dinov3_swiglu", "big_vision"]
 )
