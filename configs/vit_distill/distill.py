@@ -6,7 +6,7 @@ Argument: recipe=small (a few hundred images) or paper (1 % of ImageNet, some 12
 an update, 128 at a time), with its class folders as IMAGES: --config=configs/vit_distill/distill.py:paper
 --config.few_shot.ratio=0.01. Not run yet.
 
-The learning rate is to be tuned; with images held out the run does it itself, in three to five runs more:
+The learning rate is to be tuned; with images held out the run does it itself, in three or four runs more:
   --config.optim.learning_rates='(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)' --config.optim.tune_steps=100
 What it costs on your machine before it runs: the same with --mode=plan. Results: docs/results_distiller.md.
 """
@@ -16,6 +16,8 @@ from configs import common
 RECIPES = {
     "small": {},
     "paper": {
+        "data.valid_fraction": 0.0,  # few_shot.ratio is of all training images
+        "data.test_fraction": 0.0,
         "train.batch_size": 1024,
         "train.accumulation": 8,
         "train.num_steps": 125,

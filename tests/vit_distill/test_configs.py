@@ -80,7 +80,8 @@ def test_the_papers_recipe_is_ten_epochs_of_a_hundredth_of_imagenet():
     assert optim.learning_rate == pytest.approx(1e-3 * train.batch_size / 256)
     assert optim.clip_norm == 0
     changed = {key for key, value in config.to_dict().items() if value != small.to_dict()[key]}
-    assert changed == {"train", "optim"}
+    assert changed == {"data", "train", "optim"}
+    assert config.data.valid_fraction == config.data.test_fraction == 0  # the share is of all training images
     rate = build_schedule(optim, train.num_steps)
     assert rate(24) == pytest.approx(4e-3)
     check_batch_size(train.batch_size, train.accumulation, make_mesh())
