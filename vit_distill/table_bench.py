@@ -138,7 +138,6 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
         # The middle square at the input size, as of `run_segment`: images and masks cover each other exactly.
         size, interpolation = preprocessing.image_size, preprocessing.interpolation
         splits = [load_labelled(probed, split, size, interpolation) for split in SPLITS]
-        check_masked(dict(zip(SPLITS, splits, strict=True)), teacher.config, config.data.memory_limit_gb)
     else:
         splits = [train, valid] if probed is config.data else [load(probed, split) for split in SPLITS[:2]]
         if all(split.labelled for split in splits):
@@ -149,6 +148,11 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
             splits = []
         else:
             raise ValueError(f"table.probe_data: {splits[0].name} has images without labels; expected a labelled set")
+    if splits and section.probe.per_class:
+        rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
+        splits[0] = splits[0].take(rows)
+    if section.probe.kind == SEGMENT:
+        check_masked(dict(zip(SPLITS, splits, strict=True)), teacher.config, config.data.memory_limit_gb)
     few_shot = {
         ratio: train.take(select_few_shot(train, ratio=ratio, seed=config.few_shot.seed)) for ratio in section.ratios
     }
@@ -163,9 +167,6 @@ def load_bench(config: Any, teacher: Teacher, workdir: Path) -> Bench:
         np.asarray(preprocessing.evaluate(jnp.asarray(valid.images(rows)))),
         valid.take(rows).manifest_hash(),
     )
-    if splits and section.probe.per_class:
-        rows = select_few_shot(splits[0], per_class=section.probe.per_class, seed=config.few_shot.seed + 1)
-        splits[0] = splits[0].take(rows)
     begun = next(iter(sorted((workdir / "cells").glob("*_seed*.json"))), None)
     return Bench(
         config,

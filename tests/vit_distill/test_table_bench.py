@@ -196,6 +196,13 @@ def test_students_are_compared_by_the_classes_of_pixels(tmp_path: Path, monkeypa
     text = (tmp_path / "w" / "table.md").read_text()
     assert "| Row | Images | r | miou | valid | L1 |" in text
     assert "segment on the patch tokens after the final norm, squares, 20 train, 8 valid, 8 test images" in text
+    # What is probed has to fit into memory, not what there is: 36 images take 6.0e-5 GiB, 40 take 6.7e-5.
+    config.data.memory_limit_gb = 6.3e-5
+    table_bench.load_bench(config, teacher, tmp_path)
+    config.table.probe.per_class = 0
+    with pytest.raises(ValueError, match=r"data\.memory_limit_gb is 6.3e-05"):
+        table_bench.load_bench(config, teacher, tmp_path)
+    config.data.memory_limit_gb = 8.0
     config.table.probe.kind = "logistic"
     table.run_table(config, tmp_path / "unprobed")
     assert "| Row | Images | r | cls L1 | L1 |" in (tmp_path / "unprobed" / "table.md").read_text()
