@@ -82,7 +82,8 @@ def _result(results: ReportData) -> Markup:
 
 def _measured(results: ReportData) -> str:
     """Which images distances were measured on."""
-    return f"{results.num_images} images that were {'' if results.on_training_images else 'not '}trained on"
+    chose = ", but chose the learning rate" * ("tuned" in results.facts)
+    return f"{results.num_images} images that were {'' if results.on_training_images else 'not '}trained on{chose}"
 
 
 def _cost(results: ReportData) -> Markup:

@@ -118,6 +118,8 @@ def test_the_images_that_were_measured_on_are_told(tmp_path: Path):
     html = written(tmp_path, results())
     assert html.count("on 31 images that were not trained on") == 2  # the card and the blocks
     assert "callout warn" not in html.split("</style>")[-1]
+    chosen = dict(results().facts) | {"tuned": {"learning_rate": 0.01}}
+    assert written(tmp_path, results(facts=chosen)).count("not trained on, but chose the learning rate") == 2
     html = written(tmp_path, results(on_training_images=True))
     assert html.count("on 31 images that were trained on") == 2
     assert "measured on training images, as none were held out" in html
