@@ -25,6 +25,7 @@ from vit_distill import flops
 from vit_distill.forward import forward_parts, make_forward, micro_batches
 from vit_distill.lora import LoraConfig, build_lora_config, init_adapters
 from vit_distill.teacher import load_teacher_of
+from vit_distill.tune import check_rates, most_tried
 from vit_distill.weight_copy import choose_blocks
 
 ESTIMATE = "a lower bound: all products at the measured speed of one large matrix product; real runs are slower"
@@ -90,6 +91,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
         rate = matmul_rate(batch * student.num_tokens, student.width, student.mlp_dim, dtype)
     sizes = {"teacher": flops.model_size(teacher), "student": flops.model_size(student)}
     step_seconds = flops.FLOPS_PER_MAC * cost.total / (rate * devices)
+    tuning = _tuning(config) if method != "copy" else {}
     return {
         "models": sizes,
         "reduction": {key: sizes["teacher"][key] / sizes["student"][key] for key in ("params", "gflops")},
@@ -105,6 +107,7 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
             },
             "cached_views": train.cached_views,
             "cached_bytes_an_image": train.cached_views * student.num_tokens * student.width * 4,  # one target
+            "tuning": tuning,
         },
         "memory_bytes": memory,
         "device": {"count": devices, "memory_bytes": device_memory(), "gflops_per_second": rate / 1e9},
@@ -112,10 +115,20 @@ def make_plan(config: Any, teacher: VitConfig, rate: float | None = None) -> dic
             "note": ESTIMATE,
             "update": step_seconds,
             "training": step_seconds * train.num_steps if method != "copy" else 0.0,
+            "tuning": step_seconds * tuning["runs"] * tuning["num_steps"] if tuning else 0.0,
             "teacher_image": 1e9 * sizes["teacher"]["gflops"] / rate,
             "student_image": 1e9 * sizes["student"]["gflops"] / rate,
         },
     }
+
+
+def _tuning(config: Any) -> dict[str, int]:
+    """At most how many runs of how many updates optim.learning_rates add, {} without; tables plan a cell without."""
+    optim = config.optim
+    if not optim.get("learning_rates"):
+        return {}
+    check_rates(optim, "optim")
+    return {"runs": most_tried(len(optim.learning_rates)), "num_steps": optim.tune_steps or config.train.num_steps}
 
 
 def _num_trained(student: VitConfig, method: str, lora: LoraConfig | None) -> int:
@@ -163,6 +176,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         )
     rate = plan["device"]["gflops_per_second"]
     lines.append(f"  time (estimate): {duration(seconds['training'])}, {seconds['update']:.3f} s an update")
+    if tuning := training["tuning"]:
+        lines.append(
+            f"  before it at most {tuning['runs']} runs of {tuning['num_steps']} updates choose one of "
+            f"optim.learning_rates: {duration(seconds['tuning'])}"
+        )
     lines.append(f"  ({seconds['note']}; {plan['device']['count']} device(s) at {rate:.0f} GFLOP/s)")
     return lines
 

@@ -39,6 +39,8 @@ from vit_distill.train import check_trains, train
 from vit_distill.tune import check_rates, choose_rate
 from vit_distill.weight_copy import CRITERIA
 
+# Numbers without which a run would fail later, and in other words.
+LEAST = {"seed": 0, "few_shot.seed": 0, "train.cached_views": 0, "calibration.num_images": 1}
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
     "probe": "vit_distill.probe_command:run_probe",
@@ -54,6 +56,7 @@ def train_and_evaluate(config: Any, workdir: Path, distributed: bool = False) ->
     if distributed:
         jax.distributed.initialize()
     print_devices()
+    _check_numbers(config)
     if config.command in COMMANDS:
         check_one_host(f"command {config.command!r}")
         module, name = COMMANDS[config.command].split(":")
@@ -71,6 +74,7 @@ def evaluate(config: Any, workdir: Path) -> None:
     if config.command != "distill":
         raise ValueError(f"--mode=evaluate: nothing to restore for command {config.command!r}; run it again instead")
     check_config(config, workdir, FREE_FIELDS)
+    _check_adapters(config, "truncate_to")
     if not (workdir / FACTS).exists():
         raise ValueError(f"{workdir} holds no distilled student: train first, or check --workdir")
     distiller, trainable, facts = load_distilled(workdir, config)
@@ -99,6 +103,7 @@ def export(config: Any, workdir: Path, kind: str, output: str) -> None:
 
 def _distill(config: Any, workdir: Path) -> None:
     check_config(config, workdir, FREE_FIELDS)
+    _check_adapters(config, "truncate_to")
     tunes = bool(config.optim.learning_rates)
     if own_manifest(workdir) is None:
         _check_options(config)
@@ -136,7 +141,10 @@ def _distill(config: Any, workdir: Path) -> None:
     trainable = None
     if config.student.method != "copy":
         if tunes:
-            distiller, facts["tuned"] = _tuned(distiller, few_shot, held_out, workdir)
+            # As long as the run was begun: rates that runs of two lengths tried do not compare.
+            num_steps = (known or facts)["num_steps"]
+            distiller, facts["tuned"] = _tuned(distiller, few_shot, held_out, workdir, num_steps)
+            save_facts(workdir, (known or facts) | {"tuned": facts["tuned"]})
         state = train(distiller, few_shot, workdir)
         facts["updates"] = int(state.step)
         if jax.process_count() == 1:
@@ -154,27 +162,43 @@ def _distill(config: Any, workdir: Path) -> None:
 
 def _check_options(config: Any) -> None:
     """Raises ValueError for options of a new distillation that are unknown or would do nothing."""
-    method, criterion = config.student.method, config.calibration.criterion
+    criterion = config.calibration.criterion
     if criterion not in CRITERIA:
         raise ValueError(f"calibration.criterion: expected one of {CRITERIA}, found {criterion!r}")
-    for field in ("warm_start", "truncate_to"):
-        if config.lora[field] and method != "lora":
-            raise ValueError(
-                f"lora.{field}={config.lora[field]} is of adapters, and student.method={method!r} has none: leave it "
-                'out, or take student.method="lora"'
-            )
+    _check_adapters(config, "warm_start")
     if config.optim.learning_rates:
-        check_rates(config.optim.learning_rates, "optim")
+        check_rates(config.optim, "optim")
         check_one_host("optim.learning_rates")
-        if method == "copy":
+        if config.student.method == "copy":
             raise ValueError('optim.learning_rates: student.method="copy" trains nothing')
 
 
+def _check_adapters(config: Any, field: str) -> None:
+    """Raises ValueError for an option of adapters, lora.`field`, with a student that has none."""
+    value, method = config.lora[field], config.student.method
+    if value and method != "lora":
+        raise ValueError(
+            f"lora.{field}={value} is of adapters, and student.method={method!r} has none: set it to {type(value)()}, "
+            'or take student.method="lora"'
+        )
+
+
+def _check_numbers(config: Any) -> None:
+    """Raises ValueError for a field of LEAST that the command has, and that is less."""
+    for name, least in LEAST.items():
+        section, _, field = name.rpartition(".")
+        found = (config.get(section, {}) if section else config).get(field, least)
+        if found < least:
+            raise ValueError(f"{name}: expected a number of at least {least}, found {found}")
+
+
 def _tuned(
-    distiller: Distiller, few_shot: LabelledSet, held_out: LabelledSet, workdir: Path
+    distiller: Distiller, few_shot: LabelledSet, held_out: LabelledSet, workdir: Path, num_steps: int
 ) -> tuple[Distiller, dict[str, Any]]:
-    """The distiller with the best of optim.learning_rates, and what was found, for the report."""
+    """The distiller with the best of optim.learning_rates, tried in runs of tune_steps or `num_steps` updates, and what
+    was found, for the report."""
     config = distiller.config.copy_and_resolve_references()
+    config.optim.tune_steps = config.optim.tune_steps or num_steps
     bench = student_bench(distiller, few_shot, held_out, workdir)
     rate, losses, _ = choose_rate(bench, config, WHOLE, "optim", workdir / "learning_rates.json")
     config.optim.learning_rate = rate

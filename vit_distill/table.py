@@ -103,7 +103,7 @@ def build_groups(section: Any) -> list[Group]:
     unknown = sorted(set(section.rows) - set(ROWS))
     if unknown or not section.rows:
         raise ValueError(f"table.rows: expected some of {tuple(ROWS)}, found {tuple(section.rows)}")
-    check_rates(section.learning_rates, "table")
+    check_rates(section, "table")
     if not section.ratios or not section.reductions or section.num_seeds < 1:
         raise ValueError("table: expected ratios, reductions and num_seeds of at least 1 each")
     groups = [Group("teacher", None, 1)] if "teacher" in section.rows else []

@@ -11,10 +11,16 @@ from core.loop import NonFiniteLossError
 from vit_distill.table_bench import Bench, Trained, held_out_metrics, train_student
 
 
-def check_rates(rates: Sequence[float], section: str) -> None:
-    """Raises ValueError unless `section`.learning_rates are some, above 0 and ascending."""
+def check_rates(section: Any, name: str) -> None:
+    """Raises ValueError unless `section`, called `name`, has ascending learning_rates and tune_steps that are none or
+    some."""
+    rates = tuple(section.learning_rates)
     if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
-        raise ValueError(f"{section}.learning_rates: expected ascending rates above 0, found {tuple(rates)}")
+        raise ValueError(f"{name}.learning_rates: expected ascending rates above 0, found {rates}")
+    if section.tune_steps < 0:
+        raise ValueError(
+            f"{name}.tune_steps: expected updates, or 0 for as many as of the training, found {section.tune_steps}"
+        )
 
 
 def choose_rate(
@@ -58,7 +64,8 @@ def choose_rate(
 
     rate = walk(grid, loss_of)
     if not losses[rate] < math.inf:
-        raise ValueError(f"{path.stem}: no rate of {section}.learning_rates={grid} trains; lower them")
+        elsewhere = ", in another --workdir" * (section == "optim")  # where the table's may change
+        raise ValueError(f"{path}: no rate of {section}.learning_rates={grid} trains; lower them{elsewhere}")
     tried = ", ".join(f"{r:g}: {losses[r]:.4f}" for r in sorted(losses))
     note = f"; at the edge of {section}.learning_rates: widen it" if at_edge(rate, grid) else ""
     print(f"  learning rate {rate:g} by held-out loss ({tried}){note}")
@@ -68,6 +75,11 @@ def choose_rate(
 def at_edge(rate: float | None, grid: Sequence[float]) -> bool:
     """Whether a wider grid might hold a better rate."""
     return len(grid) > 1 and rate in (grid[0], grid[-1])
+
+
+def most_tried(num_rates: int) -> int:
+    """How many of a grid's rates `walk` tries at most: three in the middle, then one after the other on one side."""
+    return min(num_rates, num_rates // 2 + 2)
 
 
 def walk(grid: Sequence[float], loss_of: Callable[[float], float]) -> float:

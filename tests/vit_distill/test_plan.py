@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs.common import distiller
+from configs.vit_distill.distill import get_config
 from core.vit import VisionTransformer, VitConfig
 from vit_distill import flops, plan
 from vit_distill.lora import build_lora_config
@@ -63,6 +64,24 @@ def test_methods_and_options():
     assert any(
         "3 views of every image" in line and f"fewer than {most} images" in line for line in plan.plan_lines(cached)
     )
+
+
+def test_runs_that_choose_the_learning_rate_are_counted():
+    config = get_config()
+    config.lora.rank = 4
+    config.optim.update(learning_rates=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), tune_steps=30)
+    found = plan.make_plan(config, TEACHER, rate=RATE)
+    assert found["training"]["tuning"] == {"runs": 4, "num_steps": 30}
+    assert found["seconds"]["tuning"] == pytest.approx(4 * 30 * found["seconds"]["update"])
+    line = "before it at most 4 runs of 30 updates choose one of optim.learning_rates: "
+    assert line + plan.duration(found["seconds"]["tuning"]) in plan.plan_lines(found)[-2].strip()
+    config.optim.tune_steps = 0
+    assert plan.make_plan(config, TEACHER, rate=RATE)["training"]["tuning"]["num_steps"] == config.train.num_steps
+    config.optim.tune_steps = -1
+    with pytest.raises(ValueError, match=r"optim\.tune_steps: expected"):
+        plan.make_plan(config, TEACHER, rate=RATE)
+    config.student.method = "copy"
+    assert plan.make_plan(config, TEACHER, rate=RATE)["seconds"]["tuning"] == 0
 
 
 @pytest.mark.parametrize(

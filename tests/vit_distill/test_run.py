@@ -197,11 +197,44 @@ def test_a_run_chooses_its_learning_rate_by_what_is_held_out(
     run.train_and_evaluate(alone, tmp_path / "alone")
     params = [paths(load_student(tmp_path / name).params) for name in ("tuned", "alone")]
     assert all(np.array_equal(leaf, params[1][path]) for path, leaf in params[0].items())
+    # All its weights trained: there are no adapters to cut, and nothing is written of that.
+    cut = saved.get_config(str(tmp_path / "tuned"))
+    cut.lora.truncate_to = 1
+    for command in ("evaluate", "train"):
+        with pytest.raises(ValueError, match=r"lora\.truncate_to=1 is of adapters, .* has none: set it to 0"):
+            run_command(command, cut, tmp_path / "tuned")
+    assert saved.get_config(str(tmp_path / "tuned")).lora.truncate_to == 0
     # Longer training goes on with the rate that was found.
     monkeypatch.setattr("vit_distill.tune.train_student", lambda *_: pytest.fail("tried again"))
     config.train.num_steps = 5
     run.train_and_evaluate(config, tmp_path / "tuned")
     assert load_student(tmp_path / "tuned").facts["tuned"] == found
+
+
+def test_a_tuned_run_that_is_stopped_twice_and_made_longer(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rates are compared after equally many updates, and what was found is known before a report tells it."""
+    config, tried = make_config(teacher), []
+    config.optim.learning_rates = (1e-3, 1e-2)
+
+    def train_student(bench, student, ratio) -> float:
+        tried.append((student.optim.learning_rate, student.train.num_steps))
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return student.optim.learning_rate
+
+    monkeypatch.setattr("vit_distill.tune.train_student", train_student)
+    monkeypatch.setattr("vit_distill.tune.held_out_metrics", lambda bench, loss: {"loss": loss})
+    with pytest.raises(KeyboardInterrupt):
+        run.train_and_evaluate(config, tmp_path)
+    config.train.num_steps = 3
+    monkeypatch.setattr(run, "_report", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        run.train_and_evaluate(config, tmp_path)
+    assert tried == [(1e-3, 2), (1e-2, 2), (1e-2, 2)]
+    facts = load_student(tmp_path).facts
+    assert (facts["tuned"]["learning_rate"], facts["updates"]) == (1e-3, 3)
 
 
 def test_another_config_or_command_is_refused(workdir: Path, teacher: Path):
@@ -291,6 +324,11 @@ def test_the_manifest_of_an_earlier_run_gives_the_same_images(workdir: Path, tea
         (lambda c: c.loss.update(kind="l3"), "loss.kind"),
         (lambda c: [c.student.update(method="full"), c.lora.update(warm_start=True)], "lora.warm_start=True is of ad"),
         (lambda c: [c.student.update(method="scratch"), c.lora.update(truncate_to=4)], "lora.truncate_to=4 is of ad"),
+        (lambda c: c.update(seed=-1), "^seed: expected a number of at least 0, found -1"),
+        (lambda c: c.few_shot.update(seed=-1), "few_shot.seed: expected .* at least 0, found -1"),
+        (lambda c: c.train.update(cached_views=-1), "train.cached_views: expected .* at least 0, found -1"),
+        (lambda c: c.calibration.update(num_images=0), "calibration.num_images: expected .* at least 1, found 0"),
+        (lambda c: c.optim.update(learning_rates=(0.01,), tune_steps=-1), "optim.tune_steps: expected .*found -1"),
         (lambda c: c.calibration.update(criterion="typo"), "calibration.criterion: expected one of .*'typo'"),
         (lambda c: c.few_shot.update(ratio=0.5), "few_shot"),
         (lambda c: c.optim.update(learning_rates=(0.01, 0.001)), r"optim\.learning_rates: expected ascending"),

@@ -1,10 +1,11 @@
 """The walk over learning rates finds the valley with as few trials as it takes."""
 
+import itertools
 import math
 
 import pytest
 
-from vit_distill.tune import walk
+from vit_distill.tune import most_tried, walk
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,13 @@ def test_the_walk_finds_the_valley(losses: list, best: int, tried: set):
 
     assert walk(grid, loss_of) == grid[best]
     assert asked == tried
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_most_that_is_tried(number: int):
+    def tried(losses: tuple) -> int:
+        asked = set()
+        walk(range(number), lambda i: asked.add(i) or losses[i])
+        return len(asked)
+
+    assert most_tried(number) == max(map(tried, itertools.permutations(range(number))))
