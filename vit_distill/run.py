@@ -40,7 +40,7 @@ from vit_distill.tune import check_rates, choose_rate
 from vit_distill.weight_copy import CRITERIA
 
 # Numbers without which a run would fail later, and in other words.
-LEAST = {"seed": 0, "few_shot.seed": 0, "train.cached_views": 0, "calibration.num_images": 1}
+LEAST = {"few_shot.seed": 0, "train.cached_views": 0, "calibration.num_images": 1}
 # Where `config.command` is carried out when it is not the distillation itself: function(config, workdir).
 COMMANDS = {
     "probe": "vit_distill.probe_command:run_probe",
