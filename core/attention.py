@@ -17,12 +17,15 @@ from core.dense import in_bfloat16_units, transposed
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
     """softmax(q k^T / sqrt(Dh)) v for [B, N, K, Dh] each, softmax in float32; [B, N, K, Dh] in the dtype of `query`.
 
+    There may be fewer queries than keys and values; the result has as many tokens as `query`.
+
     `jax.nn.dot_product_attention` off the CPU, by cuDNN where that serves: it writes no [B, K, N, N].
     On the CPU its einsums take twice as long as batched matmuls over heads laid out contiguously (benchmarks/NOTES.md).
     Operands of products are rounded to `dtype`, in the gradient too.
     """
     if jax.default_backend() != "cpu":
-        if _by_cudnn(query):
+        # Where fewer tokens ask than answer (a pooling), its gradient would mask by the wrong length.
+        if query.shape == key.shape and _by_cudnn(query):
             return fused_attention(query, key, value)
         return jax.nn.dot_product_attention(query, key, value, implementation="xla")
     batch, _, num_heads, _ = query.shape

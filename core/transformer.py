@@ -1,4 +1,4 @@
-"""Transformer parts: patches, attention, MLP, pre-norm block.
+"""Transformer parts: patches, attention, MLP, pre-norm block, attention pooling.
 
 Axes: B batch, H W C image, P patch side, N tokens, D width, K heads. The MLP of a block is injected, so that a system
 can put its own kind (Mixture-of-Experts) into the same block. Tokens are flattened to [B*N, D] before every dense
@@ -79,22 +79,25 @@ class SelfAttention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
+    def __call__(self, x: jax.Array, asking: jax.Array | None = None) -> jax.Array:
+        """Tokens `asking` [B, M, D] attend to x, to [B, M, D]; by default x itself."""
+        width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
         shape = (self.num_heads, width // self.num_heads)
-        flat = x.reshape(-1, width)
+        asking = x if asking is None else asking
 
         def heads(name: str) -> jax.Array:
             use_bias = self.qkv_bias and (self.key_bias or name != "key")
-            out = Dense(shape, use_bias=use_bias, dtype=self.dtype, name=name)(flat).reshape(batch, tokens, *shape)
+            tokens = asking if name == "query" else x
+            out = Dense(shape, use_bias=use_bias, dtype=self.dtype, name=name)(tokens.reshape(-1, width))
+            out = out.reshape(*tokens.shape[:2], *shape)
             return out if self.rotary is None or name == "value" else rotate(out, self.rotary)
 
         out = attend(heads("query"), heads("key"), heads("value"), self.dtype)
         self.sow("intermediates", "heads", out)
         out = Dense((width,), dtype=self.dtype, name="out")(out.reshape(-1, *shape))
-        return out.reshape(batch, tokens, width)
+        return out.reshape(asking.shape)
 
 
 class Mlp(nn.Module):
@@ -170,6 +173,29 @@ class EncoderBlock(nn.Module):
         if not self.layer_scale:
             return y
         return y * self.param(name, nn.initializers.ones, (1, 1, y.shape[-1])).astype(y.dtype)
+
+
+class AttentionPool(nn.Module):
+    """One learned query "query_token" [1, 1, D] attends to the tokens, then x + mlp(norm(x)); [B, N, D] -> [B, D].
+
+    SigLIP's (Zhai et al., arXiv 2303.15343), after Lee et al., arXiv 1810.00825. All layers have biases.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, _, width = x.shape
+        query = self.param("query_token", nn.initializers.normal(0.02), (1, 1, width)).astype(x.dtype)
+        query = jnp.broadcast_to(query, (batch, 1, width))
+        x = SelfAttention(self.num_heads, dtype=self.dtype, name="attn")(x, query)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=activation_dtype(self.dtype), name="norm")(x)
+        y, _ = Mlp(self.mlp_dim, self.activation, self.dtype, name="mlp")(y)
+        return (x + y)[:, 0]
 
 
 def block_name(index: int) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from core.dense import Dense, activation_dtype
 from core.rotary import Rotary
-from core.transformer import ACTIVATIONS, Dtype, EncoderBlock, Mlp, PatchEmbed, SwiGlu, block_name
+from core.transformer import ACTIVATIONS, AttentionPool, Dtype, EncoderBlock, Mlp, PatchEmbed, SwiGlu, block_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class VitConfig:
       pre_norm: a layer norm before the first block (CLIP).
       layer_scale: as in EncoderBlock.
       final_norm: "tokens": norm of every token before pooling; "pooled": norm after pooling (timm's fc_norm).
-      pool: "token": the cls token; "mean": mean of the patch tokens.
+      pool: "token": the cls token; "mean": mean of the patch tokens; "attention": AttentionPool of them (SigLIP).
     """
 
     depth: int
@@ -73,7 +73,7 @@ class VitConfig:
             "mlp": ("mlp", "swiglu"),
             "position": ("learned", "rotary"),
             "final_norm": ("tokens", "pooled"),
-            "pool": ("token", "mean"),
+            "pool": ("token", "mean", "attention"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -92,6 +92,11 @@ class VitConfig:
             )
         if self.pool == "token" and not self.class_token:
             raise ValueError('pool="token" needs class_token=True; use pool="mean"')
+        if self.pool == "attention" and (self.mlp, self.position) != ("mlp", "learned"):
+            raise ValueError(
+                'pool="attention": expected mlp="mlp" and position="learned", found '
+                f"mlp={self.mlp!r} and position={self.position!r}"
+            )
 
     @property
     def num_prefix(self) -> int:
@@ -136,8 +141,8 @@ class VisionTransformer(nn.Module):
     """Images [B, H, W, C], already normalised as the model expects them -> VitOutput.
 
     Parameters: embed/proj, cls_token [1, 1, D], reg_tokens [1, num_registers, D], pos_embedding [1, N or patches, D]
-    (none with rotary positions), norm_pre, block_00..., norm, head. Same order of tokens and operations as timm's
-    VisionTransformer (Eva with rotary positions).
+    (none with rotary positions), norm_pre, block_00..., norm, pool (with pool="attention"), head. Same order of tokens
+    and operations as timm's VisionTransformer (Eva with rotary positions).
     """
 
     config: VitConfig
@@ -159,7 +164,11 @@ class VisionTransformer(nn.Module):
             blocks.append(x)
         final = norm(name="norm")
         tokens = final(x) if cfg.final_norm == "tokens" else x
-        pooled = tokens[:, 0] if cfg.pool == "token" else tokens[:, cfg.num_prefix :].mean(1)
+        if cfg.pool == "attention":
+            pool = AttentionPool(cfg.num_heads, cfg.mlp_dim, cfg.activation, cfg.norm_eps, self.dtype, name="pool")
+            pooled = pool(tokens[:, cfg.num_prefix :])
+        else:
+            pooled = tokens[:, 0] if cfg.pool == "token" else tokens[:, cfg.num_prefix :].mean(1)
         if cfg.final_norm == "pooled":
             pooled = final(pooled)
         logits = None

@@ -68,12 +68,12 @@ class Distiller:
     def merged(self, trainable: Any) -> Any:
         """The student's weights with what was trained.
 
-        What no loss reaches is the teacher's: the head, which weight decay alone has changed in `trainable`, and with
-        the target before it the final norm, which a student from scratch has as it was drawn.
+        What no loss reaches is the teacher's: the head and attention pooling, which weight decay alone has changed in
+        `trainable`, and with the target before it the final norm, which a student from scratch has as it was drawn.
         """
         if self.lora:
             return merge(self.base, trainable, self.lora)
-        unreached = ("head", "norm") if self.loss.target == "pre_norm" else ("head",)
+        unreached = ("head", "pool", "norm") if self.loss.target == "pre_norm" else ("head", "pool")
         return dict(trainable) | {name: self.teacher.params[name] for name in unreached if name in self.base}
 
 

@@ -23,6 +23,7 @@ class ForwardCost:
     Attributes:
       embed, attention, mlp, head: patch embedding; attention and MLP of ONE block; classifier (0 without).
       depth: L.
+      pool: attention pooling (0 without).
     """
 
     embed: int
@@ -30,6 +31,7 @@ class ForwardCost:
     mlp: int
     head: int
     depth: int
+    pool: int = 0
 
     @property
     def block(self) -> int:
@@ -37,12 +39,12 @@ class ForwardCost:
 
     @property
     def encoder(self) -> int:
-        """All but the head: what distillation and probes run."""
+        """All but pooling and head: what distillation runs."""
         return self.embed + self.depth * self.block
 
     @property
     def total(self) -> int:
-        return self.encoder + self.head
+        return self.encoder + self.pool + self.head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +79,16 @@ def forward_cost(config: VitConfig) -> ForwardCost:
     tokens, width = config.num_tokens, config.width
     dense = {name: tokens * inputs * outputs for name, (inputs, outputs) in dense_shapes(config).items()}
     mlp = dense["fc1"] + dense["fc2"]
+    pool = 0
+    if config.pool == "attention":  # query, out and MLP of one token; key, value and two products of the patches
+        pool = 2 * width * (width + config.mlp_dim) + 2 * config.num_patches * width * (width + 1)
     return ForwardCost(
         embed=config.num_patches * config.patch_size**2 * config.in_channels * width,
         attention=sum(dense.values()) - mlp + 2 * tokens**2 * width,
         mlp=mlp,
         head=width * config.num_classes,
         depth=config.depth,
+        pool=pool,
     )
 
 

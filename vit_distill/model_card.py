@@ -7,6 +7,7 @@ from core.tree import num_params
 from vit_distill.student import Student
 
 UNKNOWN = "not recorded"
+_POOLS = {"token": "cls token", "mean": "mean of the patch tokens", "attention": "attention pooling of the patches"}
 
 
 def model_card(student: Student, usage: str = "", check: Mapping[str, Any] | None = None) -> str:
@@ -93,7 +94,7 @@ def _input(student: Student) -> dict[str, Any]:
         "Resize": f"short side to {p.resize_size} ({p.interpolation}), then the centre {p.image_size}",
         "Mean": ", ".join(f"{value:g}" for value in p.mean),
         "Standard deviation": ", ".join(f"{value:g}" for value in p.std),
-        "Feature": f"{config.width} values ({'cls token' if config.pool == 'token' else 'mean of the patch tokens'})",
+        "Feature": f"{config.width} values ({_POOLS[config.pool]})",
         "Classes": config.num_classes or "none: features only",
     }
 

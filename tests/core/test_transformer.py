@@ -22,13 +22,14 @@ def _norm(x, p, eps=1e-6):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
-def _attention(x, p):
+def _attention(x, p, asking=None):
     """One query at a time, one head at a time."""
-    q, k, v = (_dense(x, p[name]) for name in ("query", "key", "value"))
+    q = _dense(x if asking is None else asking, p["query"])
+    k, v = (_dense(x, p[name]) for name in ("key", "value"))
     out = np.zeros_like(q)
-    for b in range(x.shape[0]):
+    for b in range(q.shape[0]):
         for head in range(q.shape[2]):
-            for n in range(x.shape[1]):
+            for n in range(q.shape[1]):
                 scores = np.exp(k[b, :, head] @ q[b, n, head] / np.sqrt(q.shape[-1]))
                 out[b, n, head] = scores / scores.sum() @ v[b, :, head]
     return _dense(out, p["out"], 2)
@@ -45,6 +46,11 @@ def _block(x, p):
     return x + _mlp(_norm(x, p["norm2"]), p["mlp"])
 
 
+def _pool(x, p):
+    x = _attention(x, p["attn"], np.repeat(p["query_token"], len(x), 0))[:, 0]
+    return x + _mlp(_norm(x, p["norm"]), p["mlp"])
+
+
 def _randomised(params, seed=0):
     """No leaf at its special initial value (zero biases, unit scales), float64."""
     rng = np.random.default_rng(seed)
@@ -57,14 +63,16 @@ def _cases():
         "attention": (transformer.SelfAttention(HEADS), _attention),
         "mlp": (transformer.Mlp(HIDDEN), _mlp),
         "block": (block, _block),
+        "pool": (transformer.AttentionPool(HEADS, HIDDEN), _pool),
     }
 
 
-@pytest.mark.parametrize("name", ["attention", "mlp", "block"])
+@pytest.mark.parametrize("name", ["attention", "mlp", "block", "pool"])
 def test_values_and_gradients_are_those_of_numpy(name):
     module, reference = _cases()[name]
     rng = np.random.default_rng(1)
     x, target = rng.normal(size=(2, BATCH, TOKENS, WIDTH))
+    target = target[:, 0] if name == "pool" else target
     params = _randomised(jax.jit(module.init)(jax.random.key(0), jnp.zeros(x.shape))["params"])
 
     def scalar(params, x):
@@ -155,8 +163,10 @@ def test_attention_on_a_gpu_asks_for_cudnn_where_it_serves(monkeypatch, caplog):
     attend(full, full, full, jnp.float32)
     with jax.default_matmul_precision("highest"):
         attend(half, half, half, jnp.bfloat16)
+    attend(half[:, :1], half, half, jnp.bfloat16)
     attention._cudnn_compiles.cache_clear()
-    assert asked == ["cudnn", "cudnn", "cudnn", "xla", "xla"]  # tried without and with its gradient
+    # Tried without and with its gradient; not for full or highest precision, nor for fewer queries than keys.
+    assert asked == ["cudnn", "cudnn", "cudnn", "xla", "xla", "xla"]
 
 
 def test_attention_of_an_odd_number_of_tokens_has_the_gradient_of_one_token_more_masked_out(monkeypatch):

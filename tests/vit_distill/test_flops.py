@@ -85,8 +85,9 @@ def trained_fn(config: VitConfig, chosen):
         dataclasses.replace(SMALL, num_classes=10),
         dataclasses.replace(SMALL, mlp="swiglu", num_registers=4, pool="mean", depth=2),
         dataclasses.replace(SMALL, patch_size=4, class_token=False, pool="mean", depth=1),
+        dataclasses.replace(SMALL, num_registers=3, class_token=False, pool="attention", depth=1),
     ],
-    ids=["vit", "swiglu", "small patches"],
+    ids=["vit", "swiglu", "small patches", "attention pooling"],
 )
 def test_forward_against_xla(config: VitConfig):
     def forward(params, pixels):

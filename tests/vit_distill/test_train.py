@@ -18,7 +18,7 @@ from core.checkpoint import CheckpointError
 from core.mesh import make_mesh
 from core.optim import build_optimizer
 from core.tree import paths, spec
-from core.vit import VisionTransformer, VitConfig
+from core.vit import VisionTransformer, VitConfig, init_params
 from input_pipeline.batches import train_batches
 from input_pipeline.classification import LabelledSet
 from input_pipeline.split import ArrayPixels
@@ -463,6 +463,18 @@ def test_a_student_from_scratch_has_the_teachers_norm_where_no_loss_reaches_it(t
     expected = teacher.params if target == "pre_norm" else trained
     assert leaves_equal(distiller.merged(trained)["norm"], expected["norm"])
     assert not leaves_equal(distiller.base["norm"], teacher.params["norm"])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "scratch"])
+def test_attention_pooling_stays_the_teachers(method, config, teacher, images):
+    """No loss reaches it, but weight decay does."""
+    pooling = dataclasses.replace(CONFIG, pool="attention")
+    config.student.method = method
+    config.optim.update(weight_decay=5.0, learning_rate=0.1)
+    params = init_params(pooling, jax.random.key(3))
+    distiller = build_distiller(config, dataclasses.replace(teacher, config=pooling, params=params))
+    trained, _ = run_one(distiller, {"image": images.images(np.arange(8))}, steps=2)
+    assert leaves_equal(distiller.merged(trained)["pool"], params["pool"])
 
 
 def test_comparing_in_batches_changes_nothing(config, teacher, images, monkeypatch):

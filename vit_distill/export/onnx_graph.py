@@ -82,6 +82,8 @@ class _Graph:
         tokens = self.norm(x, "norm") if cfg.final_norm == "tokens" else x
         start, end = (0, 1) if cfg.pool == "token" else (cfg.num_prefix, cfg.num_tokens)
         patches = self.op("Slice", tokens, *(self.constant([value]) for value in (start, end, 1)))
+        if cfg.pool == "attention":
+            patches = self.pool(patches, "pool")  # one token
         pooled = self.op("ReduceMean", patches, axes=[1], keepdims=0)
         if cfg.final_norm == "pooled":
             pooled = self.norm(pooled, "norm")
@@ -115,12 +117,19 @@ class _Graph:
         y = self.mlp(self.norm(x, f"{path}/norm2"), f"{path}/mlp")
         return self.op("Add", x, self.scaled(y, f"{path}/ls2"))
 
-    def attention(self, x: str, path: str) -> str:
+    def pool(self, x: str, path: str) -> str:
+        """`core.transformer.AttentionPool`, its one token [B, 1, D]."""
+        x = self.attention(x, f"{path}/attn", asking=self.weight(f"{path}/query_token"))
+        return self.op("Add", x, self.mlp(self.norm(x, f"{path}/norm"), f"{path}/mlp"))
+
+    def attention(self, x: str, path: str, asking: str = "") -> str:
+        """`core.transformer.SelfAttention`; one token `asking` [1, 1, D] serves the batch."""
         cfg = self.config
         head_dim = cfg.width // cfg.num_heads
 
         def heads(name: str, perm: list[int]) -> str:
-            flat = self.dense(x, f"{path}/{name}", (cfg.width, cfg.width))
+            asked = asking if asking and name == "query" else x
+            flat = self.dense(asked, f"{path}/{name}", (cfg.width, cfg.width))
             parted = self.reshape(flat, 0, 0, cfg.num_heads, head_dim)
             if cfg.rotary and name != "value":
                 parted = self.rotated(parted, angles(cfg.rotary, head_dim))

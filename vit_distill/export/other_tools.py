@@ -87,7 +87,10 @@ def read_transformers(folder: Path) -> Reader:
     @torch.inference_mode()
     def call(images: np.ndarray) -> Outputs:
         planes = _planes(preprocessing, images)
-        found = {"tokens": model.base_model(planes).last_hidden_state}
+        out = model.base_model(planes)
+        found = {"tokens": out.last_hidden_state}
+        if name == "SiglipVisionModel":
+            found["pooled"] = out.pooler_output
         if hasattr(model, "classifier"):
             found["logits"] = model(planes).logits
         return {name: value.numpy() for name, value in found.items()}

@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, {name}
 processor = AutoImageProcessor.from_pretrained(".")
 model = {name}.from_pretrained("."{options}).eval()
 image = processor(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
-features = model.base_model(**image).last_hidden_state[:, 0]
+features = model.base_model(**image).{feature}
 """
 
 _ADAPTERS = """
@@ -76,7 +76,8 @@ def usage(student: Student, kind: str, folder: Path) -> str:
     if kind == "huggingface":
         name, options = transformers_class(folder)
         options = "".join(f", {key}={value}" for key, value in options.items())
-        return _HUGGING_FACE.strip().format(name=name, options=options, mode=mode)
+        feature = "pooler_output" if student.config.pool == "attention" else "last_hidden_state[:, 0]"
+        return _HUGGING_FACE.strip().format(name=name, options=options, mode=mode, feature=feature)
     if kind == "timm":
         return _TIMM.strip().format(mode=mode)
     p = student.preprocessing

@@ -25,12 +25,14 @@ _DINOV3 = {
     "huge_plus": (32, 1280, 20, 5120),
     "7b": (40, 4096, 32, 8192),
 }
+# SigLIP's own sizes (Alabdulmohsin et al., arXiv 2305.13035; Tschannen et al., arXiv 2502.14786).
+_SIGLIP = {"so400m": (27, 1152, 16, 4304), "giantopt": (40, 1536, 16, 6144)}
 # Widths whose heads are not 64 wide in the published models.
 _HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 _NAME = re.compile(
-    r"(?P<family>vit|deit|deit3)_(?P<size>[a-z]+(?:_plus)?|7b)_patch(?P<patch>\d+)(?P<rest>(?:_[a-z0-9]+)*)"
+    r"(?P<family>vit|deit|deit3)_(?P<size>[a-z]+(?:_plus)?|7b|so400m)_patch(?P<patch>\d+)(?P<rest>(?:_[a-z0-9]+)*)"
 )
-_PART = re.compile(r"\d+|clip|quickgelu|dinov2|dinov3|qkvb|reg\d+")
+_PART = re.compile(r"\d+|clip|quickgelu|dinov2|dinov3|qkvb|siglip|reg\d+")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -41,6 +43,7 @@ _NOT_PLAIN = {
     "eva_giant_*": "attention of its own (EVA)",
     "beit*": "attention of its own (BEiT)",
     "*_rpn_*": "norms after attention and MLP, not before",
+    "test_vit3": "attention pooling of registers too",
 }
 _TANH = {"activation": "gelu_tanh"}
 # Where names of timm's tell more than a norm epsilon of 1e-6, the exact GELU, and the heads that the width tells.
@@ -63,29 +66,34 @@ def architecture_config(name: str) -> VitConfig:
     """VitConfig of a timm architecture such as "vit_base_patch16_224" or "vit_small_patch14_reg4_dinov2".
 
     Raises:
-      ValueError: for a name outside the families vit, deit, deit3 (plain, clip, dinov2, dinov3, reg).
+      ValueError: for a name outside the families vit, deit, deit3 (plain, clip, siglip, dinov2, dinov3, reg).
     """
-    match = _NAME.fullmatch(name.split(".")[0])
+    match = _NAME.fullmatch(name.split(".")[0].replace("_siglip_gap", "_siglip"))
     parts = match["rest"].split("_")[1:] if match else []
-    dinov2, dinov3, clip = ("dinov2" in parts), ("dinov3" in parts), ("clip" in parts)
-    sizes = _SIZES | (_DINOV3 if dinov3 else {})
+    dinov2, dinov3, clip, siglip = (family in parts for family in ("dinov2", "dinov3", "clip", "siglip"))
+    sizes = _SIZES | (_DINOV3 if dinov3 else {}) | (_SIGLIP if siglip else {})
     if match is None or match["size"] not in sizes or not all(_PART.fullmatch(part) for part in parts):
         raise ValueError(
             "architecture: expected a name like vit_base_patch16_224, deit3_small_patch16_224, "
-            "vit_base_patch16_clip_224, vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3, of size "
+            "vit_base_patch16_clip_224, vit_small_patch14_reg4_dinov2, vit_small_patch16_dinov3 or "
+            "vit_base_patch16_siglip_224, of size "
             f"{', '.join(sizes)}; found {name!r}"
         )
     dinov2_giant = dinov2 and match["size"] == "giant"
     depth, width, heads, mlp_dim = _DINOV2_GIANT if dinov2_giant else sizes[match["size"]]
     registers = next((int(part[3:]) for part in parts if re.fullmatch(r"reg\d+", part)), 0)
     size = next((int(part) for part in parts if part.isdigit()), 518 if dinov2 else 256 if dinov3 else 224)
-    deit3 = match["family"] == "deit3"
+    deit3, patch = match["family"] == "deit3", int(match["patch"])
+    size -= size % patch  # patches cover 378 of the 384 pixels of vit_so400m_patch14_siglip_384
+    named = named_settings(name)
+    if siglip:
+        named |= {"class_token": False, "pool": "mean" if "_gap" in name else "attention"}
     return VitConfig(
-        depth=depth, width=width, num_heads=heads, mlp_dim=mlp_dim, patch_size=int(match["patch"]), image_size=size,
+        depth=depth, width=width, mlp_dim=mlp_dim, patch_size=patch, image_size=size,
         mlp="swiglu" if dinov2_giant or match["size"] in _DINOV3 else "mlp", num_registers=4 if dinov3 else registers,
-        position_on_prefix=not (registers or deit3), pre_norm=clip, patch_bias=not clip,
+        position_on_prefix=not (registers or deit3 or siglip), pre_norm=clip, patch_bias=not clip,
         layer_scale=dinov2 or deit3 or dinov3, qkv_bias=not dinov3 or "qkvb" in parts, key_bias="qkvb" not in parts,
-        **named_settings(name),
+        **{"num_heads": heads} | named,
     )  # fmt: skip
 
 

@@ -68,6 +68,8 @@ def entries(config: VitConfig) -> list[Entry]:
     for i in range(config.depth):
         found += _block(config, f"blocks.{i}", f"block_{i:02d}")
     found += _norm("norm" if config.final_norm == "tokens" else "fc_norm", "norm")
+    if config.pool == "attention":
+        found += _pool()
     if config.num_classes:
         found += _linear("head", "head", config.head_bias)
     return found
@@ -94,6 +96,14 @@ def _block(config: VitConfig, name: str, path: str) -> list[Entry]:
     if config.layer_scale:
         found += [Entry(f"{name}.{scale}.gamma", f"{path}/{scale}", "gamma") for scale in ("ls1", "ls2")]
     return found
+
+
+def _pool() -> list[Entry]:
+    found = [Entry("attn_pool.latent", "pool/query_token")]
+    for short, long in (("q", "query"), ("k", "key"), ("v", "value")):
+        found += _linear(f"attn_pool.{short}", f"pool/attn/{long}", layout="heads")
+    found += _linear("attn_pool.proj", "pool/attn/out", layout="out") + _norm("attn_pool.norm", "pool/norm")
+    return found + _linear("attn_pool.mlp.fc1", "pool/mlp/fc1") + _linear("attn_pool.mlp.fc2", "pool/mlp/fc2")
 
 
 def expected_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:

@@ -29,16 +29,19 @@ OPENAI = Names(
         "head.weight": "proj",
     }
 )
+HUGGING_FACE_BLOCK = {  # SigLIP's too
+    **{f"blocks.{{i}}.norm{n}": f"encoder.layers.{{i}}.layer_norm{n}" for n in (1, 2)},
+    **{f"blocks.{{i}}.attn.{short}": f"encoder.layers.{{i}}.self_attn.{short}_proj" for short in "qkv"},
+    "blocks.{i}.attn.proj": "encoder.layers.{i}.self_attn.out_proj",
+    **{f"blocks.{{i}}.mlp.fc{n}": f"encoder.layers.{{i}}.mlp.fc{n}" for n in (1, 2)},
+}
 HUGGING_FACE = Names(
     {
         "cls_token": "embeddings.class_embedding",
         "pos_embed": "embeddings.position_embedding.weight",
         "patch_embed.proj": "embeddings.patch_embedding",
         "norm_pre": "pre_layrnorm",
-        **{f"blocks.{{i}}.norm{n}": f"encoder.layers.{{i}}.layer_norm{n}" for n in (1, 2)},
-        **{f"blocks.{{i}}.attn.{short}": f"encoder.layers.{{i}}.self_attn.{short}_proj" for short in "qkv"},
-        "blocks.{i}.attn.proj": "encoder.layers.{i}.self_attn.out_proj",
-        **{f"blocks.{{i}}.mlp.fc{n}": f"encoder.layers.{{i}}.mlp.fc{n}" for n in (1, 2)},
+        **HUGGING_FACE_BLOCK,
         "norm": "post_layernorm",
         "head": "visual_projection",
     }

@@ -12,21 +12,23 @@ import numpy as np
 
 from core.files import write_json
 from core.vit import VitConfig
-from vit_distill.formats import canonical, hugging_face_dinov3
+from vit_distill.formats import canonical, hugging_face_dinov3, hugging_face_siglip
 from vit_distill.formats.hugging_face_reader import DINOV2, DINOV2_SWIGLU, RESAMPLE, VIT
 from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
 
 
 def to_hugging_face(config: VitConfig, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json, tensors by their names on disk) of a ViT, of a DINOv2 for layer scale, registers, SwiGLU, or of a
-    DINOv3 for rotary positions.
+    """(config.json, tensors by their names on disk) of a ViT, of a DINOv2 for layer scale, registers, SwiGLU, of a
+    DINOv3 for rotary positions, or of a SigLIP for attention pooling.
 
     Raises:
       ValueError: for what none of these models of transformers can express.
     """
     if config.position == "rotary":
         return hugging_face_dinov3.to_dinov3(config, params)
+    if config.pool == "attention":
+        return hugging_face_siglip.to_siglip(config, params)
     is_dinov2 = config.layer_scale or config.num_registers > 0 or config.mlp == "swiglu"
     content = _model_config(config, is_dinov2)
     state = canonical.from_params(config, params)

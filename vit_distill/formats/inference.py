@@ -42,6 +42,7 @@ def infer_config(
         on_prefix, grid = _position_grid(state, source_name, class_token + registers, position_on_prefix)
         image = {"position_on_prefix": on_prefix, "image_size": grid * patch_size}
     head = state.get("head.weight")
+    pool = "token" if class_token and "fc_norm.weight" not in state else "mean"
     return {
         "depth": _depth(state, source_name),
         "width": width,
@@ -60,7 +61,7 @@ def infer_config(
         "pre_norm": "norm_pre.weight" in state,
         "layer_scale": "blocks.0.ls1.gamma" in state,
         "final_norm": "pooled" if "fc_norm.weight" in state else "tokens",
-        "pool": "token" if class_token and "fc_norm.weight" not in state else "mean",
+        "pool": pool if "attn_pool.latent" not in state else "attention",
     }
 
 

@@ -5,10 +5,25 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vit_distill.formats import canonical, clip, google_npz, hugging_face_dinov3, hugging_face_reader, timm_reader
+from vit_distill.formats import (
+    canonical,
+    clip,
+    google_npz,
+    hugging_face_dinov3,
+    hugging_face_reader,
+    hugging_face_siglip,
+    timm_reader,
+)
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
 
-READERS = (timm_reader.READER, hugging_face_reader.READER, hugging_face_dinov3.READER, clip.READER, google_npz.READER)
+READERS = (
+    timm_reader.READER,
+    hugging_face_reader.READER,
+    hugging_face_dinov3.READER,
+    clip.READER,
+    hugging_face_siglip.READER,  # after CLIP, which has its anchor too
+    google_npz.READER,
+)
 
 
 def read_format(tensors: Mapping[str, np.ndarray], beside: Beside) -> tuple[Checkpoint, dict[str, str]]:

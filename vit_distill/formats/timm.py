@@ -19,7 +19,18 @@ from vit_distill.formats.tensors import write_tensors
 from vit_distill.preprocessing import Preprocessing
 
 OWN_SECTION = "vit_distill"  # of config.json: what timm's own fields cannot say exactly
-SPLIT_QKV = re.compile(r"(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)")  # canonical; in timm they are one "qkv"
+POOLS = {"token": "token", "mean": "avg", "attention": "map"}  # ours -> timm's
+_SPLIT = (  # canonical; in timm they are one
+    (re.compile(r"^(blocks\.\d+\.attn)\.[qkv]\.(weight|bias)$"), r"\1.qkv.\2"),
+    (re.compile(r"^(attn_pool)\.[kv]\.(weight|bias)$"), r"\1.kv.\2"),
+)
+
+
+def joined_name(name: str) -> str:
+    """timm's name of the tensor that a canonical one is or is a part of."""
+    for pattern, replacement in _SPLIT:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
@@ -35,11 +46,7 @@ def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
     state = canonical.from_params(config, params)
     joined: dict[str, np.ndarray] = {}
     for name, array in state.items():
-        match = SPLIT_QKV.fullmatch(name)
-        if match is None:
-            joined[name] = array
-            continue
-        whole = f"{match[1]}.qkv.{match[2]}"
+        whole = joined_name(name)
         joined[whole] = np.concatenate([joined[whole], array]) if whole in joined else array
     # timm always has these; biases of zero and scales of one are the same function.
     if config.mlp == "swiglu" and not config.layer_scale:
@@ -77,7 +84,7 @@ def timm_model(config: VitConfig) -> tuple[str, dict[str, Any]]:
         "patch_size": config.patch_size,
         "in_chans": config.in_channels,
         "num_classes": config.num_classes,
-        "global_pool": "token" if config.pool == "token" else "avg",
+        "global_pool": POOLS[config.pool],
         "embed_dim": config.width,
         "depth": config.depth,
         "num_heads": config.num_heads,

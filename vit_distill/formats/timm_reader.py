@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_distill.formats import architectures, canonical
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
-from vit_distill.formats.timm import OWN_SECTION, SPLIT_QKV
+from vit_distill.formats.timm import OWN_SECTION, POOLS, joined_name
 
 # Old and original dialects -> timm's names of today.
 _DIALECTS = (
@@ -43,7 +43,8 @@ _OTHER_PARTS = {
     "text.*": "CLIP's text tower",
     "logit_*": "CLIP's temperature",
 }
-_QKV = re.compile(r"(blocks\.\d+\.attn)\.qkv\.(weight|bias)")
+_JOINED = re.compile(r"(blocks\.\d+\.attn|attn_pool)\.(q?kv)\.(weight|bias)")
+_OUR_POOLS = {theirs: ours for ours, theirs in POOLS.items()}
 
 
 def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
@@ -63,11 +64,13 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
         for pattern, replacement in _DIALECTS:
             name = pattern.sub(replacement, name)
         sources[name] = source
-        if match := _QKV.fullmatch(name):
-            if len(array) % 3:
-                raise ValueError(f"tensor {source!r}: expected rows of query, key, value, found {len(array)}")
-            for short, part in zip("qkv", np.split(array, 3), strict=True):
-                state[f"{match[1]}.{short}.{match[2]}"] = part
+        if match := _JOINED.fullmatch(name):
+            parts = match[2]
+            if len(array) % len(parts):
+                expected = "query, key, value" if parts == "qkv" else "key, value"
+                raise ValueError(f"tensor {source!r}: expected rows of {expected}, found {len(array)}")
+            for short, part in zip(parts, np.split(array, len(parts)), strict=True):
+                state[f"{match[1]}.{short}.{match[3]}"] = part
         else:
             state[name] = array
     state = canonical.join_gates(state)
@@ -78,7 +81,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     notes = _fold_dinov2(state, "register_tokens" in tensors)
 
     def source_name(name: str) -> str:
-        joined = SPLIT_QKV.sub(r"\1.qkv.\2", name)
+        joined = joined_name(name)
         candidates = (name, joined, name.replace(".mlp.fc1.", ".mlp.fc1_g."))
         return next((sources[known] for known in candidates if known in sources), joined)
 
@@ -152,7 +155,9 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         settings |= {"image_size": int(np.ravel(size)[-1])} if size else {}
     pool = args.get("global_pool", content.get("global_pool"))
     if pool:  # one that we do not have is refused by VitConfig, unless overrides name another
-        settings["pool"] = {"avg": "mean"}.get(pool, pool)
+        settings["pool"] = _OUR_POOLS.get(pool, pool)
+    if args.get("pool_include_prefix"):
+        raise ValueError("config.json: pool_include_prefix: expected a pooling of patches alone: take another model")
     preprocessing = {key: tuple(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
     if pretrained.get("interpolation"):
         preprocessing["interpolation"] = pretrained["interpolation"]
@@ -202,8 +207,8 @@ READER = Reader(
     unsupported={
         "dist_token": "a distilled DeiT has a second class token and head: take the plain one (deit_*_patch16_224)",
         "head_dist.*": "a distilled DeiT has a second head: take the plain one (deit_*_patch16_224)",
-        "attn_pool.*": "attention pooling (SigLIP) is not a plain ViT's; to use the tokens without it, give "
-        "allow_unused=['attn_pool.*'] and overrides pool=mean",
+        "attn_pool.pos_embed": "attention pooling with positions of its own is not SigLIP's; to use the tokens without "
+        "it, give allow_unused=['attn_pool.*'] and overrides pool=mean",
         "rope.*": "rotary positions with tensors (EVA-02, mixed) are not a plain ViT's nor DINOv3's",
         "*.attn.q_norm.*": "normalised queries are not a plain ViT's",
         "*relative_position*": "relative positions (BEiT) are not a plain ViT's",

@@ -30,6 +30,7 @@ ARCHITECTURES = {
         num_classes=0,
         norm_eps=1e-5,
     ),
+    "siglip": dict(activation="gelu_tanh", pool="attention", class_token=False, num_classes=0),
     "clip": dict(
         pre_norm=True, activation="quick_gelu", patch_bias=False, qkv_bias=False, head_bias=False, norm_eps=1e-5
     ),

@@ -33,6 +33,7 @@ ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu
         ("beit3_base_patch16_224", "BEiT"),
         ("vit_base_patch16_rpn_224", "norms after attention"),
         ("vit_relpos_base_patch16_rpn_224", "norms after attention"),
+        ("test_vit3", "attention pooling of registers"),
     ],
 )
 def test_what_only_looks_like_a_plain_vit_is_refused(name: str, reason: str) -> None:
@@ -51,6 +52,7 @@ def test_what_only_looks_like_a_plain_vit_is_refused(name: str, reason: str) -> 
         ("vit_base_patch16_siglip_gap_224", {"norm_eps": 1e-6, "activation": "gelu"}),
         ("vit_large_patch16_siglip_gap_384", {"norm_eps": 1e-6, "activation": "gelu"}),
         ("vit_large_patch16_siglip_gap_512", {"norm_eps": 1e-6, "activation": "gelu_tanh"}),
+        ("vit_base_patch16_siglip_224.v2_webli", {"norm_eps": 1e-6, "activation": "gelu"}),
         ("vit_so400m_patch14_siglip_gap_384", {"norm_eps": 1e-6, "activation": "gelu"}),
         ("vit_so400m_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh"}),
         ("vit_giantopt_patch16_siglip_gap_256", {"norm_eps": 1e-6, "activation": "gelu_tanh", "num_heads": 16}),
@@ -106,7 +108,14 @@ def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
             assert dataclasses.replace(named, depth=1) == config, name
             continue
         assert config.position_on_prefix == (not model.no_embed_class and model.num_prefix_tokens > 0), name
-        assert config.pool == ("token" if model.global_pool == "token" else "mean"), name
+        assert config.pool == {"token": "token", "map": "attention"}.get(model.global_pool, "mean"), name
+        if config.pool == "attention":
+            pool = model.attn_pool
+            assert (type(pool).__name__, pool.pool, pool.num_heads) == ("AttentionPoolLatent", "token", heads), name
+            assert (pool.norm.eps, ACTIVATIONS[type(pool.mlp.act).__name__]) == (1e-6, config.activation), name
+            assert not model.pool_include_prefix, name
+        if "siglip" in name:
+            assert dataclasses.replace(architectures.architecture_config(name), depth=1) == config, name
     assert {"vit_base_patch16_224", "deit3_base_patch16_224", "eva_large_patch14_196", "flexivit_base"} <= set(read)
     assert {
         "vit_so400m_patch16_siglip_gap_256",
@@ -115,3 +124,5 @@ def test_every_model_of_timm_is_read_as_it_is_or_refused() -> None:
         "test_vit",
     } <= set(read)
     assert sum("dinov3" in name for name in read) == 12
+    assert sum("siglip" in name for name in read) == 34  # all but the two of NaFlex, which are no plain ViTs
+    assert "vit_so150m_patch16_reg4_map_256" in read

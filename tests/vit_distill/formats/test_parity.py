@@ -87,6 +87,47 @@ def test_a_gated_mlp_of_another_activation_is_refused(tmp_path: Path, monkeypatc
         load_case("hf_dinov3_swiglu", tmp_path)
 
 
+def test_an_image_tower_of_siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 4 names it, of images that its patches do not cover; then what is no tower of fixed size."""
+    case, report = CASES["hf_siglip"], load_case("hf_siglip_whole", tmp_path).report
+    assert {line.partition(" (")[2] for line in report.unused} == {"text tower)", "temperature and bias)"}
+    shapes = {f"vision_model.{name}": shape for name, shape in case["shapes"].items()}
+    preprocessor = {"size": {"height": 30, "width": 30}, "resample": 3}  # 3 patches of 8 pixels and 6 pixels
+    monkeypatch.setitem(CASES, "hf_siglip", case | {"shapes": shapes, "preprocessor": preprocessor})
+    teacher = load_case("hf_siglip", tmp_path)
+    assert (teacher.config.image_size, teacher.preprocessing.mean) == (24, (0.5, 0.5, 0.5))
+    assert any("24 pixels: patches do not cover the 30" in note for note in teacher.report.notes)
+    for name, shape, message in (
+        ("vision_model.embeddings.patch_embedding.weight", [32, 192], "NaFlex.*such as google/siglip2-base-patch16"),
+        ("classifier.weight", [3, 32], "takes the mean of the patches: leave it out"),
+        ("vision_model.head.attention.in_proj_weight", [95, 32], "in_proj_weight': expected rows of query, key, value"),
+    ):
+        monkeypatch.setitem(CASES, "hf_siglip", case | {"shapes": shapes | {name: shape}})
+        with pytest.raises(ValueError, match=message):
+            load_case("hf_siglip", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("attn_pool.pos_embed", {}, "positions of its own .* overrides pool=mean"),
+        ("attn_pool.kv.bias", {}, "'attn_pool.kv.bias': expected rows of key, value, found 63"),
+        ("attn_pool.q_norm.weight", {}, "no place in this architecture: 'attn_pool.q_norm.weight'"),
+        ("", {"pool_include_prefix": True}, "pool_include_prefix: expected a pooling of patches alone"),
+        ("", {"global_pool": "prr"}, "pool: expected one of .* found 'prr'"),
+    ],
+)
+def test_another_attention_pooling_of_timm_is_refused(
+    name: str, change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["timm_siglip"]
+    shapes = case["shapes"] | ({name: [63]} if name else {})
+    config = case["config"] | {"model_args": case["config"]["model_args"] | change}
+    monkeypatch.setitem(CASES, "timm_siglip", case | {"shapes": shapes, "config": config})
+    with pytest.raises(ValueError, match=message):
+        load_case("timm_siglip", tmp_path)
+
+
 def check_outputs(name: str, teacher: Teacher) -> None:
     """Against the stored ones."""
     with np.load(FOLDER / "references.npz") as stored:
@@ -130,6 +171,7 @@ DEFAULTS = {
     "hf_dinov2_swiglu": ("Dinov2Config", 1e-6, "gelu"),
     "hf_dinov2_registers": ("Dinov2WithRegistersConfig", 1e-6, "gelu"),
     "hf_clip": ("CLIPVisionConfig", 1e-5, "quick_gelu"),
+    "hf_siglip": ("SiglipVisionConfig", 1e-6, "gelu_pytorch_tanh"),
 }
 LEFT_OUT = ("layer_norm_eps", "hidden_act", "num_attention_heads")
 
@@ -146,7 +188,7 @@ def test_fields_left_out_of_a_config_are_those_of_transformers(
     monkeypatch.setitem(NUM_HEADS, name, 2)
     _, eps, activation = DEFAULTS[name]
     found = load_case(name, tmp_path).config
-    assert (found.norm_eps, found.activation) == (eps, activation)
+    assert (found.norm_eps, found.activation) == (eps, activation.replace("pytorch_", ""))
     monkeypatch.delitem(NUM_HEADS, name)
     with pytest.raises(ValueError, match="width 32 is not a multiple of num_heads 12"):
         load_case(name, tmp_path)
@@ -211,7 +253,17 @@ def test_a_size_that_no_image_is_resized_to_is_not_the_input_s(
 
 
 @pytest.mark.parametrize(
-    "name", ["timm_vit", "timm_siglip_gap", "timm_dinov3", "hf_dinov2_registers", "hf_dinov3_swiglu", "big_vision"]
+    "name",
+    [
+        "timm_vit",
+        "timm_siglip_gap",
+        "timm_siglip",
+        "timm_dinov3",
+        "hf_dinov2_registers",
+        "hf_dinov3_swiglu",
+        "hf_siglip_whole",
+        "big_vision",
+    ],
 )
 def test_the_stored_outputs_are_those_of_the_script(name: str) -> None:
     peer("timm" if "timm" in name or "big" in name else "transformers")

@@ -26,6 +26,9 @@ DINOV2 = dataclasses.replace(PLAIN, layer_scale=True, num_registers=2, position_
 DINOV3 = dataclasses.replace(
     PLAIN, layer_scale=True, num_registers=2, norm_eps=1e-5, position="rotary", key_bias=False, rotary_base=50.0
 )  # fmt: skip
+SIGLIP = dataclasses.replace(
+    PLAIN, pool="attention", class_token=False, position_on_prefix=False, activation="gelu_tanh", num_classes=0
+)
 PREPROCESSING = Preprocessing(24, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic", 0.75)
 IMAGES = np.random.RandomState(0).standard_normal((2, 24, 24, 3)).astype(np.float32)
 TIMM = {
@@ -36,6 +39,8 @@ TIMM = {
     "registers": DINOV2,
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=37, num_registers=3),
     "clip": dataclasses.replace(PLAIN, pre_norm=True, patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
+    "siglip": SIGLIP,
+    "siglip_head": dataclasses.replace(SIGLIP, num_classes=3, num_registers=2, norm_eps=1e-5, mlp_dim=59),
     "dinov3": DINOV3,
     "dinov3_swiglu": dataclasses.replace(DINOV3, mlp="swiglu", mlp_dim=37, pool="mean", num_classes=0),
     "dinov3_bare": dataclasses.replace(
@@ -56,6 +61,10 @@ HUGGING_FACE = {
     "registers": dataclasses.replace(PLAIN, num_registers=2),
     "dinov2": dataclasses.replace(DINOV2, head_bias=False),
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=24, num_classes=0),
+    "siglip": SIGLIP,
+    "siglip_bare": dataclasses.replace(
+        SIGLIP, qkv_bias=False, patch_bias=False, mlp_dim=59, activation="gelu", norm_eps=1e-5
+    ),
     "dinov3": dataclasses.replace(DINOV3, num_classes=0, mlp_dim=59, activation="gelu_tanh"),
     "dinov3_swiglu": dataclasses.replace(DINOV3, num_classes=0, mlp="swiglu", key_bias=True),
     "dinov3_bare": dataclasses.replace(
@@ -144,6 +153,8 @@ def test_hugging_face_folder(name: str, tmp_path: Path) -> None:
             close(out.logits, expected.logits)
         else:
             close(out.last_hidden_state, expected.tokens)
+        if config.pool == "attention":
+            close(out.pooler_output, expected.pooled)
 
 
 def test_what_a_tool_cannot_express_is_refused(tmp_path: Path) -> None:
@@ -164,6 +175,9 @@ def test_what_a_tool_cannot_express_is_refused(tmp_path: Path) -> None:
         rotary = dataclasses.replace(DINOV3, **changed)
         with pytest.raises(ValueError, match=message):
             write_hugging_face_folder(tmp_path, rotary, random_params(rotary), PREPROCESSING)
+    pooling = dataclasses.replace(PLAIN, pool="attention", layer_scale=True)
+    with pytest.raises(ValueError, match=r"SigLIP.* has no classifier, class token or registers, layer scale: write a"):
+        write_hugging_face_folder(tmp_path, pooling, random_params(pooling), PREPROCESSING)
     rotary = dataclasses.replace(DINOV3, key_bias=True, norm_eps=1e-6)
     with pytest.raises(ValueError, match=r"Eva.* has no bias of the key, norm_eps 1e-06 \(expected 1e-5\)"):
         write_timm_folder(tmp_path, rotary, random_params(rotary), PREPROCESSING)

@@ -72,8 +72,11 @@ def timm_case(name: str, convert: Callable | None = None, shapes: Any = None, **
     return _case(shapes, config, None, blocks, tokens, pooled, logits)
 
 
-def hugging_face_case(model_class: str, config_class: str, on_disk: bool = True, **arguments: Any) -> dict[str, Any]:
-    """A model of transformers, with its names on disk or in memory; pooled is the class token after the norm."""
+def hugging_face_case(
+    model_class: str, config_class: str, on_disk: bool = True, text: Mapping[str, Any] | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """A model of transformers, with its names on disk or in memory; pooled is the class token after the norm (SigLIP:
+    its own). With `text`, that tower's arguments, a whole model of images and text."""
     import tempfile
 
     import torch
@@ -84,6 +87,8 @@ def hugging_face_case(model_class: str, config_class: str, on_disk: bool = True,
         "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": IMAGE_SIZE,
         "patch_size": PATCH, **arguments,
     }  # fmt: skip
+    if text:
+        arguments = {"vision_config": arguments, "text_config": text}
     config = getattr(transformers, config_class)(**arguments)
     model = getattr(transformers, model_class)(config).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +103,7 @@ def hugging_face_case(model_class: str, config_class: str, on_disk: bool = True,
             shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
             model.load_state_dict({key: torch.from_numpy(value) for key, value in fill(shapes).items()})
     x = torch.from_numpy(np.moveaxis(images(), -1, 1).copy())
+    model = model.vision_model if text else model
     with torch.no_grad():
         out = model(x, output_hidden_states=True)
     has_logits = hasattr(out, "logits")
@@ -110,7 +116,8 @@ def hugging_face_case(model_class: str, config_class: str, on_disk: bool = True,
         "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3, "do_center_crop": True,
         "size": {"shortest_edge": 32}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     }  # fmt: skip
-    return _case(shapes, config_json, preprocessor, blocks, tokens, tokens[:, 0], out.logits if has_logits else None)
+    pooled = out.pooler_output if "Siglip" in model_class else tokens[:, 0]
+    return _case(shapes, config_json, preprocessor, blocks, tokens, pooled, out.logits if has_logits else None)
 
 
 def _case(shapes, config, preprocessor, blocks, tokens, pooled, logits) -> dict[str, Any]:
@@ -251,6 +258,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "vit_base_patch16_224", global_pool="avg", fc_norm=False, class_token=False
     ),
     "timm_siglip_gap": lambda: timm_case("vit_so400m_patch16_siglip_gap_256"),
+    "timm_siglip": lambda: timm_case("vit_base_patch16_siglip_224"),
     "timm_deit3": lambda: timm_case("deit3_small_patch16_224"),
     "timm_dinov2_registers": lambda: timm_case("vit_small_patch14_reg4_dinov2"),
     "timm_dinov2_giant": lambda: timm_case("vit_giant_patch14_dinov2"),
@@ -303,6 +311,20 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "DINOv3ViTModel", "DINOv3ViTConfig", False, intermediate_size=48, key_bias=True, num_register_tokens=1
     ),
     "hf_clip": lambda: hugging_face_case("CLIPVisionModel", "CLIPVisionConfig", intermediate_size=48),
+    "hf_siglip": lambda: hugging_face_case("SiglipVisionModel", "SiglipVisionConfig", intermediate_size=48),
+    "hf_siglip_whole": lambda: hugging_face_case(
+        "SiglipModel",
+        "SiglipConfig",
+        intermediate_size=48,
+        text={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "vocab_size": 9,
+            "max_position_embeddings": 4,
+        },
+    ),
 }
 
 
