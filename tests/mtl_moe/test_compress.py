@@ -140,8 +140,8 @@ def facts_of(output: Path) -> dict[str, Any]:
 def test_the_output_is_an_ordinary_work_directory(compressed):
     names = {path.name for path in compressed.output.iterdir()}
     assert names == {
-        "checkpoints", "metrics.jsonl", "calibration.npz", "predictions.csv", "report.json", "report.html",
-        "config.json", "compress.json", "distillation", "training_data.json",
+        "checkpoints", "metrics.jsonl", "calibration.npz", "predictions.csv", "patients.csv", "report.json",
+        "report.html", "config.json", "compress.json", "distillation", "training_data.json",
     }  # fmt: skip
     config = saved.get_config(str(compressed.output))
     assert (config.model.num_dense_layers, config.model.num_moe_layers, config.model.num_neck_layers) == (1, 1, 1)
