@@ -25,10 +25,15 @@ def to_eva(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
         name = re.sub(r"\.attn\.([qv])\.bias$", r".attn.\1_bias", name)
         kernel = re.sub(r"\.attn\.[qkv]\.weight$", ".attn.qkv.weight", name)
         found[kernel] = np.concatenate([found[kernel], array]) if kernel in found else array
-    # timm always has these; biases of zero and scales of one are the same function.
-    if not config.layer_scale:
+    if not config.layer_scale:  # timm always has them; scales of one are the same function
         scales = (f"blocks.{i}.gamma_{n}" for i in range(config.depth) for n in (1, 2))
         found |= {name: np.ones(config.width, np.float32) for name in scales}
+    return found | zero_biases(config)
+
+
+def zero_biases(config: VitConfig) -> dict[str, np.ndarray]:
+    """Biases that all of timm's classes have and this model has not: zeros, the same function."""
+    found: dict[str, np.ndarray] = {}
     if not config.patch_bias and not config.pre_norm:
         found["patch_embed.proj.bias"] = np.zeros(config.width, np.float32)
     if config.num_classes and not config.head_bias:

@@ -48,15 +48,11 @@ def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
     for name, array in state.items():
         whole = joined_name(name)
         joined[whole] = np.concatenate([joined[whole], array]) if whole in joined else array
-    # timm always has these; biases of zero and scales of one are the same function.
+    # timm always has these; scales of one are the same function.
     if config.mlp == "swiglu" and not config.layer_scale:
         scales = (f"blocks.{i}.ls{n}.gamma" for i in range(config.depth) for n in (1, 2))
         joined |= {name: np.ones(config.width, np.float32) for name in scales}
-    if not config.patch_bias and not config.pre_norm:
-        joined["patch_embed.proj.bias"] = np.zeros(config.width, np.float32)
-    if config.num_classes and not config.head_bias:
-        joined["head.bias"] = np.zeros(config.num_classes, np.float32)
-    return joined
+    return joined | eva.zero_biases(config)
 
 
 def timm_model(config: VitConfig) -> tuple[str, dict[str, Any]]:
