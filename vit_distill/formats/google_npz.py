@@ -96,7 +96,7 @@ READER = Reader(
     ignored=_OTHER_PARTS,
     ignored_outside=_OTHER_PARTS,
     unsupported={
-        "MAPHead_*": "attention pooling is not a plain ViT's: take a tok or gap model",
+        "MAPHead_*": "attention pooling (SigLIP) is read from timm's and Hugging Face's files alone: take one of them",
         "pre_logits/*": "the head sees a representation layer that a ViT here does not have: leave both out with "
         "allow_unused=['*pre_logits/*', '*head/*']",
     },
