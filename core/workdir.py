@@ -14,6 +14,7 @@ LATER_FIELDS = {
         "data.groups": "auto",
         "optim.kind": "adamw",
         "compress.kind": "adamw",
+        "train.sampling": "images",
         "score.save_maps": False,
         "score.painted": 64,
     },

@@ -22,16 +22,25 @@ def _host_slice(batch_size: int, process_index: int, process_count: int) -> slic
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _train_rows(num_images: int, batch_size: int, seed: int, start_step: int, num_steps: int) -> Iterator[np.ndarray]:
-    """Rows int32 [B] of steps start_step .. num_steps - 1: position p of the stream is in epoch p // N at p % N."""
-    epochs: dict[int, np.ndarray] = {}
+def _train_rows(
+    groups: np.ndarray, batch_size: int, seed: int, start_step: int, num_steps: int
+) -> Iterator[np.ndarray]:
+    """Rows int32 [B] of steps start_step .. num_steps - 1: of L groups, position p of the stream is in epoch p // L at
+    p % L. An epoch has one image of each group [N]."""
+    length, epochs = len(np.unique(groups)), {}
     for step in range(start_step, num_steps):
         positions = step * batch_size + np.arange(batch_size)
-        needed = range(positions[0] // num_images, positions[-1] // num_images + 1)
-        epochs = {
-            e: epochs[e] if e in epochs else np.random.default_rng((seed, e)).permutation(num_images) for e in needed
-        }
-        yield np.asarray([epochs[p // num_images][p % num_images] for p in positions.tolist()], np.int32)
+        needed = range(positions[0] // length, positions[-1] // length + 1)
+        epochs = {e: epochs[e] if e in epochs else _epoch(groups, seed, e) for e in needed}
+        yield np.asarray([epochs[p // length][p % length] for p in positions.tolist()], np.int32)
+
+
+def _epoch(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """One random image of each group, in random order: rows [L]."""
+    rng = np.random.default_rng((seed, epoch))
+    rows = rng.permutation(len(groups))
+    _, first = np.unique(groups[rows], return_index=True)
+    return rows if len(first) == len(rows) else rows[rng.permutation(first)]
 
 
 def train_batches(
@@ -42,6 +51,7 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
+    by_group: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Training batches of steps start_step .. num_steps - 1: shuffled epochs one after the other, nothing dropped.
 
@@ -52,6 +62,8 @@ def train_batches(
       batch_size: B, of all hosts together; each host gets its contiguous B / process_count rows.
       seed: non-negative; the order is a function of (seed, step) alone.
       start_step, num_steps: first step, and the step to stop before (the total, not a count from `start_step`).
+      by_group: draws every group of `split` (a Split) equally often, one of its images each time: near-duplicates and
+        patients of many images then weigh as much as one image.
 
     Yields:
       {image: uint8 [B_local, H, W, C], index: int32 [B_local], rows of the split}.
@@ -59,9 +71,11 @@ def train_batches(
     if len(split) == 0:
         raise DataError("the training split is empty: expected at least one normal image")
     part = _host_slice(batch_size, process_index, process_count)
+    # Every image by itself, or numbers of the groups.
+    groups = np.unique(split.groups, return_inverse=True)[1] if by_group else np.arange(len(split))
 
     def rows() -> Iterator[np.ndarray]:
-        return (batch[part] for batch in _train_rows(len(split), batch_size, seed, start_step, num_steps))
+        return (batch[part] for batch in _train_rows(groups, batch_size, seed, start_step, num_steps))
 
     for index, (image, _) in zip(rows(), split.pixels.batches(rows, with_masks=False), strict=True):
         yield {"image": image, "index": index}

@@ -78,6 +78,7 @@ def known_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
         rows[f"image_{side}"] = Row(f"images of {side} pixels", fields)
     rows["steps_half"] = Row("half the updates", {"train.num_steps": steps // 2})
     rows["steps_double"] = Row("twice the updates", {"train.num_steps": 2 * steps})
+    rows["sampling_groups"] = Row("groups drawn equally often", {"train.sampling": "groups"})
     rows["adamw"] = Row("AdamW at rate 2e-3", {"optim.kind": "adamw", "optim.learning_rate": 2e-3})
     rows["muon"] = Row("Muon", {"optim.kind": "muon"})
     for kind in ("none", "light", "strong"):

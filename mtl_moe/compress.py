@@ -170,7 +170,8 @@ def _distil(
         state = checkpointer.resume(state)
         start = int(state.step)
         split, size = dataset.splits["train"], config.train.batch_size
-        batches = train_batches(split, size, seed=config.seed, start_step=start, num_steps=options.num_steps)
+        by_group = config.train.sampling == "groups"
+        batches = train_batches(split, size, config.seed, start, options.num_steps, by_group=by_group)
         with MetricLogger(output, start, config.train.tensorboard) as logger:
             state = train_loop(
                 state,

@@ -25,6 +25,8 @@ from mtl_moe.system import System, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher
 from mtl_moe.training_data import FILE, bind_training_data
 
+SAMPLINGS = ("images", "groups")
+
 
 def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     """Trains to `config.train.num_steps`, from the newest checkpoint of `workdir` if there is one.
@@ -40,6 +42,8 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
     """
     config = system.config
     check_batch_size(config.train.batch_size, config.train.accumulation, system.mesh)
+    if config.train.sampling not in SAMPLINGS:
+        raise ValueError(f"train.sampling: expected one of {SAMPLINGS}, found {config.train.sampling!r}")
     tx = build_optimizer(config.optim, config.train.num_steps)
     step_fn = make_update_fn(system, tx)
     size = config.data.image_size
@@ -69,6 +73,7 @@ def train(system: System, dataset: Dataset, workdir: Path) -> TrainState:
             num_steps=config.train.num_steps,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            by_group=config.train.sampling == "groups",
         )
         # Metrics are the same on every host: the first one writes them where users look.
         host = jax.process_index()

@@ -13,7 +13,7 @@ def make_config() -> ConfigDict:
         {
             "system": "mtl_moe",
             "data": {"window": (), "groups": "auto", "root": "a"},
-            "train": {"num_steps": 4},
+            "train": {"num_steps": 4, "sampling": "images"},
             "optim": {"kind": "adamw"},
         }
     )

@@ -1,5 +1,6 @@
 """Loading into memory and from disk, batches, sharding, resuming, skipping corrupt files."""
 
+import dataclasses
 import logging
 import os
 
@@ -149,6 +150,20 @@ def test_train_order_is_epochs_without_repeats_and_resumes_anywhere():
         equal_batches(train_batches(split, 4, seed=1, start_step=start, num_steps=15), whole[start:])
     other = np.concatenate([b["index"] for b in train_batches(split, 4, 2, 0, 15)])
     assert (other != stream).any()
+
+
+def test_by_group_every_group_is_drawn_equally_often():
+    split = dataclasses.replace(array_split(10), groups=["a"] * 6 + ["b"] * 3 + ["c"])
+    whole = list(train_batches(split, 4, seed=1, start_step=0, num_steps=90, by_group=True))
+    rows = np.concatenate([b["index"] for b in whole])
+    groups = np.array(split.groups)[rows].reshape(-1, 3)
+    assert all(set(epoch) == {"a", "b", "c"} for epoch in groups)
+    assert all(60 < (groups[:, 0] == name).sum() * 2 < 100 for name in "abc")  # no group comes first
+    counts = np.bincount(rows, minlength=10)
+    assert counts[9] == 120
+    assert (abs(counts[:6] - 20) < 16).all()
+    assert (abs(counts[6:9] - 40) < 20).all()
+    equal_batches(train_batches(split, 4, 1, 7, 90, by_group=True), whole[7:])
 
 
 def test_batch_larger_than_the_set_wraps():

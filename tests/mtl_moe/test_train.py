@@ -25,6 +25,7 @@ from mtl_moe.train import train
         ("tasks.masked.augment", "lihgt", "lihgt"),
         ("train.batch_size", 6, "does not divide by the 8 devices"),
         ("train.accumulation", 0, "must be at least 1, found 8 and 0"),
+        ("train.sampling", "group", "expected one of .*, found .group."),
     ],
 )
 def test_a_config_that_cannot_be_trained_leaves_no_folder(tiny_config, tmp_path, field, value, message):
