@@ -51,6 +51,7 @@ def detector(preset: str = "tiny") -> ConfigDict:
         name="phantom",  # the BMAD set, or what the folder is called in reports
         root="",
         image_size=image_size,
+        tile_size=0,  # side of the tiles in which the network sees an image, see mtl_moe/tiling.py; 0: the whole image
         mask_size=224,  # side of masks and of the maps that pixel metrics compare; 224 is BMAD's
         channels=1,  # 1: luminance; 3: RGB
         window=(),  # (centre, width) of DICOM files and volumes, in Hounsfield units for CT; (): as they say themselves

@@ -12,6 +12,7 @@ LATER_FIELDS = {
     "mtl_moe": {
         "data.window": (),
         "data.groups": "auto",
+        "data.tile_size": 0,
         "optim.kind": "adamw",
         "compress.kind": "adamw",
         "train.sampling": "images",

@@ -33,6 +33,7 @@ from mtl_moe.painted_check import unseen_scores
 from mtl_moe.scoring import make_map_fn
 from mtl_moe.system import System, build_system
 from mtl_moe.tasks import Task
+from mtl_moe.tiling import num_tiles
 from mtl_moe.train import train
 
 # Of a cell's config, what does not change its training or its scores.
@@ -120,9 +121,10 @@ def run_cell(config: Any, load: Callable[[Any], tuple[Dataset, Split]], folder: 
 
 def _size(system: System) -> dict[str, Any]:
     geometry = build_geometry(system.config)
+    tiles = num_tiles(system.config.data.image_size, geometry.image_size)
     return {
         "num_params": num_params(jax.eval_shape(system.init_params, jax.random.key(0))),
-        "gflops": 2e-9 * score_macs(system.model.config, system.tasks, geometry),
+        "gflops": 2e-9 * score_macs(system.model.config, system.tasks, geometry, tiles),
         "num_tasks": len(system.tasks),
     }
 

@@ -76,6 +76,10 @@ def known_rows(config: Any, tasks: Sequence[Task]) -> dict[str, Row]:
         tiles = max(n for n in range(1, config.tasks.jigsaw.tiles + 1) if grid % n == 0)  # as near as the grid allows
         fields = {"data.image_size": side, "tasks.jigsaw.tiles": tiles}
         rows[f"image_{side}"] = Row(f"images of {side} pixels", fields)
+    side = config.data.image_size
+    if not config.data.tile_size:
+        fields = {"data.image_size": 2 * side, "data.tile_size": side}
+        rows["tiles"] = Row(f"images of {2 * side} pixels in tiles of {side}", fields)
     rows["steps_half"] = Row("half the updates", {"train.num_steps": steps // 2})
     rows["steps_double"] = Row("twice the updates", {"train.num_steps": 2 * steps})
     rows["sampling_groups"] = Row("groups drawn equally often", {"train.sampling": "groups"})

@@ -45,6 +45,7 @@ from mtl_moe.shrink import (
     weights_of,
 )
 from mtl_moe.system import System
+from mtl_moe.tiling import num_tiles
 from mtl_moe.training_data import FILE, bind_training_data, other_training_data
 
 # Fields in which the output may differ from an earlier run of the same command: none changes the distillation.
@@ -216,7 +217,9 @@ def _measure(
     full: System, small: System, trained: Trained, copied: Any, distilled: Trained, dataset: Dataset
 ) -> dict[str, Any]:
     """Size, multiply-adds and speed of both detectors; token errors of the copied and of the distilled parameters."""
-    macs = [score_macs(s.model.config, s.tasks, build_geometry(s.config)) for s in (full, small)]
+    geometry = build_geometry(full.config)
+    tiles = num_tiles(full.config.data.image_size, geometry.image_size)
+    macs = [score_macs(s.model.config, s.tasks, geometry, tiles) for s in (full, small)]
     held_out = dataset.splits["calibration"]
     images = held_out.images(even_rows(len(held_out), MAX_HELD_OUT))
     scorers = (Scorer(full, trained), Scorer(small, distilled))

@@ -15,11 +15,11 @@ from mtl_moe.tasks import Geometry, Task
 from mtl_moe.teacher import needs_teacher
 
 
-def score_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -> int:
-    """Multiply-adds of all inference views of one image, heads and pseudo-label teacher included."""
+def score_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry, num_tiles: int = 1) -> int:
+    """Multiply-adds of all inference views of one image of so many tiles, heads and pseudo-label teacher included."""
     image = jnp.zeros((1, geometry.image_size, geometry.image_size, geometry.channels))
     counts = [jax.eval_shape(task.views, image).shape[0] for task in tasks]
-    return _views_macs(config, tasks, geometry, counts, len(distinct_views(tasks)[0]))
+    return num_tiles * _views_macs(config, tasks, geometry, counts, len(distinct_views(tasks)[0]))
 
 
 def train_macs(config: ModelConfig, tasks: Sequence[Task], geometry: Geometry) -> int:

@@ -28,6 +28,7 @@ from mtl_moe.scoring import make_map_fn, make_score_fn
 from mtl_moe.seeds import seed_folders
 from mtl_moe.system import System
 from mtl_moe.tasks.base import to_float
+from mtl_moe.tiling import random_tiles
 from mtl_moe.training_data import image_hashes
 
 MAX_CALIBRATION_MAPS = 256  # maps kept for the quantiles of the map scale
@@ -225,7 +226,8 @@ def evidence_maps(
 
 
 def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls."""
+    """Share of each task's tokens that go to each expert, by expert block: [T, E]; empty for dense controls. Of images
+    seen in tiles one random tile of each."""
     tasks: Sequence[Any] = system.tasks
     model = system.model.clone(mesh=None)  # on a mesh the number of views would have to divide over the devices
 
@@ -234,4 +236,5 @@ def router_use(system: System, trained: Trained, images: np.ndarray) -> dict[str
         _, aux = model.apply({"params": params}, {t.name: t.views(floats) for t in tasks}, train=False)
         return {name: block["utilisation"] for name, block in aux.items()}
 
-    return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params, to_float(images)).items()}
+    seen = to_float(random_tiles(jax.random.key(0), jnp.asarray(images), model.image_size))
+    return {name: np.asarray(value) for name, value in jax.jit(stats)(trained.params, seen).items()}

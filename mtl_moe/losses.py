@@ -15,6 +15,7 @@ from mtl_moe.model import Detector
 from mtl_moe.tasks import Task
 from mtl_moe.tasks.base import to_float
 from mtl_moe.teacher import make_teacher
+from mtl_moe.tiling import random_tiles
 
 
 def init_extra(num_tasks: int) -> dict[str, jax.Array]:
@@ -63,7 +64,8 @@ def make_loss_fn(model: Detector, config: Any, tasks: Sequence[Task]) -> Callabl
 
     def loss_fn(params: Any, extra: Any, batch: Any, key: jax.Array, step: jax.Array) -> Any:
         key_augment, key_router, key_tasks = jax.random.split(key, 3)
-        inputs, targets = corrupt(extra, to_float(batch["image"]), key_augment, key_tasks)
+        images = random_tiles(jax.random.fold_in(key, 3), batch["image"], model.image_size)
+        inputs, targets = corrupt(extra, to_float(images), key_augment, key_tasks)
         outputs, aux = model.apply({"params": params}, inputs, train=True, rngs={"router": key_router})
 
         losses = jnp.stack([task.loss(outputs[task.name][0], targets[task.name]).mean() for task in tasks])

@@ -226,11 +226,14 @@ def build_geometry(config: Any) -> Geometry:
     """Sizes from `config.data` and `config.model`.
 
     Raises:
-      ValueError: if the image side is not a whole number of patches.
+      ValueError: if the side of image or tile is not a whole number of patches, or the tile larger than the image.
     """
-    size, patch = config.data.image_size, config.model.patch_size
+    field = "tile_size" if config.data.tile_size else "image_size"
+    size, patch = config.data[field], config.model.patch_size
     if patch < 1 or size < patch or size % patch:
-        raise ValueError(f"data.image_size={size} is not a multiple of model.patch_size={patch}")
+        raise ValueError(f"data.{field}={size} is not a multiple of model.patch_size={patch}")
+    if size > config.data.image_size:
+        raise ValueError(f"data.tile_size={size} is larger than data.image_size={config.data.image_size}")
     return Geometry(size, patch, config.data.channels, config.model.width)
 
 

@@ -19,6 +19,7 @@ from mtl_moe.calibration import Calibration
 from mtl_moe.system import System
 from mtl_moe.tasks.base import EPS, body_mask, mean_where, to_float
 from mtl_moe.teacher import make_teacher, needs_teacher
+from mtl_moe.tiling import map_by_tiles
 
 TOP_SHARE = 0.05  # of the body's pixels
 # One evidence may not outvote the others in the fused map: calibrated values are cut here, ten times the distance
@@ -30,25 +31,31 @@ SMOOTHING = 4.0 / 224  # standard deviation of the map's Gaussian as a share of 
 def make_score_fn(system: System, precision: str = "high") -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
     """Compiled (params, extra, uint8 images [B, H, W, C]) -> {raw [B, S], maps [B, S, H, W], body [B, H, W]}.
 
-    All views of all tasks go through one forward. An image's result does not depend on the other images. With
-    score.dtype "float32" products are float32 on a CPU, as good as that on a TPU, and TF32 on a GPU (10 bits of each
-    operand), whose products of whole float32 are a seventh as fast: `precision` "highest" has these.
+    All views of all tasks go through one forward, tile by tile where images are larger than what the network sees
+    (`mtl_moe.tiling`). An image's result does not depend on the other images. With score.dtype "float32" products are
+    float32 on a CPU, as good as that on a TPU, and TF32 on a GPU (10 bits of each operand), whose products of whole
+    float32 are a seventh as fast: `precision` "highest" has these.
     """
     tasks, model = system.tasks, system.model.clone(dtype=DTYPES[system.config.score.dtype])
 
-    def score(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
-        images = to_float(images)
+    def evidence_maps(params: Any, extra: Any, images: jax.Array) -> jax.Array:
+        """What the network sees at a time, [B, H, W, C] -> [B, S, H, W]."""
         teacher = make_teacher(model.config, extra["teacher"], images, model.dtype) if needs_teacher(tasks) else None
         views = {task.name: task.views(images) for task in tasks}
         outputs, _ = model.apply({"params": params}, views, train=False, shared_views=True)
-        body = body_mask(images)[..., 0]
-        raw, maps = [], []
+        maps = []
         for task in tasks:
             evidence = task.evidence(outputs[task.name], images, teacher)
-            for name, reduction in task.reductions.items():
-                maps.append(evidence[name].astype(jnp.float32))
-                raw.append(_reduce(maps[-1], body, reduction.how))
-        return {"raw": jnp.stack(raw, 1), "maps": jnp.stack(maps, 1), "body": body}
+            maps += [evidence[name].astype(jnp.float32) for name in task.reductions]
+        return jnp.stack(maps, 1)
+
+    def score(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
+        images = to_float(images)
+        body = body_mask(images)[..., 0]
+        maps = map_by_tiles(lambda tiles: evidence_maps(params, extra, tiles), images, model.image_size)
+        reductions = [reduction.how for task in tasks for reduction in task.reductions.values()]
+        raw = [_reduce(maps[:, i], body, how) for i, how in enumerate(reductions)]
+        return {"raw": jnp.stack(raw, 1), "maps": maps, "body": body}
 
     def score_in_float32(params: Any, extra: Any, images: jax.Array) -> dict[str, jax.Array]:
         # By default a TPU rounds operands of float32 products to bfloat16: no calibration made elsewhere would hold.

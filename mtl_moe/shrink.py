@@ -24,6 +24,7 @@ from mtl_moe.losses import make_corrupt_fn
 from mtl_moe.model import Detector, ModelConfig, expert_blocks, trunk_tokens
 from mtl_moe.system import System
 from mtl_moe.tasks.base import to_float
+from mtl_moe.tiling import random_tiles
 
 # Kernels that get low-rank updates, and how many of their axes are inputs.
 TARGETS: Mapping[str, int] = {
@@ -137,7 +138,7 @@ def make_distill_loss_fn(full: System, small: System) -> Callable[..., Any]:
     full_trunk, small_trunk = _make_trunk_fn(full.model), _make_trunk_fn(small.model)
 
     def loss_fn(updates: Any, extra: Any, batch: Any, key: jax.Array, step: jax.Array, trained: Any, base: Any) -> Any:
-        images = to_float(batch["image"])
+        images = to_float(random_tiles(jax.random.fold_in(key, 3), batch["image"], full.model.image_size))
         key_augment, key_tasks, key_views = jax.random.split(key, 3)
         corrupted, _ = corrupt(trained["extra"], images, key_augment, key_tasks)
         inputs = {}
@@ -161,11 +162,13 @@ def make_distill_loss_fn(full: System, small: System) -> Callable[..., Any]:
 
 
 def make_error_fn(full: System, small: System) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """Compiled (full params, small params, uint8 images [B, H, W, C]) -> token error [B], mean over scored views."""
+    """Compiled (full params, small params, uint8 images [B, H, W, C]) -> token error [B], mean over scored views; of
+    images seen in tiles on one random tile of each."""
     full_tokens, small_tokens = make_tokens_fn(full.model), make_tokens_fn(small.model)
 
     def error(full_params: Any, small_params: Any, images: jax.Array) -> jax.Array:
-        inputs = {task.name: task.views(to_float(images)) for task in full.tasks}
+        seen = to_float(random_tiles(jax.random.key(0), images, full.model.image_size))
+        inputs = {task.name: task.views(seen) for task in full.tasks}
         difference = jnp.abs(small_tokens(small_params, inputs) - full_tokens(full_params, inputs))
         return difference.reshape(images.shape[0], -1).mean(1)
 

@@ -34,7 +34,7 @@ class System:
 
     def dummy_inputs(self) -> dict[str, jax.Array]:
         """One all-zero view for each task, enough to initialise the network."""
-        size, channels = self.config.data.image_size, self.config.data.channels
+        size, channels = self.model.image_size, self.config.data.channels
         return {task.name: jnp.zeros((1, 1, size, size, channels + 1)) for task in self.tasks}
 
     def init_params(self, key: jax.Array) -> Any:
@@ -87,7 +87,8 @@ def build_system(config: Any) -> System:
     mesh, model = make_mesh(config.mesh.expert), config.model
     if model.mlp == "moe" and model.num_experts % config.mesh.expert:
         raise ValueError(f"mesh.expert={config.mesh.expert} does not divide the {model.num_experts} experts")
-    tasks = build_tasks(config.tasks, build_geometry(config))
+    geometry = build_geometry(config)
+    tasks = build_tasks(config.tasks, geometry)
     if model.mlp == "moe" and model.router == "fixed" and model.num_experts != len(tasks):
         logging.warning(
             "model.router='fixed': %d tasks, %d experts: task number t has expert t %% %d, and %s; "
@@ -99,7 +100,7 @@ def build_system(config: Any) -> System:
     model = Detector(
         config=build_model_config(config.model),
         tasks=tasks,
-        image_size=config.data.image_size,
+        image_size=geometry.image_size,
         dtype=DTYPES[config.train.dtype],
         mesh=mesh if mesh.size > 1 else None,
     )

@@ -23,6 +23,7 @@ from input_pipeline.dataset import Dataset
 from mtl_moe.losses import make_loss_fn
 from mtl_moe.system import System, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher
+from mtl_moe.tiling import random_tiles
 from mtl_moe.training_data import FILE, bind_training_data
 
 SAMPLINGS = ("images", "groups")
@@ -125,9 +126,8 @@ def _refresh_event(system: System, dataset: Dataset) -> Any:
             config.train.num_steps,
         )
         return None
-    refresh = make_refresh_fn(
-        system.model.config, sample_images(dataset, config.seed), system.num_clusters, config.seed
-    )
+    images = random_tiles(jax.random.key(config.seed), sample_images(dataset, config.seed), system.model.image_size)
+    refresh = make_refresh_fn(system.model.config, images, system.num_clusters, config.seed)
 
     def event(state: TrainState) -> TrainState:
         teacher = refresh(state.ema_params, jax.device_get(state.extra["teacher"]))

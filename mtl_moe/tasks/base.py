@@ -47,7 +47,8 @@ class Reduction(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Sizes fixed by the data and the model: image side, patch side, channels, encoder width."""
+    """Sizes fixed by the data and the model: side of what the network sees at a time (the image, or a tile of it),
+    patch side, channels, encoder width."""
 
     image_size: int
     patch_size: int

@@ -12,7 +12,7 @@ def make_config() -> ConfigDict:
     return ConfigDict(
         {
             "system": "mtl_moe",
-            "data": {"window": (), "groups": "auto", "root": "a"},
+            "data": {"window": (), "groups": "auto", "tile_size": 0, "root": "a"},
             "train": {"num_steps": 4, "sampling": "images"},
             "optim": {"kind": "adamw"},
         }

@@ -16,6 +16,7 @@ from core.optim import build_optimizer
 from input_pipeline.dataset import Dataset, load_dataset
 from mtl_moe.system import System, build_system, sample_images
 from mtl_moe.teacher import make_refresh_fn, needs_teacher
+from mtl_moe.tiling import random_tiles
 
 
 class Run(NamedTuple):
@@ -46,7 +47,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ConfigDict],
         state = system.init_state(build_optimizer(config.optim, config.train.num_steps), dataset)
         extra = jax.device_get(state.extra)
         if needs_teacher(system.tasks):
-            refresh = make_refresh_fn(system.model.config, sample_images(dataset, 0), system.num_clusters, 0)
+            images = random_tiles(jax.random.key(0), sample_images(dataset, 0), system.model.image_size)
+            refresh = make_refresh_fn(system.model.config, images, system.num_clusters, 0)
             extra["teacher"] = refresh(state.ema_params, extra["teacher"])
         params = jax.device_get(state.ema_params)
         for block in ("expert_00", "neck_00"):

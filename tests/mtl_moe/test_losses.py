@@ -25,6 +25,7 @@ class StubDetector:
 
     dtype = jnp.float32
     config = None
+    image_size = SIZE
 
     def __init__(self, aux=None):
         self.aux = aux or {}
