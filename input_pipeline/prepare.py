@@ -173,7 +173,8 @@ def _shrunk_images(native_sizes: dict[str, int], image_size: int) -> list[str]:
         return []
     return [
         f"median short side {side:g} px, used at {image_size}: --config.data.image_size={2 * image_size} and a larger "
-        f"preset (configs/mtl_moe/folder.py:preset=small) keep more"
+        f"preset (configs/mtl_moe/folder.py:preset=small) keep more, or --config.data.tile_size={image_size} with a "
+        f"larger image_size, which trains as fast"
     ]
 
 
