@@ -4,7 +4,7 @@ python main.py --config=configs/vit_distill/distill.py --config.teacher.checkpoi
   --config.data.root=IMAGES --config.student.reduction=2 --workdir=W
 Argument: recipe=small (a few hundred images) or paper (1 % of ImageNet, some 12 800 images: ten epochs of 1024 images
 an update, 128 at a time), with its class folders as IMAGES: --config=configs/vit_distill/distill.py:paper
---config.few_shot.ratio=0.01. Not run yet.
+--config.few_shot.ratio=0.01. Run with a small teacher alone.
 
 The learning rate is to be tuned; with images held out the run does it itself, in three or four runs more:
   --config.optim.learning_rates='(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)' --config.optim.tune_steps=100
