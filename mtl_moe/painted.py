@@ -78,7 +78,7 @@ def criteria(aurocs: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _disc(key: jax.Array, body: jax.Array, low: float, high: float, edge: float) -> jax.Array:
+def disc(key: jax.Array, body: jax.Array, low: float, high: float, edge: float) -> jax.Array:
     """A soft disc about a random pixel of the body, [B, H, W, 1] in [0, 1] and 0 off the body.
 
     The radius is uniform in [low, high] of the image side; `edge` is how soft the rim is, as a share of the radius.
@@ -94,7 +94,7 @@ def _disc(key: jax.Array, body: jax.Array, low: float, high: float, edge: float)
 
 
 def _wide(key: jax.Array, body: jax.Array) -> jax.Array:
-    return _disc(key, body, 0.35, 0.6, edge=0.2)
+    return disc(key, body, 0.35, 0.6, edge=0.2)
 
 
 def _uniform(key: jax.Array, images: jax.Array, low: float, high: float) -> jax.Array:
@@ -105,12 +105,12 @@ def _bump(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
     """A small spot without an edge, brighter or darker."""
     key_area, key_size, key_sign = jax.random.split(key, 3)
     sign = jax.random.rademacher(key_sign, (images.shape[0], 1, 1, 1), jnp.float32)
-    return images + sign * _uniform(key_size, images, 0.15, 0.4) * _disc(key_area, body, 0.05, 0.15, edge=0.25)
+    return images + sign * _uniform(key_size, images, 0.15, 0.4) * disc(key_area, body, 0.05, 0.15, edge=0.25)
 
 
 def _inverted(key: jax.Array, images: jax.Array, body: jax.Array) -> jax.Array:
     """Contrast turned round its own mean."""
-    area = _disc(key, body, 0.1, 0.25, edge=0.1)
+    area = disc(key, body, 0.1, 0.25, edge=0.1)
     return images + 2 * area * (base.mean_in(images, area) - images)
 
 
