@@ -113,6 +113,8 @@ def train_loop(
             if host is None:
                 raise ValueError(f"the data ended at step {step} of {num_steps}")
             state, metrics = step_fn(state, shard_batch(host, mesh), key)
+            if step == start + 1:
+                bar.unpause()  # the minutes of compiling are no update's time: the time left would be hours
             bar.update()
             stop = bool(checkpointer) and _asked_to_stop(received, step)
             if stop or due(step, log_every, num_steps) or due(step, save_every, num_steps):

@@ -4,13 +4,15 @@ import itertools
 import os
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from core import loop
 from core.checkpoint import Checkpointer
-from core.logs import MetricLogger, read_history
+from core.logs import MetricLogger, progress_bar, read_history
 from core.loop import NonFiniteLossError, due, train_loop
 from core.mesh import make_mesh
 from core.state import init_state
@@ -84,6 +86,23 @@ def test_order_and_cadence_of_a_turn():
         "batch 4, step 4, log 4, "
         "batch 5, step 5, log 5, save 5, wait"
     )
+
+
+def test_the_time_left_counts_no_compilation(monkeypatch):
+    journal, bars = _Journal(), []
+
+    def bar(*args, **options):
+        bars.append(progress_bar(*args, **options))
+        return bars[0]
+
+    def slow_first(state, batch, key):
+        time.sleep(0.5 if state.step == 0 else 0)
+        return journal.step(state, batch, key)
+
+    monkeypatch.setattr(loop, "progress_bar", bar)
+    options = dict(key=jax.random.key(0), num_steps=3, mesh=make_mesh(), logger=None, checkpointer=None, log_every=9)
+    train_loop(_State(), slow_first, journal.batches(1, 3), save_every=9, images_per_step=8, **options)
+    assert bars[0].format_dict["elapsed"] < 0.4
 
 
 @pytest.fixture(scope="module")
