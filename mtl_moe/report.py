@@ -159,10 +159,13 @@ def _reading_guide(results: ReportData) -> Markup:
         "above says so if far more images are flagged than of normals would be.",
         "Map: where the tasks fail. All maps of all cases share one scale: 0 is the median of the calibration normals, "
         "1 their 95th percentile. A dark map says something too; no map is stretched to its own maximum.",
-        "AUROC: the share of pairs of one abnormal and one normal image that the score puts in the right order. Floor: "
-        "what simple means reach on the same images (mean brightness, contrast, an untrained network); a detector is "
-        "worth what it adds to them.",
     ]
+    if results.metrics:  # none are measured where no label is known
+        items.append(
+            "AUROC: the share of pairs of one abnormal and one normal image that the score puts in the right order. "
+            "Floor: what simple means reach on the same images (mean brightness, contrast, an untrained network); a "
+            "detector is worth what it adds to them."
+        )
     return page.bullets(items)
 
 

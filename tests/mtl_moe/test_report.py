@@ -153,6 +153,7 @@ def test_without_labels_there_are_scores_and_cases_only(tmp_path):
     assert "The 20 highest scores of 140" in html
     assert "label unknown" in html
     assert "Abnormal images found" not in html
+    assert "AUROC" not in html.partition("How to read this page</h2>")[2].partition("</section>")[0]
 
 
 def test_normals_only_check_the_calibration(tmp_path):
