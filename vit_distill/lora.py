@@ -132,7 +132,7 @@ def _own(leaf: jax.Array) -> jax.Array:
 def _init_layer(key: jax.Array, path: str, params: Any, num_in: int, rank: int, dora: bool) -> dict[str, jax.Array]:
     name, part, target = path.split("/")
     kernel = params[name][part][target]["kernel"]
-    layer = init_factors(key, kernel.shape, num_in, rank, f"{target} ({path})")
+    layer = init_factors(key, kernel.shape, num_in, rank, f"{target} ({path}; lora.rank, lora.ranks.{target})")
     if dora:
         layer["magnitude"] = _norm(jnp.asarray(kernel, jnp.float32), num_in).reshape(kernel.shape[num_in:])
     return layer

@@ -174,7 +174,8 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]
     except Exception as error:  # torch raises unpickling, zip, end-of-file and runtime errors here
         raise ValueError(
             f"{path}: torch cannot read it with weights_only=True: it is damaged, or holds Python objects besides "
-            f"tensors, which are never run. Save its state_dict alone, best as .safetensors. torch says: {error}"
+            f"tensors, which are never run. Save its state_dict alone, best as .safetensors. torch says: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}; save model.state_dict()")

@@ -187,6 +187,9 @@ def test_torch_files(plain: Teacher, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         load_teacher(str(path))
+    path.write_text("hello")  # torch's reason is a bare number
+    with pytest.raises(ValueError, match=r"torch says: [A-Z][A-Za-z]+Error: "):
+        load_teacher(str(path))
 
 
 def test_torch_file_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
