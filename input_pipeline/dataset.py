@@ -26,7 +26,12 @@ from input_pipeline.index import DataError, Example, Index, calibration_rows, cr
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
 from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, read_tree, refuse_masks
 
-KINDS = ("phantom", "bmad", "folder", "npz")
+# Kinds of files: config.data and options of `build_index` -> Index. A new one is an entry (see docs/extending.md).
+INDEX_FNS: dict[str, Callable[..., Index]] = {
+    "bmad": lambda data, **options: index_bmad(data.name, data.root, **options),
+    "folder": lambda data, **options: read_tree(data.root, data.name, **options),
+}
+KINDS = ("phantom", *INDEX_FNS, "npz")
 
 __all__ = [
     "KINDS",
@@ -41,7 +46,7 @@ __all__ = [
 
 
 def build_index(data: ConfigDict, require_train: bool = True) -> Index:
-    """The index of `data.kind` 'bmad' or 'folder', logged with its warnings and whether patients cross its splits.
+    """The index of a `data.kind` of INDEX_FNS, logged with its warnings and whether patients cross its splits.
 
     `require_train`: see `load_dataset`.
     """
@@ -49,9 +54,7 @@ def build_index(data: ConfigDict, require_train: bool = True) -> Index:
         raise DataError(f"data.root is empty: set --config.data.root to the folder of the {data.kind} data")
     options = dict(calibration_fraction=data.calibration_fraction, seed=data.seed, groups=check_groups(data.groups))
     options["require_train"] = require_train
-    index_fn = {"bmad": lambda: index_bmad(data.name, data.root, **options)}
-    index_fn["folder"] = lambda: read_tree(data.root, data.name, **options)
-    index = index_fn[data.kind]()
+    index = INDEX_FNS[data.kind](data, **options)
     logging.info("%s: %s", index.dataset, index.layout)
     for warning in index.warnings:
         logging.warning("%s: %s", index.dataset, warning)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline.cache import save_npz
-from input_pipeline.dataset import build_index, dataset_from_index
+from input_pipeline.dataset import INDEX_FNS, build_index, dataset_from_index
 from input_pipeline.decode import native_size, read_example, read_image
 from input_pipeline.dicom import Window, is_dicom, own_window
 from input_pipeline.index import DataError, Example, Index
@@ -31,7 +31,7 @@ _PART = {"calibration": "train"}  # calibration images are training images to th
 
 
 def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1) -> dict:
-    """Checks every image of `config.data` (kind 'bmad' or 'folder') and writes the .npz cache to `out_path`.
+    """Checks every image of `config.data` (a kind of `dataset.INDEX_FNS`) and writes the .npz cache to `out_path`.
 
     The cache is written when every file can be decoded, or with `data.skip_corrupt` from those that can. Without
     training normals it is one to measure a trained detector on.
@@ -47,8 +47,8 @@ def prepare(data: ConfigDict, out_path: str | Path = "", min_size: int = 1) -> d
       ValueError: another kind of data. DataError: a layout that cannot be read (see `tree.read_tree`), or masks in none
         of which anything is marked.
     """
-    if data.kind not in ("bmad", "folder"):
-        raise ValueError(f"prepare checks folders of images (data.kind 'bmad' or 'folder'), found '{data.kind}'")
+    if data.kind not in INDEX_FNS:
+        raise ValueError(f"prepare checks files (data.kind: one of {', '.join(INDEX_FNS)}), found '{data.kind}'")
     index = build_index(data, require_train=False)
     same, extrema = defaultdict(list), []
 

@@ -32,7 +32,8 @@ def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:
     """Tasks named in `config.names`, in that order, each with its options `config.<name>`.
 
     Raises:
-      ValueError: for an unknown or repeated name, or none, or an option the task does not have.
+      ValueError: for an unknown or repeated name, or none, a task without weight and augment, or an option it does not
+        have.
     """
     names = tuple(config.names)
     unknown = [name for name in names if name not in TASKS]
@@ -40,8 +41,13 @@ def build_tasks(config: Any, geometry: Geometry) -> tuple[Task, ...]:
         raise ValueError(f"tasks.names: expected some of {list(TASKS)}, each once; found {list(names)}")
     built = []
     for name in names:
-        # weight and augment are read by the training loss, not by the task.
-        options = {key: value for key, value in config.get(name, {}).items() if key not in ("weight", "augment")}
+        section = config.get(name, {})
+        if not {"weight", "augment"} <= set(section):  # read by the training loss, not by the task
+            raise ValueError(
+                f"tasks.{name}: expected weight and augment, found {sorted(section)}: give the task its defaults in "
+                f'configs/common.py, {name}=dict(weight=1.0, augment="light")'
+            )
+        options = {key: value for key, value in section.items() if key not in ("weight", "augment")}
         known = {field.name for field in dataclasses.fields(TASKS[name])} - {"geometry"}
         if set(options) - known:
             raise ValueError(f"tasks.{name}: unknown options {sorted(set(options) - known)}, known: {sorted(known)}")

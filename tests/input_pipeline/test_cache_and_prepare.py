@@ -269,5 +269,5 @@ def test_prepare_warns_of_images_that_shrink_much(tmp_path):
 
 
 def test_prepare_is_for_folders(tmp_path):
-    with pytest.raises(ValueError, match="prepare checks folders"):
+    with pytest.raises(ValueError, match=r"prepare checks files .*: one of bmad, folder.*found 'phantom'"):
         prepare(data_config(kind="phantom"), tmp_path / "x.npz")

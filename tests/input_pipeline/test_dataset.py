@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from trees import BRAIN, data_config, equal_batches, make_tree, picture, write
 from input_pipeline import reader
 from input_pipeline.batches import eval_batches, train_batches
 from input_pipeline.cache import save_npz
-from input_pipeline.dataset import load_dataset, load_images
+from input_pipeline.dataset import INDEX_FNS, build_index, load_dataset, load_images
 from input_pipeline.decode import read_image, read_mask
 from input_pipeline.index import DataError
 from input_pipeline.split import ArrayPixels, Split
@@ -407,3 +409,17 @@ def test_phantoms(monkeypatch):
     other = data_config(kind="phantom", phantom={"num_train": 12, "num_valid": 4, "num_test": 8, "seed": 0})
     assert dataset.manifest_hash != load_dataset(other).manifest_hash
     assert dataset.manifest_hash == load_dataset(data_config(kind="phantom", seed=7)).manifest_hash
+
+
+def test_the_documents_reader_is_a_kind_of_data(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text().partition("## A data set")[2]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    monkeypatch.setitem(INDEX_FNS, "mine", names["read_mine"])
+    rows = [f"{k}.png,p{k // 2},{'test' if k > 5 else 'train'},{int(k > 7)}" for k in (9, 1, 2, 3, 4, 5, 6, 7, 8, 0)]
+    (tmp_path / "images.csv").write_text("\n".join(["file,patient,split,abnormal", *rows]))
+    splits = build_index(data_config(tmp_path, kind="mine", calibration_fraction=0.3)).splits
+    assert [example.label for example in splits["test"]] == [0, 0, 1, 1]
+    assert [example.name for example in splits["test"]] == ["6.png", "7.png", "8.png", "9.png"]
+    assert len(splits["train"]) == 4
+    assert len({example.group for example in splits["calibration"]}) == 1

@@ -84,7 +84,11 @@ def perfect_answer(name, images, target, teacher):
         return confident(np.asarray(target)[:, tile_rows()], 4)
     if name == "transform":
         return confident(np.broadcast_to(np.asarray(target)[:, None, None], (BATCH, GRID, GRID)), 8)
-    return confident(teacher.clusters, 4) if name == "cluster" else teacher.tokens
+    if name == "cluster":
+        return confident(teacher.clusters, 4)
+    if name == "self_distill":
+        return teacher.tokens
+    raise NotImplementedError(f"say here what a perfect network answers to {name}")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -458,11 +462,12 @@ def test_box_filter_is_scipys():
 
 
 def tasks_config(names, **options):
-    return ConfigDict({"names": tuple(names), **options})
+    loss = {"weight": 1.0, "augment": "none"}
+    return ConfigDict({"names": tuple(names), **{name: loss | options.get(name, {}) for name in names}})
 
 
 def test_tasks_are_built_in_order_with_their_options():
-    config = tasks_config(["jigsaw", "masked"], jigsaw={"tiles": 2, "weight": 3.0, "augment": "light"})
+    config = tasks_config(["jigsaw", "masked"], jigsaw={"tiles": 2})
     jigsaw, masked = build_tasks(config, GEOMETRY)
     assert (jigsaw.name, jigsaw.tiles, masked.name) == ("jigsaw", 2, "masked")
 
@@ -483,6 +488,13 @@ def test_impossible_options_are_errors():
         known = rf"tasks.masked: unknown options \['{option}'\], known: \['ratio', 'ssim_weight'\]"
         with pytest.raises(ValueError, match=known):
             build_tasks(tasks_config(["masked"], masked={option: 1}), GEOMETRY)
+
+
+@pytest.mark.parametrize("given", [None, {"ratio": 0.5}, {"weight": 1.0}])
+def test_a_task_without_defaults_is_told_where_they_stand(given):
+    config = ConfigDict({"names": ("masked",)} | ({"masked": given} if given else {}))
+    with pytest.raises(ValueError, match=r"tasks.masked: expected weight and augment, .*common.py, masked=dict"):
+        build_tasks(config, GEOMETRY)
 
 
 @pytest.mark.parametrize("name", ["masked", "cluster", "self_distill"])
