@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from core.dense import activation_dtype
 from core.transformer import Mlp
 from mtl_moe import routing
+from mtl_moe.expert_tiles import Params, apply_tiles, tile_size
 from mtl_moe.routing import Gate
-from mtl_moe.tiles import Params, apply_tiles, tile_size
 
 Dispatch = Literal["auto", "tiles", "batched", "ragged"]
 RouterKind = Literal["shared", "per_task", "fixed"]
@@ -43,7 +43,7 @@ def total_hidden_dim(hidden_dim: int, num_experts: int, shared_expert: bool) -> 
 def _apply_products(
     x: jax.Array, experts: jax.Array, weights: jax.Array, params: Params, dtype: Any, batched: bool
 ) -> jax.Array:
-    """As `mtl_moe.tiles.apply_tiles`, each of the two products as one operation: for GPU and TPU.
+    """As `mtl_moe.expert_tiles.apply_tiles`, each of the two products as one operation: for GPU and TPU.
 
     Batched: every tile with its expert's matrix, which is copied for it. Otherwise `jax.lax.ragged_dot` on tiles of one
     row; XLA's GPU backend turns that into a product of all rows with all experts' matrices, E times the FLOPs.
