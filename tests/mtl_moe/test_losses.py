@@ -137,7 +137,7 @@ def test_augmentation_is_a_tasks_own(config, batch):
 def test_a_task_without_a_field_of_the_loss_is_an_error(config, field):
     with config.unlocked():
         del config.tasks.denoise[field]
-    with pytest.raises(AttributeError, match=field):
+    with pytest.raises(ValueError, match=r"tasks.denoise: expected weight and augment"):
         make(config)
 
 
