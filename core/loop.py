@@ -137,7 +137,7 @@ def train_loop(
                 checkpointer.wait()
                 number = received[0] if received else signal.SIGTERM
                 how = "the same command goes on from there"
-                print(f"{number.name}: stopped and saved after step {step} of {num_steps}; {how}", file=sys.stderr)
+                bar.write(f"{number.name}: stopped and saved after step {step} of {num_steps}; {how}", file=sys.stderr)
                 sys.exit(128 + number)
     if checkpointer:
         checkpointer.wait()

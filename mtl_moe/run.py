@@ -132,7 +132,7 @@ def slices(config: Any, output: str) -> None:
         raise ValueError("--mode=slices: expected --config.data.root=VOLUMES and --output=FOLDER, a new one")
     counts = write_slices(config.data.root, Path(output), **config.slices, window=config.data.window)
     for folder, count in sorted(counts.items()):
-        print(f"{folder:<28} {count}")
+        print(f"{folder:<28} {count}" + (" (slices.min_body)" if folder == "left out" else ""))
     print(f"check it: --mode=prepare --config.data.root={output}")
 
 
