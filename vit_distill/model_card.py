@@ -28,7 +28,11 @@ def model_card(student: Student, usage: str = "", check: Mapping[str, Any] | Non
     if check:
         parts.append("## Check of this export\n\n" + _check(check))
     if usage:
-        parts.append(f"## How to load it\n\n```python\n{usage.strip()}\n```")
+        parts.append(
+            f"## How to load it\n\n```python\n{usage.strip()}\n```\n\n"
+            "Libraries resize and crop each in their own way: of one file they make slightly different pixels, and so "
+            "features that differ by more than the check of an export, which gives all the same pixels."
+        )
     parts.append("## Licence\n\n" + _licence(teacher.get("licence")))
     return "\n\n".join(parts) + "\n"
 
