@@ -7,11 +7,12 @@ volume in which nothing is marked counts as normal, as in BMAD's brain and liver
 Axis alphabet: X Y Z volume, towards the patient's right, front and head; H W image.
 """
 
+import contextlib
 import logging
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,8 +49,8 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
       How many files each folder got, and "left out".
 
     Raises:
-      DataError: a layout that `tree.read_tree` refuses, a damaged or four-dimensional volume, CT without a window, a
-        mask of another shape or place than its volume. ValueError: an impossible option.
+      DataError: a layout that `tree.read_tree` refuses, a damaged or four-dimensional volume, two of one name in a
+        split, CT without a window, a mask of another shape or place than its volume. ValueError: an impossible option.
     """
     check_window(window)
     if axis not in AXES or every < 1 or not 0 <= min_body <= 1:
@@ -59,7 +60,7 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
         )
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder for the slices")
-    index = read_tree(root, calibration_fraction=0, suffixes=SUFFIXES)
+    index = read_tree(root, calibration_fraction=0, require_train=False, suffixes=SUFFIXES)
     for warning in index.warnings:
         logging.warning("%s: %s", root, warning)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,33 +73,54 @@ def write_slices(root: str, output: Path, axis: str, every: int, min_body: float
 def _write(index: Index, root: Path, number: int, every: int, min_body: float, window: Window) -> Counter[str]:
     counts: Counter[str] = Counter()
     volumes = [(split, example) for split, examples in index.splits.items() for example in examples]
+    _check_names(volumes)
+    unmarked = []
     for split, example in tqdm(volumes, "slices", unit=" volumes", delay=2):
         grey, mask = _read(example, window)
         body = (grey > BODY).mean(tuple(k for k in range(3) if k != number))
         wanted = body >= min_body * body.max()
         counts["left out"] += int((~wanted).sum())
+        found = set()
         for position in np.flatnonzero(wanted)[::every]:
             for folder, picture in _pictures(example, grey, mask, number, position):
                 path = root / split / folder / f"{stem_of_slices(example)}_slice{position:03d}.png"
-                if path.exists():
-                    raise DataError(f"{example.image}: two volumes of this name in {split}: rename one")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
                 counts[f"{split}/{folder}"] += 1
+                found.add(folder)
+        if example.label == 1 and found == {"good"}:
+            unmarked.append(example.name)
+    if unmarked:
+        logging.warning(
+            "%d abnormal volumes have no marked slice among those that were cut, %s the first: they count as normal; a "
+            "smaller slices.every or slices.min_body cuts more",
+            len(unmarked),
+            unmarked[0],
+        )
     return counts
+
+
+def _check_names(volumes: Sequence[tuple[str, Example]]) -> None:
+    """Slices and groups of two volumes of one name in a split, normal or not, could not be told apart."""
+    known: dict[tuple[str, str], Example] = {}
+    for split, example in volumes:
+        other = known.setdefault((split, stem_of_slices(example)), example)
+        if other is not example:
+            raise DataError(f"{example.image} and {other.image}: two volumes of one name in {split}: rename one")
 
 
 def stem_of_slices(example: Example) -> str:
     """What the slices of a volume are called: as it is, in front of that its folders where these say nothing else.
 
-    PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `groups.group_of`.
+    PAT0/ST0/IM0001.nii becomes PAT0+ST0-IM0001, whose part before the plus is a group to `groups.group_of`; of a plus
+    in the names themselves (T1+C.nii) a minus is made.
     """
     *folders, _ = PurePosixPath(example.name).parts
-    stem = stem_of(example.name)
+    stem = stem_of(example.name).replace("+", "-")
     if not folders or any(map(known_word, folders)):
         return stem
     folders = folders[1:] if folders[0] == example.group else folders
-    return f"{example.group}+{'-'.join((*folders, stem))}"
+    return f"{example.group.replace('+', '-')}+{'-'.join((*folders, stem))}"
 
 
 def _pictures(
@@ -143,21 +165,40 @@ def _read(example: Example, window: Window) -> tuple[np.ndarray, np.ndarray | No
 
 def load_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(float32 [X, Y, Z] turned to right, front, head; affine [4, 4]); DataError for what is no such volume."""
-    nibabel = nibabel_module()
-    try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
-        if len(image.shape) != 3:
-            raise DataError(f"{path}: shape {image.shape}; expected one volume of three axes: split the series")
+    nibabel, image = nibabel_module(), open_volume(path)
+    with _named(path):
+        image = nibabel.as_closest_canonical(nibabel.squeeze_image(image))
         return image.get_fdata(dtype=np.float32), image.affine
+
+
+def open_volume(path: Path) -> Any:
+    """The nibabel image of a volume as the file has it, its voxels not read; DataError as `load_volume`.
+
+    Axes of length 1 beyond the third, which some tools write, may be there.
+    """
+    nibabel = nibabel_module()
+    with _named(path):
+        image = nibabel.load(path)
+        if len(image.shape) < 3 or any(length > 1 for length in image.shape[3:]):
+            raise DataError(f"{path}: shape {image.shape}; expected one volume of three axes: split the series")
+        if image.get_data_dtype().kind not in "iuf":
+            raise DataError(f"{path}: voxels of {image.get_data_dtype()}; expected one grey value each: convert it")
+        if np.isnan(nibabel.io_orientation(image.affine)).any():
+            raise DataError(f"{path}: its affine does not say how the axes lie in the patient: export it again")
+        return image
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """DataError naming the file for whatever nibabel raises."""
+    nibabel = nibabel_module()
+    own = nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError
+    try:
+        yield
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error, *_errors(nibabel)) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, *own) as error:
         raise DataError(f"{path}: cannot be read as NIfTI ({error}); replace or remove it") from error
-
-
-def _errors(nibabel: Any) -> tuple[type[Exception], ...]:
-    spatial = nibabel.spatialimages
-    return nibabel.filebasedimages.ImageFileError, spatial.HeaderDataError, spatial.ImageDataError
 
 
 def nibabel_module() -> Any:

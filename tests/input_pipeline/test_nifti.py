@@ -129,6 +129,40 @@ def test_volumes_called_alike_in_patients_folders_do_not_collide(tmp_path, caplo
     assert set(splits["train"].groups) | set(splits["calibration"].groups) == {"PAT0", "PAT1", "sub-01"}
 
 
+def test_volumes_of_one_name_in_a_split_are_refused_whatever_their_label(tmp_path):
+    save(tmp_path / "in" / "good" / "case-1.nii", body(0))
+    save(tmp_path / "in" / "Ungood" / "case-1.nii", body(1))
+    (tmp_path / "in").rename(tmp_path / "test")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "test").rename(tmp_path / "in" / "test")
+    with pytest.raises(DataError, match=r"good/case-1\.nii and .*case-1\.nii: two volumes of one name in test"):
+        cut(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "test" / "good" / "case-1.nii").rename(tmp_path / "in" / "test" / "good" / "case-2.nii")
+    assert set(cut(tmp_path / "in", tmp_path / "out")) == {"test/good", "test/Ungood/img", "left out"}  # without train
+
+
+def test_abnormal_volumes_that_count_as_normal_are_said(tmp_path, caplog):
+    save(tmp_path / "in" / "test" / "good" / "a.nii", body(0))
+    lesion = np.zeros(SHAPE, np.uint8)
+    lesion[4, 5, 7] = 1
+    for name in "bc":
+        save(tmp_path / "in" / "test" / "Ungood" / "img" / f"{name}.nii", body(1))
+        save(tmp_path / "in" / "test" / "Ungood" / "label" / f"{name}.nii", np.roll(lesion, "bc".index(name), 2))
+    counts = cut(tmp_path / "in", tmp_path / "out", every=2)  # slices 0, 2, ..., of lesions in 7 and 8
+    assert counts["test/Ungood/img"] == 1
+    assert "1 abnormal volumes have no marked slice among those that were cut, test/Ungood/img/b.nii" in caplog.text
+
+
+def test_a_plus_in_a_name_says_no_patient(tmp_path):
+    for k in range(2):
+        save(tmp_path / "in" / f"T1+C_{k}.nii", body(k))
+        save(tmp_path / "tree" / f"A+B{k}" / "T1+C.nii", body(k))
+    for root, groups in (("in", {"T1-C_0", "T1-C_1"}), ("tree", {"A-B0", "A-B1"})):
+        cut(tmp_path / root, tmp_path / f"{root}_out")
+        splits = load_dataset(data_config(tmp_path / f"{root}_out", calibration_fraction=0.5)).splits
+        assert set(splits["train"].groups) | set(splits["calibration"].groups) == groups
+
+
 def test_ct_needs_a_window(tmp_path):
     volume = np.linspace(-1000, 1000, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     for name in ("v", "w"):
@@ -161,6 +195,18 @@ def test_bad_volumes_are_named_and_nothing_is_left(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros((*SHAPE, 2), np.float32), np.eye(4)), tmp_path / "in" / "b.nii.gz")
     with pytest.raises(DataError, match="expected one volume of three axes"):
         cut(tmp_path / "in", tmp_path / "out")
+    turned, flat = np.diag([-1.0, -1, 1, 1]), np.diag([1.0, 1, 0, 1])
+    colours = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for voxels, affine, message in (
+        (np.zeros(SHAPE[:2], np.float32), turned, r"shape \(10, 12\); expected one volume of three axes"),
+        (colours, turned, "expected one grey value each"),
+        (np.zeros(SHAPE, np.float32), flat, "its affine does not say how the axes lie"),
+    ):
+        image = nibabel.Nifti1Image(voxels, turned)
+        image.header["srow_z"] = affine[2]
+        nibabel.save(nibabel.Nifti1Image(voxels, None, image.header), tmp_path / "in" / "b.nii.gz")
+        with pytest.raises(DataError, match=message):
+            cut(tmp_path / "in", tmp_path / "out")
     save(tmp_path / "in" / "b.nii.gz", np.zeros(SHAPE, np.float32))
     with pytest.raises(DataError, match="nothing but the value 0"):
         cut(tmp_path / "in", tmp_path / "out")

@@ -60,12 +60,43 @@ def test_maps_lie_where_their_slices_were(tmp_path: Path, axis: str, axes: str) 
     np.testing.assert_allclose(affine, canonical(made.root / "a.nii.gz")[1])
 
 
-def test_what_was_passed_over_runs_from_one_slice_to_the_next(tmp_path: Path) -> None:
+def test_maps_lie_voxel_by_voxel_as_the_file_does(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    turn = nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, -1], [1, 1]])
+    stored = nibabel.orientations.apply_orientation(np.round(made.grey * 1000).astype(np.int16), turn)
+    tilt = np.array([[0, -0.2, 0.98], [-1, 0, 0], [0, 0.98, 0.2]]) * [4.0, 3.0, 2.0]  # oblique and left-handed
+    affine = np.block([[tilt, np.array([[7], [8], [9]])], [np.zeros((1, 3)), 1]])
+    image = nibabel.Nifti1Image(stored[..., None], affine)
+    image.header.set_slope_inter(0.001, 5.0)
+    image.header.set_xyzt_units("mm")
+    image.header["cal_max"] = 1000
+    image.set_sform(affine, "mni")
+    volumes = tmp_path / "volumes_as_exported"
+    volumes.mkdir()
+    nibabel.save(image, volumes / "a.nii")
+    write_slices(str(volumes), tmp_path / "again", "axial", 1, 0.0, ())
+    maps = tmp_path / "maps_again"
+    maps.mkdir()
+    for path in (tmp_path / "again").rglob("*.png"):
+        np.save(maps / f"{path.name}.npy", np.asarray(Image.open(path), np.float32) / 255)
+    write_volumes(str(volumes), maps, tmp_path / "out", "axial", 1)
+    found = nibabel.load(tmp_path / "out" / "a_anomaly.nii.gz")
+    np.testing.assert_allclose(found.get_fdata(), stored / 1000, atol=1 / 100)
+    np.testing.assert_array_equal(found.affine, nibabel.load(volumes / "a.nii").affine)
+    assert found.header["sform_code"] == 4
+    assert found.header.get_xyzt_units()[0] == "mm"
+    assert found.header["cal_max"] == 0
+
+
+def test_what_was_passed_over_runs_from_one_slice_to_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make(tmp_path, every=3)  # slices 0, 3, ..., 12 of 14
-    for path in made.maps.rglob("*_slice006*"):
+    assert write_volumes(str(made.root), made.maps, tmp_path / "whole", "axial", 3) == 2
+    assert "without a map" not in caplog.text
+    for path in made.maps.rglob("b_slice006*"):
         path.unlink()
     assert write_volumes(str(made.root), made.maps, tmp_path / "out", "axial", 3) == 2
-    found, _ = canonical(tmp_path / "out" / "a_anomaly.nii.gz")
+    assert "1 of 2 volumes, b the first, have slices without a map between those that have one" in caplog.text
+    found, _ = canonical(tmp_path / "out" / "b_anomaly.nii.gz")
     np.testing.assert_allclose(found[..., 3], made.grey[..., 3], atol=1 / 255)
     expected = (2 * made.grey[..., 0] + made.grey[..., 3]) / 3
     np.testing.assert_allclose(found[..., 1], expected, atol=1 / 255)
@@ -90,6 +121,15 @@ def test_volumes_called_alike_in_patients_folders(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
+def test_of_two_volumes_of_one_name_neither_gets_the_maps(tmp_path: Path) -> None:
+    made = make(tmp_path, tree="train/good/{}.nii")
+    (made.root / "test" / "good").mkdir(parents=True)
+    (made.root / "train" / "good" / "b.nii").rename(made.root / "test" / "good" / "a.nii")
+    with pytest.raises(DataError, match=r"test/good/a\.nii and .*train/good/a\.nii: two volumes of one name"):
+        write_volumes(str(made.root), made.maps, tmp_path / "out", "axial", 1)
+    assert write_volumes(str(made.root / "test"), made.maps, tmp_path / "out", "axial", 1) == 1
+
+
 def test_volumes_without_maps_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make(tmp_path)
     for path in made.maps.rglob("a_*"):
@@ -104,6 +144,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(tmp_path: Path, tiny_con
     def put(maps: Path = made.maps, axis: str = "axial", out: str = "out") -> None:
         write_volumes(str(made.root), maps, tmp_path / out, axis, 1)
 
+    with pytest.raises(ValueError, match=r"expected axis among sagittal, .* and every .* found axis='z'"):
+        put(axis="z")
     with pytest.raises(ValueError, match="slices exists: expected a new folder"):
         put(out="slices")
     with pytest.raises(DataError, match=r"no map of a slice .*save_maps=True"):
