@@ -6,10 +6,11 @@ Axis alphabet: N images of a split, H W C image, M mask side.
 import functools
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,15 @@ from input_pipeline.dicom import check_window
 from input_pipeline.groups import check_groups, groups_in, groups_of
 from input_pipeline.index import DataError, Example, Index, calibration_rows, crossing_groups, warn_of_crossing
 from input_pipeline.split import ArrayPixels, Dataset, FilePixels, Pixels, Split, join
-from input_pipeline.tree import find_images, in_mask_folder, left_out, no_image, read_tree, refuse_masks
+from input_pipeline.tree import (
+    find_images,
+    in_mask_folder,
+    left_out,
+    no_image,
+    patients_folders,
+    read_tree,
+    refuse_masks,
+)
 
 # Kinds of files: config.data and options of `build_index` -> Index. A new one is an entry (see docs/extending.md).
 INDEX_FNS: dict[str, Callable[..., Index]] = {
@@ -148,7 +157,11 @@ def load_images(
 
 
 def _groups(root: Path, names: list[str], groups: str, needed: bool) -> list[str]:
+    common = os.path.commonpath([PurePosixPath(name).parent for name in names])  # folders that wrap all say nothing
+    below = [PurePosixPath(name).relative_to(common).as_posix() for name in names]
     try:
+        if groups == "auto" and patients_folders(below):
+            return groups_of(root / common, below, alike=True)
         return groups_of(root, names, groups)
     except DataError as error:
         if needed:

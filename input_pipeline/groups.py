@@ -63,13 +63,17 @@ def group_of(stem: str) -> str:
     return stem
 
 
-def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder: bool = False) -> list[str]:
+def groups_of(
+    root: Path, names: Sequence[str], groups: str = "auto", by_folder: bool = False, alike: bool = False
+) -> list[str]:
     """The group of each image `root`/name: images of one group are never divided among splits.
 
     Args:
       groups: "auto": the patient of the DICOM header, else of the file name, else each image by itself; "image": each
         image by itself, whatever header and name say; or a regular expression on the name, see `groups_in`.
       by_folder: images whose header and name say nothing form one group with all of their first-level folder.
+      alike: whether names that begin alike in several first-level folders (IM-0001-0002) make these the groups of all,
+        as with `by_folder`.
     """
     if groups == "image":
         return list(names)
@@ -77,7 +81,7 @@ def groups_of(root: Path, names: Sequence[str], groups: str = "auto", by_folder:
         return groups_in(names, groups)
     patients = dicom.patients_of(root, names)
     others = [name for name in names if name not in patients]
-    known = patients | _groups_of_names(root, others, by_folder)
+    known = patients | _groups_of_names(root, others, by_folder, alike or by_folder)
     return [known[name] for name in names]
 
 
@@ -93,7 +97,7 @@ def groups_of_labelled(root: Path, names: Sequence[str], groups: str = "auto", s
     return [known.get(name, name) for name in names]
 
 
-def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool) -> dict[str, str]:
+def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool, alike: bool) -> dict[str, str]:
     found, folders = {}, defaultdict(set)
     for name in names:
         path, stem = PurePosixPath(name), stem_of(name)
@@ -108,7 +112,7 @@ def _groups_of_names(root: Path, names: Sequence[str], by_folder: bool) -> dict[
             if len(path.parts) > 1 and not group.startswith("sub-"):  # BIDS: a subject in every folder
                 folders[group].add(path.parts[0])
     crossing = [group for group, where in folders.items() if len(where) > 1]
-    if by_folder and crossing:
+    if alike and crossing:
         logging.warning(
             "%s: names of files begin alike in several first-level folders (%s in %s), so that the folder is taken for "
             "the patient; if the name says the patient, set --config.data.groups='([^/]+)_[^/]*$'",

@@ -352,6 +352,12 @@ def _divided(names: Iterable[str]) -> PurePosixPath | None:
     return both[0] / "1" if both and all(children <= {"0", "1"} for children in classes.values()) else None
 
 
+def patients_folders(names: Sequence[str]) -> bool:
+    """Whether first-level folders may be patients': none has a known name or reads like a split or a class."""
+    folders = {part for name in names for part in PurePosixPath(name).parent.parts}
+    return bool(folders) and not any(map(known_word, folders)) and _divided(names) is None
+
+
 def _said_of_free_tree(root: Path, names: Sequence[str], groups: str) -> str:
     """The warning about a tree without known words; DataError where names of folders say it is not all normals."""
     if folder := _divided(names):

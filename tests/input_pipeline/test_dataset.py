@@ -294,6 +294,15 @@ def test_patients_of_images_to_score_are_found_where_names_tell_them(tmp_path, c
     assert "; each image is taken for a patient of its own" in caplog.text
 
 
+def test_images_called_alike_in_patients_folders_are_not_of_one_patient(tmp_path, caplog):
+    names = ["IM-0001-0001.png", "IM-0001-0002.png"]
+    make_tree(tmp_path / "new", {"export/patA/se0": names, "export/patB": [*names, "x.png"]})
+    assert load_images(tmp_path / "new", data_config())[0].groups == ["patA"] * 2 + ["patB"] * 3
+    assert "the folder is taken for the patient" in caplog.text
+    make_tree(tmp_path / "classes", {"benign": ["00001_60.png"], "malignant": ["00001_61.png"]})
+    assert load_images(tmp_path / "classes", data_config())[0].groups == ["00001"] * 2
+
+
 def test_folders_without_images_to_score_are_told_apart(tmp_path, caplog):
     with pytest.raises(DataError, match="absent: no such folder; expected a folder"):
         load_images(tmp_path / "absent", data_config())
