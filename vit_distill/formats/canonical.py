@@ -196,6 +196,17 @@ def split_gates(state: State) -> dict[str, np.ndarray]:
     return parted
 
 
+def with_key_bias(config: VitConfig, state: State) -> dict[str, np.ndarray]:
+    """With zeros for the bias of keys where queries and values alone have one: the same function, other tools have all
+    three or none."""
+    found: dict[str, np.ndarray] = {}
+    for name, array in state.items():
+        found[name] = array
+        if config.qkv_bias and not config.key_bias and name.endswith(".attn.k.weight"):
+            found[name.replace("weight", "bias")] = np.zeros(config.width, np.float32)
+    return found
+
+
 def fold_prefix_positions(state: dict[str, np.ndarray], num_prefix: int) -> None:
     """Adds the positions of the prefix to its tokens and leaves those of the patches; changes `state`."""
     position = state["pos_embed"]

@@ -31,7 +31,7 @@ def to_hugging_face(config: VitConfig, params: Any) -> tuple[dict[str, Any], dic
         return hugging_face_siglip.to_siglip(config, params)
     is_dinov2 = config.layer_scale or config.num_registers > 0 or config.mlp == "swiglu"
     content = _model_config(config, is_dinov2)
-    state = canonical.from_params(config, params)
+    state = canonical.with_key_bias(config, canonical.from_params(config, params))
     _express_all(config, state, is_dinov2)
     names = VIT if not is_dinov2 else DINOV2_SWIGLU if config.mlp == "swiglu" else DINOV2
     # A classifier holds the model under its name; the bare model has no prefix.

@@ -43,7 +43,7 @@ def to_timm(config: VitConfig, params: Any) -> dict[str, np.ndarray]:
         return eva.to_eva(config, params)
     if config.pre_norm and config.patch_bias:
         raise ValueError("timm has no bias in the patch embedding of a model with a norm before the blocks")
-    state = canonical.from_params(config, params)
+    state = canonical.with_key_bias(config, canonical.from_params(config, params))
     joined: dict[str, np.ndarray] = {}
     for name, array in state.items():
         whole = joined_name(name)

@@ -36,6 +36,7 @@ TIMM = {
     "odd_mlp": dataclasses.replace(PLAIN, mlp_dim=59, activation="gelu_tanh", head_bias=False, num_classes=0),
     "fc_norm": dataclasses.replace(PLAIN, final_norm="pooled", pool="mean", class_token=False, head_bias=False),
     "mean": dataclasses.replace(PLAIN, pool="mean", patch_bias=False, qkv_bias=False),
+    "no_key_bias": dataclasses.replace(PLAIN, key_bias=False),
     "registers": DINOV2,
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=37, num_registers=3),
     "clip": dataclasses.replace(PLAIN, pre_norm=True, patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
@@ -58,6 +59,7 @@ TIMM = {
 HUGGING_FACE = {
     "plain": dataclasses.replace(PLAIN, mlp_dim=59, norm_eps=1e-5, activation="gelu_tanh"),
     "headless": dataclasses.replace(PLAIN, num_classes=0, patch_bias=False, position_on_prefix=False),
+    "no_key_bias": dataclasses.replace(PLAIN, key_bias=False),
     "registers": dataclasses.replace(PLAIN, num_registers=2),
     "dinov2": dataclasses.replace(DINOV2, head_bias=False),
     "swiglu": dataclasses.replace(PLAIN, mlp="swiglu", mlp_dim=24, num_classes=0),
