@@ -85,14 +85,25 @@ def groups_of(
     return [known[name] for name in names]
 
 
-def groups_of_labelled(root: Path, names: Sequence[str], groups: str = "auto", slices: bool = False) -> list[str]:
+def groups_of_labelled(root: Path, names: Sequence[str], groups: str = "auto", labels: Sequence[int] = ()) -> list[str]:
     """As `groups_of`, but under "auto" names say nothing: n01440764_10026, cat1_0002 would make a group of a class.
 
-    With `slices`, for sets without classes of images, names that end as those of --mode=slices say the patient.
+    Names that end as those of --mode=slices do say the patient, unless a class would be a single one of its own
+    (bread_slice001).
+
+    Args:
+      labels: class of each image, in sets that have some.
     """
     if groups != "auto":
         return groups_of(root, names, groups)
-    cut = {name: group_of(stem_of(name)) for name in names if slices and _SLICE.search(stem_of(name))}
+    cut = {name: group_of(stem_of(name)) for name in names if _SLICE.search(stem_of(name))}
+    found, classes = defaultdict(set), defaultdict(set)
+    for name, label in zip(names, labels, strict=False):  # no labels: all are kept
+        found[label].add(cut.get(name, name))
+        classes[cut.get(name, name)].add(label)
+    for name, label in zip(names, labels, strict=False):
+        if len(found[label]) == len(classes[cut.get(name, name)]) == 1:
+            cut.pop(name, None)
     known = cut | dicom.patients_of(root, names)
     return [known.get(name, name) for name in names]
 

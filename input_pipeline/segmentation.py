@@ -159,5 +159,5 @@ def _pairs(split: Path, root: Path, groups: str) -> list[tuple[Example, Path]]:
         raise DataError(f"{split}: {len(images)} images, {len(masks)} masks, without partner {odd[:5]}. {EXPECTED}")
     names = {stem: path.relative_to(root).as_posix() for stem, path in images.items()}
     stems = sorted(images, key=names.__getitem__)
-    found = zip(stems, groups_of_labelled(root, [names[stem] for stem in stems], groups, slices=True), strict=True)
+    found = zip(stems, groups_of_labelled(root, [names[stem] for stem in stems], groups), strict=True)
     return [(Example(names[stem], images[stem], -1, None, group), masks[stem]) for stem, group in found]

@@ -23,8 +23,9 @@ def read_folder(root: str, name: str, sizes: Sizes, groups: str = "auto") -> dic
     """The splits ("train", "valid", "test") that stand in a folder; without split folders all of it is "train".
 
     Args:
-      groups: "auto": DICOM files of one patient are a group; all other images, and with "image" all images, are a group
-        each; or a regular expression on the name, see `groups.groups_of_labelled`.
+      groups: "auto": DICOM files of one patient are a group, and slices as --mode=slices names them; all other images,
+        and with "image" all images, are a group each; or a regular expression on the name, see
+        `groups.groups_of_labelled`.
 
     Raises:
       DataError: no folder, no image, images beside class folders, an empty class, or a class unknown to train.
@@ -81,7 +82,7 @@ def _examples(split: Path, root: Path, labels: dict[PurePosixPath, int], groups:
     """Of files given relative to `split`, named relative to `root`."""
     below = split.relative_to(root)
     names = [(below / file).as_posix() for file in labels]
-    found = zip(names, labels.values(), groups_of_labelled(root, names, groups), strict=True)
+    found = zip(names, labels.values(), groups_of_labelled(root, names, groups, list(labels.values())), strict=True)
     return [Example(name, root / name, label, None, group) for name, label, group in found]
 
 

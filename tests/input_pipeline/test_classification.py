@@ -187,6 +187,14 @@ def test_what_is_set_apart_is_said(tmp_path):
     assert ", of these 2 for valid set apart" in found.layout
 
 
+def test_slices_in_class_folders_stay_with_their_patient_unless_they_are_all_of_a_class(tmp_path):
+    slices = {name: [f"{name}_slice{k:03d}.png" for k in range(4)] for name in ("smith", "jones", "bread")}
+    folders = {"good": [*slices["smith"][:2], *slices["jones"]], "ill": slices["smith"][2:], "bread": slices["bread"]}
+    make_tree(tmp_path, folders)
+    found = load_labelled(data("folder", tmp_path, valid_fraction=0.0, test_fraction=0.0), "train", 8)
+    assert found.groups == tuple([f"bread/{file}" for file in slices["bread"]] + ["jones"] * 4 + ["smith"] * 4)
+
+
 def test_patients_on_both_sides_of_one_s_own_splits_are_said(tmp_path, caplog):
     images = {"train/a": ["p1_0.png", "p2_0.png"], "valid/a": ["p3_0.png"], "test/a": ["p1_1.png", "p2_1.png"]}
     make_tree(tmp_path, images)
