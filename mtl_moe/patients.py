@@ -27,7 +27,7 @@ class Patients:
       labels: [G], 1 if an image of the patient is abnormal, 0 if all are normal, else -1.
       scores: [G], mean of the highest TOP_SHARE of the patient's image scores, of one at least; higher is odder.
       p_values: [G], share of the calibration patients at least as odd by the same score; None where the calibration
-        does not know its patients (an earlier version's).
+        does not know its patients (an earlier version's), or these bring much fewer or more images (`comparable`).
       oddest: [G], row of the image with the highest score.
       calibration_counts: images of each calibration patient.
     """
@@ -55,15 +55,26 @@ def patients_of(
     scores = _scores(fused, rows.values())
     own = _rows(calibration.groups.tolist()).values()
     normals = _scores(calibration.fused, own)
+    counts, own_counts = (np.array([len(of_patient) for of_patient in found]) for found in (rows.values(), own))
     return Patients(
         names=tuple(rows),
-        counts=np.array([len(of_patient) for of_patient in rows.values()]),
+        counts=counts,
         labels=np.array([_label(labels[of_patient]) for of_patient in rows.values()]),
         scores=scores,
-        p_values=p_values(scores, normals) if len(normals) else None,
+        p_values=p_values(scores, normals) if len(normals) and comparable(counts, own_counts) else None,
         oddest=np.array([of_patient[fused[of_patient].argmax()] for of_patient in rows.values()]),
-        calibration_counts=np.array([len(of_patient) for of_patient in own]),
+        calibration_counts=own_counts,
     )
+
+
+def comparable(counts: np.ndarray, calibration_counts: np.ndarray) -> bool:
+    """Whether the scores of patients who bring so many images are alike by chance, but for a factor below 2 in p.
+
+    Up to 1 / TOP_SHARE images the score is their maximum, which grows with their number: 5 % of normal patients of ten
+    images would be 15 to 42 % against calibration patients of one. Beyond that it is a mean of the same share.
+    """
+    few, many = sorted(min(np.median(found), 1 / TOP_SHARE) for found in (counts, calibration_counts))
+    return bool(many < 2 * few)
 
 
 def _rows(groups: Sequence) -> dict:
@@ -86,11 +97,12 @@ def write_patients(path: Path, patients: Patients | None, names: Sequence[str]) 
     """CSV with columns patient, label, images, score, p_value and oddest_image, a row each; beside and renamed.
 
     Args:
-      patients: None: a file of earlier images goes, as these have none of it.
+      patients: None: the file goes where a report.json beside it says that it is of earlier images; these have none.
       names: of the images, which `patients.oddest` points to.
     """
     if patients is None:
-        path.unlink(missing_ok=True)
+        if (path.parent / "report.json").exists():
+            path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)

@@ -38,14 +38,21 @@ def patients_section(patients: Patients, names: Sequence[str], auroc: str) -> Ma
         f"A patient's score is the mean of the highest {100 * TOP_SHARE:g} % of the scores of its images, of one at "
         "least. "
     )
-    if patients.p_values is None:
+    spans = f"these {_span(patients.counts)}, the calibration patients "
+    if not len(patients.calibration_counts):
         text += "This calibration does not know its patients, as it was made by an earlier version: --mode=evaluate "
         text += "with the training data writes it anew, and then patients have p-values."
+    elif patients.p_values is None:
+        text += (
+            "There are no p-values of patients, as the highest of many scores is higher than that of few, and the "
+            f"calibration patients do not bring about as many images: {spans}{_span(patients.calibration_counts)}. "
+            "--mode=predict --normals=DIR calibrates on normal patients, whole ones."
+        )
     else:
         text += (
             f"Its p-value is the share of the {len(patients.calibration_counts)} calibration patients at least as odd. "
-            f"That compares like with like where both bring about as many images: these {_span(patients.counts)}, the "
-            f"calibration patients {_span(patients.calibration_counts)}."
+            "That compares like with like where both bring about as many images: "
+            f"{spans}{_span(patients.calibration_counts)}."
         )
     parts = [page.paragraph(text)]
     if auroc:

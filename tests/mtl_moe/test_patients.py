@@ -13,8 +13,9 @@ from core.workdir import save_config
 from mtl_moe.calibration import load_calibration
 from mtl_moe.evaluate import evaluate
 from mtl_moe.infer import Scorer, calibrate, restore
-from mtl_moe.patients import patients_of, write_patients
+from mtl_moe.patients import comparable, patients_of, write_patients
 from mtl_moe.predict import predict
+from mtl_moe.report_patients import patients_section
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,29 @@ def test_a_patient_is_as_odd_as_the_oddest_tenth_of_its_images(calibration):
 
 def test_images_that_are_patients_by_themselves_have_none(calibration, tmp_path):
     assert patients_of(["b", "a"], np.array([0, 1]), np.array([0.5, 1.0]), calibration) is None
-    (tmp_path / "patients.csv").write_text("of earlier images")
+    (tmp_path / "patients.csv").write_text("somebody's own")
     write_patients(tmp_path / "patients.csv", None, ())
-    assert not list(tmp_path.iterdir())
+    assert (tmp_path / "patients.csv").exists()
+    (tmp_path / "report.json").write_text("{}")  # it is of earlier images
+    write_patients(tmp_path / "patients.csv", None, ())
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("count", "calibration_count", "expected"),
+    [(1, 1, True), (3, 2, True), (2, 1, False), (8, 20, True), (100, 4, False)],
+)
+def test_patients_have_p_values_among_patients_of_about_as_many_images(count, calibration_count, expected):
+    assert comparable(np.array([count, count, 50]), np.array([calibration_count])) == expected
+
+
+def test_where_calibration_patients_bring_few_images_the_page_says_why_there_are_no_p_values(calibration):
+    found = patients_of(["a"] * 9 + ["b"] * 4, np.zeros(13, int), np.arange(13.0), calibration)
+    assert found.p_values is None
+    page = patients_section(found, [f"{i}.png" for i in range(13)], "")
+    assert "There are no p-values of patients" in page
+    assert "these 4 to 9 (median 6.5), the calibration patients 2 to 2 (median 2)" in page
+    assert "earlier version" not in page
 
 
 def test_a_calibration_keeps_its_patients_and_one_of_before_has_no_p_values(calibration, tmp_path):
@@ -58,6 +79,7 @@ def test_a_calibration_keeps_its_patients_and_one_of_before_has_no_p_values(cali
     old = load_calibration(tmp_path / "old.npz", calibration.names, 4)
     found = patients_of(["a", "a", "b"], np.zeros(3, int), np.arange(3.0), old)
     assert found.p_values is None
+    assert "does not know its patients" in patients_section(found, ["1.png", "2.png", "3.png"], "")
     write_patients(tmp_path / "patients.csv", found, ["1.png", "2.png", "3.png"])
     with (tmp_path / "patients.csv").open(newline="") as file:
         assert {row["p_value"] for row in csv.DictReader(file)} == {""}
