@@ -184,7 +184,7 @@ def _calibrate(
         output.mkdir(parents=True, exist_ok=True)
         return dataset, calibration, True
     normals, known = calibration_normals(dataset, workdir)
-    folder = Path(_source(system.config.data)).name
+    folder = Path(_source(system.config.data)).name.removesuffix(".npz")
     calibration = dataclasses.replace(
         calibrate(system, scorer, normals),
         source=dataset.name + (f" ({folder})" if folder not in ("", dataset.name) else ""),

@@ -334,9 +334,13 @@ def test_after_its_folder_changed_no_image_that_was_trained_on_calibrates(bound_
     drawn = {"train": left.take(np.flatnonzero(~held_out)), "calibration": left.take(np.flatnonzero(held_out))}
     assert set(drawn["calibration"].names) & set(parts["train"].names), "the same draw: nothing to find out"
     changed_folder = dataclasses.replace(run.dataset, splits=drawn)
-    evaluate(run.system, changed_folder, run.workdir)
+    config = run.system.config.copy_and_resolve_references()
+    config.data.cache = "site_64.npz"
+    evaluate(dataclasses.replace(run.system, config=config), changed_folder, run.workdir)
     assert kept(run, files), "predictions were calibrated on this from now on"
-    folder = run.workdir / "evaluate" / "phantom"
+    folder = run.workdir / "evaluate" / "site_64"
+    with np.load(folder / "calibration.npz") as stored:
+        assert stored["source"] == "phantom (site_64)"
     rows = predictions_of(folder)  # without a test split, the calibration normals
     assert [row["name"] for row in rows] == parts["calibration"].names
     assert "calibrated on 6 that were not trained on" in (folder / "report.html").read_text()
