@@ -210,6 +210,11 @@ def _load(
         preprocessing = _build_preprocessing(found, config, overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: a tensor, or a field of the JSON beside it, has a form that no model of a known format has "
+            f"({type(error).__name__}: {error}): download or write both again"
+        ) from error
     unused = (*(f"{tensor} (allowed)" for tensor in left_out), *(f"{k} ({v})" for k, v in ignored.items()))
     report = LoadReport(
         matched, missing, unused, reshaped, file.sha256, found.format, (*file.notes, *found.notes, *notes)

@@ -11,7 +11,7 @@ import numpy as np
 from core.vit import VitConfig
 from vit_distill.formats import architectures, canonical, inference
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
-from vit_distill.formats.hugging_face_reader import read_preprocessor, read_settings
+from vit_distill.formats.hugging_face_reader import check_registers, read_preprocessor, read_settings
 from vit_distill.formats.names import Names
 
 ANCHOR = "embeddings.patch_embeddings.weight"
@@ -41,7 +41,7 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     """Translates DINOv3's tensors.
 
     Raises:
-      ValueError: for an activation that is not ours.
+      ValueError: for an activation that is not ours, or registers that are not there.
     """
     content = beside.config or {}
     gated = any(".mlp.gate_proj." in name for name in tensors)
@@ -50,8 +50,10 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     state, unused = names.translate(tensors)
     if "reg_token" in state and not state["reg_token"].size:  # transformers' class holds them always, even none
         del state["reg_token"]
-    if gated and content.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act: expected silu of a gated MLP, found {content['hidden_act']!r}")
+    check_registers(state, content)
+    gate = content.get("hidden_act", "gelu") if content else "silu"
+    if gated and gate != "silu":
+        raise ValueError(f"config.json: hidden_act: expected silu of a gated MLP, found {gate!r}")
     told = read_settings({key: value for key, value in content.items() if not (gated and key == "hidden_act")})
     settings = architectures.dinov3_settings(inference.require(state, "cls_token", names.source, 3).shape[-1])
     # What a config.json leaves out is the default of transformers' class.

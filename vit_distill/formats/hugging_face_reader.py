@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_distill.formats import architectures, canonical
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
+from vit_distill.formats.inference import square_side
 from vit_distill.formats.names import Names
 
 _EMBEDDINGS = {
@@ -89,13 +90,14 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     """Translates ViT or DINOv2 tensors, names already without "vit." or the like.
 
     Raises:
-      ValueError: for a DINOv2 classifier or an unknown activation.
+      ValueError: for a DINOv2 classifier, an unknown activation or registers that are not there.
     """
     names = max(TABLES, key=lambda table: sum(table.canonical(name) is not None for name in tensors))
     is_dinov2 = names in (DINOV2, DINOV2_SWIGLU)
     state, unused = names.translate(tensors)
     if is_dinov2 and "head.weight" in state:
         state["head.weight"] = _class_token_half(state["head.weight"])
+    check_registers(state, beside.config or {})
     if "reg_token" in state and "pos_embed" in state and "cls_token" in state:
         canonical.fold_prefix_positions(state, 1)
     defaults, notes = _defaults(beside.config, is_dinov2)
@@ -135,6 +137,17 @@ READER = Reader(
 )
 
 
+def check_registers(state: canonical.State, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there are as many register tokens as a config.json says, if it does: without them a file
+    looks like another model's."""
+    found = state["reg_token"].shape[1] if "reg_token" in state else 0
+    if config.get("num_register_tokens", found) != found:
+        raise ValueError(
+            f"tensor 'embeddings.register_tokens': expected {config['num_register_tokens']} as config.json says, "
+            f"found {found}: download or write both again"
+        )
+
+
 def _class_token_half(weight: np.ndarray) -> np.ndarray:
     """DINOv2's classifier takes [class token, mean of patches]; ours the first, so the other half must be zero."""
     half = weight.shape[1] // 2
@@ -159,9 +172,10 @@ def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of VitConfig that a config.json of transformers names, and no other.
 
     Raises:
-      ValueError: for an unknown activation.
+      ValueError: for an unknown activation or images that are not square.
     """
     config = config.get("vision_config", config)
+    square_side(config.get("image_size"), "image_size")
     settings: dict[str, Any] = {}
     if "layer_norm_eps" in config:
         settings["norm_eps"] = float(config["layer_norm_eps"])
@@ -199,7 +213,7 @@ def read_preprocessor(content: Mapping[str, Any] | None, imagenet: bool) -> tupl
         raise ValueError(f"preprocessor_config.json: resample: expected one of {known}, found {content['resample']!r}")
     fields: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in content:
+        if content.get(theirs):
             fields[ours] = tuple(content[theirs])
     if content.get("do_normalize") is False:
         fields |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}

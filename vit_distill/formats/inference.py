@@ -65,6 +65,21 @@ def infer_config(
     }
 
 
+def square_side(size: Any, field: str) -> int:
+    """Side in pixels of a config.json's image size, a number or [..., height, width]; 0 where it names none.
+
+    Raises:
+      ValueError: for images that are not square: their positions may be as many as a square's.
+    """
+    sides = np.ravel(size)[-2:] if size else [0]
+    if sides[0] != sides[-1]:
+        raise ValueError(
+            f"config.json: {field}: expected square images, found {size}: take another model (with rotary positions, "
+            "which serve every size, write one number there)"
+        )
+    return int(sides[0])
+
+
 def _position_grid(
     state: State, source_name: Callable[[str], str], prefix: int, on_prefix: bool | None
 ) -> tuple[bool, int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vit_distill.formats import architectures, canonical
 from vit_distill.formats.checkpoint import Beside, Checkpoint, Reader
+from vit_distill.formats.inference import square_side
 from vit_distill.formats.timm import OWN_SECTION, POOLS, joined_name
 
 # Old and original dialects -> timm's names of today.
@@ -43,6 +44,11 @@ _OTHER_PARTS = {
     "text.*": "CLIP's text tower",
     "logit_*": "CLIP's temperature",
 }
+# Of model_args: how DINOv3 turns queries and keys, which other values change and no tensor tells.
+_ROTARY_ARGS = {
+    "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "rope_grid_offset": 0,
+    "rope_grid_indexing": "ij",
+}  # fmt: skip
 _JOINED = re.compile(r"(blocks\.\d+\.attn|attn_pool)\.(q?kv)\.(weight|bias)")
 _OUR_POOLS = {theirs: ours for ours, theirs in POOLS.items()}
 
@@ -57,6 +63,12 @@ def read(tensors: Mapping[str, np.ndarray], beside: Beside) -> Checkpoint:
     Raises:
       ValueError: for a variant that is not a plain ViT.
     """
+    apart = next((name for name in tensors if name.endswith(".attn.q_bias")), "")
+    if apart and "pos_embed" in tensors:
+        raise ValueError(
+            f"tensor {apart!r}: a bias of the query by itself and a position embedding are EVA's and EVA-02's, which "
+            "are not plain ViTs (EVA-02 has rotary positions too): take another model"
+        )
     state: dict[str, np.ndarray] = {}
     sources: dict[str, str] = {}
     for source, array in tensors.items():
@@ -149,10 +161,13 @@ def _from_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         settings["activation"] = args["act_layer"]
     if "no_embed_class" in args:
         settings["position_on_prefix"] = not args["no_embed_class"]
+    side = square_side(args.get("img_size") or pretrained.get("input_size"), "img_size")
     if settings.get("position") == "rotary":
+        for key, expected in _ROTARY_ARGS.items():
+            if args.get(key, expected) != expected:
+                raise ValueError(f"config.json: {key}: expected {expected!r}, as DINOv3 has it, found {args[key]!r}")
         settings |= {"rotary_base": float(args.get("rope_temperature", 100.0))}
-        size = args.get("img_size") or pretrained.get("input_size")
-        settings |= {"image_size": int(np.ravel(size)[-1])} if size else {}
+        settings |= {"image_size": side} if side else {}
     pool = args.get("global_pool", content.get("global_pool"))
     if pool:  # one that we do not have is refused by VitConfig, unless overrides name another
         settings["pool"] = _OUR_POOLS.get(pool, pool)

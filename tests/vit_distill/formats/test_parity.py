@@ -1,5 +1,6 @@
 """Checkpoints of every family against what timm and transformers compute: outputs stored by references/make.py."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -80,11 +81,97 @@ def test_rotary_positions_are_asked_for_and_serve_every_size(tmp_path: Path) -> 
     assert (larger.config.num_patches, larger.report.reshaped) == (36, ())
 
 
-def test_a_gated_mlp_of_another_activation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_gated_mlp_of_another_activation_is_refused(
+    left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GELU is also what transformers takes where the config does not say."""
     case = CASES["hf_dinov3_swiglu"]
-    monkeypatch.setitem(CASES, "hf_dinov3_swiglu", case | {"config": case["config"] | {"hidden_act": "gelu"}})
+    config = {key: value for key, value in case["config"].items() if key != "hidden_act"}
+    config |= {} if left_out else {"hidden_act": "gelu"}
+    monkeypatch.setitem(CASES, "hf_dinov3_swiglu", case | {"config": config})
     with pytest.raises(ValueError, match="hidden_act: expected silu of a gated MLP, found 'gelu'"):
         load_case("hf_dinov3_swiglu", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope_rotate_half", False), ("rope_grid_offset", 1.0), ("use_rot_pos_emb", False)]
+)
+def test_other_rotary_positions_of_timm_are_refused(
+    key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["timm_dinov3"]
+    args = case["config"]["model_args"] | {"rope_type": "dinov3", key: value}
+    monkeypatch.setitem(CASES, "timm_dinov3", case | {"config": case["config"] | {"model_args": args}})
+    with pytest.raises(ValueError, match=f"config.json: {key}: expected .*, as DINOv3 has it, found {value}"):
+        load_case("timm_dinov3", tmp_path)
+
+
+def test_an_eva_without_its_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EVA-02 has a plain ViT's tensors but for its biases; its rotary positions are not stored."""
+    case = CASES["timm_vit"]
+    shapes = {name: shape for name, shape in case["shapes"].items() if not name.endswith("qkv.bias")}
+    shapes |= {f"blocks.{i}.attn.{short}_bias": [32] for i in range(2) for short in "qv"}
+    monkeypatch.setitem(CASES, "timm_vit", case | {"shapes": shapes, "config": None})
+    with pytest.raises(ValueError, match=r"attn.q_bias'.*EVA-02's, which are not plain ViTs"):
+        load_case("timm_vit", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_dinov3", "hf_vit", "hf_siglip_whole", "hf_dinov3"])
+def test_images_that_are_not_square_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 x 16 positions are as many as 8 x 8."""
+    config = copy.deepcopy(CASES[name]["config"])
+    section, field = config.get("vision_config", config), "image_size"
+    if "timm" in name:
+        section, field = config["model_args"], "img_size"
+    section[field] = [32, 128]
+    monkeypatch.setitem(CASES, name, CASES[name] | {"config": config})
+    with pytest.raises(ValueError, match=rf"{field}: expected square images, found \[32, 128\]: take another"):
+        load_case(name, tmp_path)
+    section[field] = [24, 24]
+    assert load_case(name, tmp_path).config.image_size == 24
+
+
+@pytest.mark.parametrize("name", ["hf_dinov3", "hf_dinov2_registers"])
+def test_registers_that_a_config_names_and_a_file_lacks_are_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {key: shape for key, shape in CASES[name]["shapes"].items() if key != "embeddings.register_tokens"}
+    monkeypatch.setitem(CASES, name, CASES[name] | {"shapes": shapes})
+    with pytest.raises(ValueError, match=r"embeddings.register_tokens': expected \d+ as config.json says, found 0"):
+        load_case(name, tmp_path)
+
+
+def test_a_preprocessor_of_nulls_leaves_the_mean_to_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers writes one that does not normalise."""
+    case = CASES["hf_vit"]
+    nulls = case["preprocessor"] | {"image_mean": None, "image_std": None}
+    monkeypatch.setitem(CASES, "hf_vit", case | {"preprocessor": nulls})
+    with pytest.raises(ValueError, match="mean and std: no config beside the file tells them"):
+        load_case("hf_vit", tmp_path)
+    monkeypatch.setitem(CASES, "hf_vit", case | {"preprocessor": nulls | {"do_normalize": False}})
+    assert load_case("hf_vit", tmp_path).preprocessing.std == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "config"),
+    [
+        ("timm_vit", {"blocks.0.attn.qkv.bias": []}, {}),
+        ("timm_dinov3", {"reg_token": [32]}, {}),
+        ("timm_vit", {}, {"pretrained_cfg": None}),
+        ("hf_vit", {}, {"layer_norm_eps": None}),
+    ],
+)
+def test_what_no_tool_writes_is_the_files_error(
+    name: str, shapes: dict, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    changed = {"shapes": case["shapes"] | shapes, "config": case["config"] | config}
+    monkeypatch.setitem(CASES, name, case | changed)
+    with pytest.raises(ValueError, match=r"model.safetensors: a tensor, or a field of the JSON beside it"):
+        load_case(name, tmp_path)
 
 
 def test_an_image_tower_of_siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
