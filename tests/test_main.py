@@ -381,7 +381,7 @@ def test_without_a_checkpoint_there_is_nothing_to_score(folder_config: ConfigDic
 
 
 def test_prepare_names_what_it_cannot_check(tiny_config: Any):
-    with pytest.raises(ValueError, match=r"'bmad' or 'folder'.*found 'phantom'"):
+    with pytest.raises(ValueError, match=r"one of bmad, folder.*found 'phantom'"):
         run.prepare(tiny_config(), "")
 
 
